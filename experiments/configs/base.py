@@ -1,0 +1,115 @@
+"""The two starting points that the configs of the alignment papers share.
+
+Every config has the same sections in the same order: seed, algorithm, network, data, optimizer,
+sharding, train, eval, checkpoint. A paper's config fills `algorithm` and overrides what differs.
+"""
+
+from typing import Any, NamedTuple
+
+import ml_collections
+
+
+class Preset(NamedTuple):
+  """One line of `--list`."""
+
+  description: str
+  time: str
+  expected: str
+
+
+def check_preset(preset: str, presets: dict[str, Preset]) -> None:
+  """Raises ValueError, naming the choices, when `preset` is not one of `presets`."""
+  if preset not in presets:
+    raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}")
+
+
+def _config(paper: str, preset: str, **sections: Any) -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict({"paper": paper, "preset": preset, "seed": 0})
+  for name, section in sections.items():
+    config[name] = section
+  return config
+
+
+def bandit(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Tabular runs: `data.name` picks the problem, all seeds and settings run as one program.
+
+  One step of the training loop is `train.inner_steps` optimisation steps in one compiled scan.
+  """
+  return _config(
+    paper,
+    preset,
+    algorithm=algorithm,
+    network={"num_actions": 3},
+    data={"name": paper + "_bandit", "num_seeds": 10, "batch_size": 9},
+    optimizer={"learning_rate": 1e-2},
+    sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
+    train={"num_steps": 180, "inner_steps": 100, "log_every": 1},
+    eval={"every": 0},
+    checkpoint={"every": 60, "keep": 2},
+  )
+
+
+def language_model(
+  paper: str, preset: str, *, algorithm: dict[str, Any]
+) -> ml_collections.ConfigDict:
+  """Aligns a pretrained model on its own samples, scored by a reward function.
+
+  The defaults are the working point of `make demo`: 60 steps of 8 prompts on two CPU cores.
+  """
+  return _config(
+    paper,
+    preset,
+    algorithm=algorithm,
+    network={
+      # A built-in name, a Hugging Face folder, a .gguf file, or (online) a hub id.
+      "model": "smollm2-135m-instruct",
+      "dtype": "float32",
+      "remat": False,
+      "logps_chunk": 256,  # completion tokens a vocabulary-sized buffer may hold at once
+    },
+    reward="vader",  # or module:function(prompts, completions) -> array of floats
+    data={
+      "name": "sentiment",
+      # Own data: prompts (text or JSON lines), scored completions, or preference pairs.
+      "prompts": "",
+      "scored": "",
+      "preferences": "",
+      "cache": "",  # where samples and reference log-probabilities are kept; empty: user cache
+      "num_prompts": 176,
+      "num_samples": 4,
+      "prompt_length": 16,
+      "completion_length": 20,
+      "temperature": 1.0,
+      "top_k": 0,
+      "top_p": 1.0,
+      "sample_batch_size": 64,
+    },
+    optimizer={
+      "learning_rate": 2e-5,
+      "warmup_steps": 5,
+      "final_scale": 0.0,  # the cosine ends at learning_rate * final_scale
+      "clip_norm": 1.0,
+      "b1": 0.9,
+      "b2": 0.999,
+      "weight_decay": 0.0,
+    },
+    sharding={"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
+    train={"num_steps": 60, "batch_size": 8, "log_every": 1},
+    eval={"every": 0, "num_prompts": 256, "batch_size": 64, "num_table_rows": 16},
+    checkpoint={"every": 30, "keep": 1},
+  )
+
+
+def tiny_language_model(
+  paper: str, *, algorithm: dict[str, Any], learning_rate: float = 3e-3
+) -> ml_collections.ConfigDict:
+  """The same run on a random two-layer character model: seconds, no weights, no network."""
+  config = language_model(paper, "tiny", algorithm=algorithm)
+  config.network.model = "tiny-random"
+  config.reward = "vowels"
+  config.data.update({"num_prompts": 64, "prompt_length": 64, "completion_length": 8})
+  config.optimizer.learning_rate = learning_rate
+  config.train.num_steps = 40
+  config.eval.num_prompts = 64
+  config.checkpoint.every = 20
+  return config

@@ -1,0 +1,60 @@
+r"""CoPG, Flet-Berliac et al. 2024, https://arxiv.org/abs/2406.19185.
+
+`bandit` is the paper's three-armed bandit with off-policy pairs; `sentiment` is `make demo`;
+`paper` is the TL;DR run (7B policy, pairs scored by a reward model) with the published optimiser
+settings, for data that you supply as JSON lines.
+
+Command:   python -m experiments.main --config=copg:sentiment --workdir=runs/copg-sentiment
+Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
+Wall time, expected result: the table PRESETS below, also printed by --list
+"""
+
+import ml_collections
+
+from experiments.configs import base
+
+PRESETS = {
+  "bandit": base.Preset(
+    "CoPG, IPO and two policy gradients on off-policy pairs (the paper's toy figure)",
+    "1 minute",
+    "only CoPG reaches zero regret",
+  ),
+  "tiny": base.Preset("random two-layer character model, no weights", "20 seconds", "runs"),
+  "sentiment": base.Preset(
+    "SmolLM2-135M towards positive continuations (`make demo`)",
+    "8 minutes",
+    "win rate against the reference at least 0.75",
+  ),
+  "paper": base.Preset(
+    "TL;DR with a 7B policy; needs --config.data.scored=FILE and an accelerator", "hours", "unrun"
+  ),
+}
+
+
+def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
+  """Returns the config of one preset."""
+  base.check_preset(preset, PRESETS)
+  if preset == "bandit":
+    config = base.bandit("copg", preset, algorithm={"beta": 0.5})
+    config.data.update({"num_seeds": 5, "batch_size": 512, "num_pairs": 10_000})
+    config.optimizer.learning_rate = 1e-3
+    # One step of the loop is one epoch of 19 full batches.
+    config.train.update({"num_steps": 300, "inner_steps": 19})
+    config.checkpoint.every = 100
+    return config
+  algorithm = {"beta": 0.05, "num_microbatches": 1}
+  if preset == "tiny":
+    return base.tiny_language_model("copg", algorithm=algorithm)
+  config = base.language_model("copg", preset, algorithm=algorithm)
+  if preset == "paper":
+    config.algorithm.update({"beta": 0.06, "num_microbatches": 16})
+    config.network.update({"model": "meta-llama/Llama-2-7b-hf", "dtype": "bfloat16", "remat": True})
+    config.data.update({"name": "tldr", "num_samples": 2})
+    config.data.update({"prompt_length": 512, "completion_length": 64})
+    # Batch 128, Adam 1e-6, 10 % warm-up, two epochs of the 93 k preference prompts.
+    config.optimizer.update({"learning_rate": 1e-6, "warmup_steps": 145})
+    config.train.update({"num_steps": 1450, "batch_size": 128})
+    config.eval.update({"every": 50, "num_prompts": 1024, "batch_size": 128})
+    config.sharding.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
+    config.checkpoint.every = 100
+  return config

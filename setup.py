@@ -1,0 +1,96 @@
+"""The distribution `bootstrax`: which packages it holds and what each use of it needs."""
+
+import pathlib
+
+import setuptools
+
+_HERE = pathlib.Path(__file__).resolve().parent
+
+# Lower bounds are versions that the test suite has run with; upper bounds stop at the next release
+# line that may change an interface used here.
+_BASE = [
+  "jax>=0.10.2,<0.13",
+  "flax>=0.12.8,<0.13",
+  "optax>=0.2.8,<0.3",
+  "chex>=0.1.91,<0.2",
+  "numpy>=2.1",
+]
+
+_EXPERIMENTS = [
+  "orbax-checkpoint>=0.12,<0.13",
+  "ml-collections>=1.1,<2",
+  "absl-py>=2.3",
+  "grain>=0.2.14,<0.3",
+  "tensorflow-datasets>=4.9.10,<5",
+  "importlib-resources>=6",  # needed by tensorflow-datasets when it writes, not declared by it
+  "tensorboardX>=2.6.2",
+  "tqdm>=4.66",
+  "matplotlib>=3.9",
+  "scipy>=1.14",
+]
+
+_LM = [
+  "transformers>=5.12,<6",
+  "tokenizers>=0.22",
+  "safetensors>=0.7",
+  "gguf>=0.17",
+  "jinja2>=3.1",
+  "vaderSentiment>=3.3.2",
+]
+
+_TEST = [
+  "pytest>=8",
+  "hypothesis>=6.100",
+  "ruff==0.17.6",
+  "mypy==2.4.1",
+  "import-linter>=2.1",
+  "nbmake>=1.5",
+  "ipykernel>=6",
+  "build>=1.2",
+]
+
+_EXTRAS = {
+  "experiments": _EXPERIMENTS,
+  "lm": _LM,
+  "games": ["open-spiel>=2.0.2"],
+  "test": _TEST,
+  "benchmarks": ["torch>=2.13", "transformers>=5.12,<6"],
+  "colab": [*_EXPERIMENTS, *_LM, "ipykernel>=6"],
+  "tpu": ["jax[tpu]"],
+  "cuda": ["jax[cuda13]"],
+  "wandb": ["wandb>=0.19"],
+}
+_EXTRAS["all"] = sorted({*_EXPERIMENTS, *_LM, *_EXTRAS["games"], *_TEST})
+
+setuptools.setup(
+  name="bootstrax",
+  version="0.1.0",
+  description=(
+    "Ten self-bootstrapping learning algorithms as pure JAX update functions, "
+    "checked against their own theorems"
+  ),
+  long_description=(_HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  author="The bootstrax authors",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(
+    include=[
+      f"{name}{suffix}"
+      for name in ("alignment", "rl_theory", "representation", "sharding", "experiments")
+      for suffix in ("", ".*")
+    ]
+  ),
+  package_data={"": ["py.typed"], "experiments.data": ["*.txt"]},
+  install_requires=_BASE,
+  extras_require=_EXTRAS,
+  entry_points={"console_scripts": ["bootstrax = experiments.main:run"]},
+  classifiers=[
+    "Development Status :: 3 - Alpha",
+    "Intended Audience :: Science/Research",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)

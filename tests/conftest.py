@@ -1,0 +1,50 @@
+"""Shared set-up of every test: eight simulated CPU devices, no network, one compilation cache."""
+
+import os
+import pathlib
+
+# Before JAX is imported: the device count is read once, at the first use of a backend.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  ).strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+import pytest
+from absl import flags
+
+# Grain's and TFDS's libraries read absl flags; outside `app.run` nobody has parsed them.
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def x64():
+  """Runs one test in float64 and puts the former setting back."""
+  before = jax.config.jax_enable_x64
+  jax.config.update("jax_enable_x64", True)
+  yield
+  jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+  """The real pretrained model; skips where the weights are absent.
+
+  With `BOOTSTRAX_REQUIRE_WEIGHTS=1` (continuous integration) absence is a failure.
+  """
+  from experiments.data import pretrained
+
+  name = "smollm2-135m-instruct"
+  if not pretrained.is_available(name):
+    reason = "weights absent: run `python -m experiments.data.pretrained` to fetch them"
+    if os.environ.get("BOOTSTRAX_REQUIRE_WEIGHTS") == "1":
+      pytest.fail(reason)
+    pytest.skip(reason)
+  return pretrained.load(name)
