@@ -1,0 +1,1 @@
+"""Where experiments get prompts, rewards, pretrained weights and batches from."""

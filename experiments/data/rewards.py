@@ -1,0 +1,157 @@
+"""Reward functions of completions, found by the dotted name `module:function`.
+
+A reward function takes N prompts and N completions, lists of text, and returns N finite numbers;
+higher is better. Yours needs no registration: `--config.reward=my_module:my_function`.
+`vader` and `vowels` stand for the two functions in this file.
+
+Both look at the completion alone. All completions that are compared share their prompt, so its
+words would shift every score alike, and a normalised score (VADER's) would tell them apart less.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+_SHORT_NAMES = {
+  "vader": "experiments.data.rewards:vader",
+  "vowels": "experiments.data.rewards:vowels",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """A reward function whose results are checked on every call."""
+
+  name: str  # "module:function"
+  function: Callable[[list[str], list[str]], Any]
+  describes: str  # for readers of a report: what it rewards; may be empty
+  fingerprint: str  # name and hash of the module's source: changes when the file does
+
+  def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
+    """Returns `[N]` float64 rewards.
+
+    Raises:
+      ValueError: N differs between the two lists, or the function returned another number of
+        values, something that is no number, NaN or infinity.
+    """
+    if len(prompts) != len(completions):
+      raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
+    result = self.function(list(prompts), list(completions))
+    try:
+      values = np.asarray(result, np.float64)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"reward {self.name} must return numbers: {error}") from None
+    if values.shape != (len(completions),):
+      raise ValueError(
+        f"reward {self.name} returned shape {values.shape} for {len(completions)} completions; "
+        f"return one number each, shape ({len(completions)},)"
+      )
+    if not np.isfinite(values).all():
+      first = int(np.flatnonzero(~np.isfinite(values))[0])
+      raise ValueError(
+        f"reward {self.name} returned {values[first]} for completion {first} "
+        f"({completions[first]!r}); rewards must be finite"
+      )
+    return values
+
+
+def resolve(name: str) -> Reward:
+  """Returns the reward function called `name`: `module:function`, "vader" or "vowels".
+
+  Raises:
+    ValueError: `name` has another form, the module is not found, or holds no such function.
+
+  Example:
+    >>> resolve("vowels")(["The sky"], [" was ea"])
+    array([0.6])
+  """
+  full = _SHORT_NAMES.get(name, name)
+  module_name, colon, function_name = full.partition(":")
+  if not (colon and module_name and function_name.isidentifier()):
+    raise ValueError(
+      f"reward is {name!r}; write module:function, such as my_rewards:politeness, or one of "
+      f"{', '.join(_SHORT_NAMES)}"
+    )
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    # Whether the module itself is missing or something that it imports calls for another remedy.
+    if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+      raise ValueError(
+        f"reward {name!r}: there is no module {error.name!r}; install it, or add the folder it "
+        "lies in to PYTHONPATH"
+      ) from None
+    raise ValueError(
+      f"reward {name!r}: importing {module_name!r} failed: {error}; install what it needs"
+    ) from error
+  except (TypeError, ValueError) as error:  # a relative name such as ".rewards"
+    raise ValueError(f"reward {name!r}: cannot import {module_name!r}: {error}") from error
+  function = getattr(module, function_name, None)
+  if function is None:
+    callables = sorted(k for k, v in vars(module).items() if callable(v) and k[0] != "_")
+    raise ValueError(
+      f"reward {name!r}: module {module_name!r} has no {function_name!r}; it has {callables[:20]}"
+    )
+  if not callable(function):
+    raise ValueError(
+      f"reward {name!r}: {function_name!r} is a {type(function).__name__}, not a function"
+    )
+  source = getattr(module, "__file__", None)
+  code = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else "?"
+  return Reward(full, function, getattr(function, "describes", ""), f"{full}@{code}")
+
+
+def describes(text: str) -> Callable[[Any], Any]:
+  """Decorates a reward function with `function.describes`, which the report prints."""
+
+  def mark(function: Any) -> Any:
+    function.describes = text
+    return function
+
+  return mark
+
+
+@describes(
+  "The reward is VADER's compound score of the completion, between -1 and 1 (Hutto and Gilbert "
+  "2014). VADER looks up each word in a list of about 7,500 words and emoticons with hand-rated "
+  "sentiment, applies a few rules (negation, intensifiers, capitals, exclamation marks) and "
+  "squashes the sum. It does not read the text: praise out of place or the same praise repeated "
+  "scores high, and more words of praise score higher. A policy can therefore raise this reward "
+  "without writing better; look at the samples and at the KL as well as at the number."
+)
+def vader(prompts: list[str], completions: list[str]) -> np.ndarray:
+  """Returns `[N]` VADER compound scores of the completions, in [-1, 1]; prompts are not looked at.
+
+  Raises:
+    ModuleNotFoundError: the package vaderSentiment is missing; the message says how to get it.
+
+  Reference: Hutto and Gilbert 2014, https://ojs.aaai.org/index.php/ICWSM/article/view/14550.
+  """
+  del prompts
+  analyzer = _vader_analyzer()
+  return np.array([analyzer.polarity_scores(text)["compound"] for text in completions], np.float64)
+
+
+@functools.cache
+def _vader_analyzer() -> Any:
+  try:
+    from vaderSentiment import vaderSentiment
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"the reward 'vader' needs {error.name}: pip install 'bootstrax[lm]'", name=error.name
+    ) from error
+  return vaderSentiment.SentimentIntensityAnalyzer()
+
+
+@describes("The reward is the share of vowels among the letters: a toy for runs without weights.")
+def vowels(prompts: list[str], completions: list[str]) -> np.ndarray:
+  """Returns `[N]` shares of a, e, i, o, u among the letters of each completion; 0 without any."""
+  del prompts
+  letters = [[c for c in text.lower() if c.isalpha()] for text in completions]
+  return np.array([sum(c in "aeiou" for c in row) / max(1, len(row)) for row in letters])

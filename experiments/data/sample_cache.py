@@ -1,0 +1,165 @@
+"""A folder of arrays that took long to make, found again by the settings they were made with."""
+
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+# Part of every key: raise it when the meaning of what is stored changes.
+_FORMAT = 1
+
+
+def cache_key(**settings: Any) -> str:
+  """Returns the hash of settings: equal for equal ones in any order, different otherwise.
+
+  Args:
+    **settings: strings, numbers, lists, dicts, None. Pass all that the result depends on:
+      fingerprints of model and tokenizer, sampling settings, seed, prompts.
+
+  Returns:
+    64 hexadecimal digits, the SHA-256 of the settings as canonical JSON.
+
+  Raises:
+    ValueError: a setting that JSON cannot hold.
+
+  Example:
+    >>> cache_key(temperature=1.0, prompts=["a"]) == cache_key(prompts=["a"], temperature=1.0)
+    True
+  """
+  return hashlib.sha256(_canonical({"format": _FORMAT, **settings}).encode()).hexdigest()
+
+
+def _canonical(settings: Mapping[str, Any]) -> str:
+  for name, value in settings.items():
+    try:
+      json.dumps(value, allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"setting {name!r} cannot be part of a cache key: {error}") from None
+  return json.dumps(settings, sort_keys=True, separators=(",", ":"), default=_plain)
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, np.generic | np.ndarray):
+    return value.tolist()
+  raise TypeError(f"{type(value).__name__} is neither text, number, list nor dict")
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for name, array in sorted(arrays.items()):
+    digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+class SampleCache:
+  """Arrays on disk: `<key>.npz`, and beside it `<key>.json` with the settings and a checksum.
+
+  Files appear whole or not at all (written under another name, then renamed; the JSON comes last),
+  so an interrupted or a second process does no harm. A damaged entry is announced and made anew.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str] | None = None):
+    """Uses `folder`, or `$BOOTSTRAX_CACHE/samples`, or `~/.cache/bootstrax/samples`.
+
+    Raises:
+      OSError: the folder cannot be made or written; better now than after minutes of sampling.
+    """
+    if folder is None:
+      root = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path.home() / ".cache" / "bootstrax"
+      folder = pathlib.Path(root) / "samples"
+    self.folder = pathlib.Path(folder)
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      probe = self.folder / f".probe.{os.getpid()}"
+      probe.touch()
+      probe.unlink()
+    except OSError as error:
+      raise self._explained(error) from error
+
+  def get(
+    self, settings: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
+  ) -> dict[str, np.ndarray]:
+    """Returns the arrays of `settings`: read when they are here, else made and stored.
+
+    Args:
+      settings: see `cache_key`.
+      make: returns arrays by name, of numbers or text, such as tokens and mask `[N, K, T]` and
+        summed reference log-probabilities `[N, K]`. It should depend on `settings` alone.
+
+    Raises:
+      OSError: the result cannot be stored (full or read-only disk); no partial file stays.
+      ValueError: a setting that JSON cannot hold, or an array of Python objects.
+    """
+    key = cache_key(**settings)
+    found = self._read(key)
+    if found is not None:
+      return found
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in make().items()}
+    objects = [name for name, array in arrays.items() if array.dtype.hasobject]
+    if objects:
+      raise ValueError(f"array {objects[0]!r} holds Python objects; store numbers or text")
+    description = {"checksum": _digest(arrays), "settings": json.loads(_canonical(settings))}
+    text = json.dumps(description, indent=1, ensure_ascii=False)
+    # The checksum is over contents, not files: two writers of equal arrays do not disturb each
+    # other, and a mixture of different ones is found out on reading.
+    self._write(key + ".npz", lambda file: np.savez(file, **arrays))
+    self._write(key + ".json", lambda file: file.write(text.encode()))
+    return arrays
+
+  def rewards(
+    self, samples: Mapping[str, np.ndarray], reward: str, score: Callable[[], np.ndarray]
+  ) -> np.ndarray:
+    """Returns the rewards of `samples`, stored apart from them under the reward's name.
+
+    Args:
+      samples: the arrays that are scored; their contents are part of the key.
+      reward: name and version of the reward, such as `rewards.Reward.fingerprint`.
+      score: returns the rewards, `[N, K]`.
+    """
+    settings = {"rewards_of": _digest(samples), "reward": reward}
+    return self.get(settings, lambda: {"rewards": score()})["rewards"]
+
+  def _read(self, key: str) -> dict[str, np.ndarray] | None:
+    arrays_path, text_path = (self.folder / f"{key}{suffix}" for suffix in (".npz", ".json"))
+    if not arrays_path.exists() and not text_path.exists():
+      return None
+    try:
+      with np.load(arrays_path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+      if json.loads(text_path.read_bytes())["checksum"] != _digest(arrays):
+        raise ValueError("checksum differs")
+      return arrays
+    except Exception as error:  # damage can make NumPy, zlib or json raise nearly anything
+      warnings.warn(
+        f"cached samples {arrays_path} are incomplete or damaged ({error}); making them anew",
+        RuntimeWarning,
+        stacklevel=3,
+      )
+      return None
+
+  def _write(self, name: str, write: Callable[[Any], Any]) -> None:
+    temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+    try:
+      try:
+        with open(temporary, "wb") as file:
+          write(file)
+          file.flush()
+          os.fsync(file.fileno())
+        os.replace(temporary, self.folder / name)
+      finally:
+        temporary.unlink(missing_ok=True)
+    except OSError as error:
+      raise self._explained(error) from error
+
+  def _explained(self, error: OSError) -> OSError:
+    message = (
+      f"cannot keep samples in {self.folder}: {error.strerror or error}; free some space or choose "
+      "another folder with --config.data.cache=FOLDER"
+    )
+    return OSError(error.errno, message)
