@@ -1,0 +1,31 @@
+"""What every update shares on device meshes: make a mesh, say where leaves lie, place, step.
+
+  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+  state = sharding.init_sharded(init, mesh, rules, key)
+  step = sharding.jit_update(update, mesh, rules)
+  for batch in batches:
+    state, metrics = step(state, batch, jax.random.fold_in(key, state.step))
+
+The update stays the pure function that runs on one device. `jax.jit` with `NamedSharding`
+splits it: the batch over the axes `data` and `fsdp`, the state as the rules say.
+"""
+
+from sharding.batches import DATA_AXES, accumulate_grads, shard_batch
+from sharding.mesh import initialize_multihost, make_mesh
+from sharding.placement import init_sharded, jit_update, place
+from sharding.rules import REPLICATED, Rules, infer_shardings, tree_paths
+
+__all__ = [
+  "DATA_AXES",
+  "REPLICATED",
+  "Rules",
+  "accumulate_grads",
+  "infer_shardings",
+  "init_sharded",
+  "initialize_multihost",
+  "jit_update",
+  "make_mesh",
+  "place",
+  "shard_batch",
+  "tree_paths",
+]
