@@ -65,7 +65,7 @@ def language_model(
       "model": "smollm2-135m-instruct",
       "dtype": "float32",
       "remat": False,
-      "logps_chunk": 256,  # completion tokens a vocabulary-sized buffer may hold at once
+      "logps_chunk": 4096,  # vocabulary entries whose logits are held at once
     },
     reward="vader",  # or module:function(prompts, completions) -> array of floats
     data={

@@ -1,0 +1,95 @@
+"""Tabular experiments as one compiled program: every method, setting and seed runs side by side.
+
+A run of the training loop is a *sweep*: `Sweep.runs` holds the state of each method with leading
+axes for settings and seeds, and one step of the loop is a scan of optimisation steps, vmapped over
+those axes. The updates are the algorithms' own; nothing here knows a loss.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignment import sequences
+
+
+class Sweep(NamedTuple):
+  """State of the loop.
+
+  runs: the state of each method, leaves `[..., num_seeds, ...]`.
+  step: `[]` int32, counts steps of the loop (scans), not optimisation steps.
+  """
+
+  runs: dict[str, Any]
+  step: jax.Array
+
+
+def apply_fn(params: jax.Array, completions: sequences.Sequences) -> jax.Array:
+  """The tabular policy: `params [A]` are logits, tokens `[B, 1]` are arms; returns `[B, 1]`."""
+  return jax.nn.log_softmax(params)[completions.tokens]
+
+
+def scan_updates(
+  update: Callable[..., Any], draw: Callable[..., Any], num_steps: int
+) -> Callable[..., Any]:
+  """Returns `run(state, data, key, config)`: `num_steps` updates in one scan.
+
+  Args:
+    update: `(state, batch, key, config) -> (state, metrics)`.
+    draw: `(data, keys) -> batches`, all batches of the scan with a leading axis of `num_steps`.
+    num_steps: updates per call.
+  """
+
+  def run(state, data, key, config):
+    draw_key, update_key = jax.random.split(key)
+    batches = draw(data, draw_key)
+
+    def body(state, inputs):
+      batch, key = inputs
+      state, metrics = update(state, batch, key, config=config)
+      return state, metrics["loss"]
+
+    state, losses = jax.lax.scan(body, state, (batches, jax.random.split(update_key, num_steps)))
+    return state, losses[-1]
+
+  return run
+
+
+class NoData:
+  """The batch iterator of a run that draws its data on the device: ids count the steps."""
+
+  def __init__(self):
+    self._step = 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    ids = np.array([self._step])
+    self._step += 1
+    return ids, ()
+
+  def get_state(self) -> dict[str, int]:
+    return {"step": self._step}
+
+  def set_state(self, state: Mapping[str, int]) -> None:
+    self._step = state["step"]
+
+
+def over_seeds(fn: Callable[..., Any], num_seeds: int) -> Callable[[jax.Array], Any]:
+  """Returns `key -> fn(key)` stacked over `num_seeds` independent keys."""
+  return lambda key: jax.vmap(fn)(jax.random.split(key, num_seeds))
+
+
+def stack(tree: Any, shape: tuple[int, ...]) -> Any:
+  """Copies every leaf of `tree` along new leading axes `shape`."""
+  return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, shape + jnp.shape(leaf)), tree)
+
+
+@functools.lru_cache
+def arm_names(num_actions: int) -> tuple[str, ...]:
+  """The papers' names of the arms: a, b, c, ..."""
+  return tuple("abcdefghijklmnopqrstuvwxyz"[:num_actions])

@@ -1,0 +1,37 @@
+r"""Reward against KL for CoPG, IPO and DPO on the sentiment task: three runs and one figure.
+
+Each algorithm trains as its own preset does, evaluated along the way; its path through the plane of
+sequence KL and reward is one curve. Runs already in the work directory are not repeated.
+
+Command:   python -m experiments.main --config=frontier:sentiment --workdir=runs/frontier
+Hardware:  two CPU cores
+Wall time, expected result: the table PRESETS below, also printed by --list
+"""
+
+import ml_collections
+
+from experiments.configs import base
+
+PRESETS = {
+  "sentiment": base.Preset(
+    "reward against KL of CoPG, IPO and DPO, SmolLM2-135M", "40 minutes", "one figure"
+  ),
+  "tiny": base.Preset("the same on the random character model", "1 minute", "runs"),
+}
+
+
+def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
+  """Returns the config of one preset; `evaluations` are spread evenly over each run."""
+  base.check_preset(preset, PRESETS)
+  return ml_collections.ConfigDict(
+    {
+      "paper": "frontier",
+      "preset": preset,
+      "seed": 0,
+      "algorithms": ("copg", "ipo", "dpo"),
+      "eval": {"every": 10},
+      "sharding": {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
+      "train": {"num_steps": 60, "log_every": 1},
+      "checkpoint": {"every": 30, "keep": 1},
+    }
+  )

@@ -1,0 +1,276 @@
+"""A pretrained model with prompts and a reward: what it is trained on and how it is compared.
+
+Prompts are split into train and test. K completions of each training prompt come from the
+reference (or from the user's file), are scored, and are kept with their reference
+log-probabilities. A comparison draws fresh completions of held-out prompts, policy against
+reference.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from alignment import sequences
+from alignment.models import sampling, transformer
+from experiments.data import pretrained, rewards, text
+
+
+class Samples(NamedTuple):
+  """N prompts with K scored completions each, as NumPy arrays.
+
+  prompt_tokens: `[N, P]` int32, left-padded.  prompt_mask: `[N, P]` float32.
+  tokens: `[N, K, T]` int32, right-padded, end of sequence included.  mask: `[N, K, T]` float32.
+  ref_logps: `[N, K]` sums over completion tokens under the reference, nats.
+  rewards: `[N, K]` float32.
+  best_probs: `[N]` P(best beats worst), 1 unless the data carry soft labels.
+  """
+
+  prompt_tokens: np.ndarray
+  prompt_mask: np.ndarray
+  tokens: np.ndarray
+  mask: np.ndarray
+  ref_logps: np.ndarray
+  rewards: np.ndarray
+  best_probs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A model, its prompts and its reward: what data, evaluation and sampling have in common."""
+
+  config: Any
+  model: pretrained.Pretrained
+  network: transformer.TransformerConfig
+  apply_fn: Callable[[Any, sequences.Sequences], jax.Array]
+  reward_fn: rewards.Reward
+  train_prompts: list[str]
+  test_prompts: list[str]
+  cache: text.SampleCache
+
+  # --- reference log-probabilities and samples ------------------------------------------------
+
+  def encode_prompts(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and mask `[N, P]`, P the same for every call."""
+    limit = self.config.data.prompt_length
+    return text.encode_prompts(self.model.tokenizer, prompts, max_length=limit, multiple=limit)
+
+  def logps(self, params: Any, prompts: tuple, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns `[N]` summed log-probabilities of one completion `[N, T]` a prompt."""
+    size = self.config.data.sample_batch_size
+    out = []
+    for chunk in _chunks(size, *prompts, tokens, mask):
+      prompt_tokens, prompt_mask, chunk_tokens, chunk_mask = chunk
+      batch = sequences.Sequences(chunk_tokens, chunk_mask, prompt_tokens, prompt_mask)
+      out.append(_sequence_logps(params, batch, apply_fn=self.apply_fn))
+    return np.concatenate([np.asarray(x) for x in out])[: len(tokens)]
+
+  def generate(self, params: Any, prompts: list[str], key: jax.Array, num_samples: int):
+    """Returns tokens and mask `[N, K, T]`."""
+    data = self.config.data
+    prompt_tokens, prompt_mask = self.encode_prompts(prompts)
+    rows = (np.repeat(x, num_samples, axis=0) for x in (prompt_tokens, prompt_mask))
+    tokens, masks = [], []
+    for i, (chunk_tokens, chunk_mask) in enumerate(_chunks(data.sample_batch_size, *rows)):
+      samples = sampling.generate(
+        params,
+        chunk_tokens,
+        chunk_mask,
+        jax.random.fold_in(key, i),
+        config=self.network,
+        max_new_tokens=data.completion_length,
+        temperature=data.temperature,
+        top_k=data.top_k,
+        top_p=data.top_p,
+        eos_id=self.model.tokenizer.eos_id,
+        pad_id=self.model.tokenizer.pad_id,
+      )
+      tokens.append(np.asarray(samples.tokens))
+      masks.append(np.asarray(samples.mask, np.float32))
+    shape = (len(prompts), num_samples, data.completion_length)
+    count = len(prompts) * num_samples
+    return (np.concatenate(x)[:count].reshape(shape) for x in (tokens, masks))
+
+  def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Returns the text of each row of `[N, T]`, special tokens dropped."""
+    tokenizer = self.model.tokenizer
+    return [
+      tokenizer.decode([int(t) for t, m in zip(row, keep, strict=True) if m])
+      for row, keep in zip(tokens, mask, strict=True)
+    ]
+
+  def reference_samples(self, prompts: list[str], num_samples: int, seed: int) -> dict[str, Any]:
+    """Samples the reference once for these settings, then reads them from the cache.
+
+    Returns `tokens`, `mask` `[N, K, T]` and `logps` `[N, K]`.
+    """
+    data = self.config.data
+    settings = {
+      **self._model_settings(),
+      "prompts": prompts,
+      "num_samples": num_samples,
+      "seed": seed,
+      "temperature": data.temperature,
+      "top_k": data.top_k,
+      "top_p": data.top_p,
+      "sample_batch_size": data.sample_batch_size,  # batches have keys of their own
+    }
+
+    def make():
+      params = self.model.params
+      tokens, mask = self.generate(params, prompts, jax.random.key(seed), num_samples)
+      flat = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
+      repeated = tuple(np.repeat(x, num_samples, axis=0) for x in self.encode_prompts(prompts))
+      logps = self.logps(params, repeated, *flat).reshape(tokens.shape[:2])
+      return {"tokens": tokens, "mask": mask, "logps": logps}
+
+    return self.cache.get(settings, make)
+
+  def _model_settings(self) -> dict[str, Any]:
+    return {
+      "model": self.model.fingerprint,
+      "tokenizer": self.model.tokenizer.fingerprint,
+      "dtype": self.network.dtype,
+      "prompt_length": self.config.data.prompt_length,
+      "completion_length": self.config.data.completion_length,
+    }
+
+  # --- training data --------------------------------------------------------------------------
+
+  def training_samples(self) -> Samples:
+    """Returns the scored completions to train on, from the user's file or from the reference."""
+    data = self.config.data
+    if data.scored or data.preferences:
+      return self._own_samples()
+    drawn = self.reference_samples(self.train_prompts, data.num_samples, self.config.seed)
+    tokens, mask = drawn["tokens"], drawn["mask"]
+    completions = self.decode(*(x.reshape(-1, x.shape[-1]) for x in (tokens, mask)))
+    repeated = [p for p in self.train_prompts for _ in range(data.num_samples)]
+    scores = self.cache.rewards(
+      drawn, self.reward_fn.fingerprint, lambda: self.reward_fn(repeated, completions)
+    )
+    scores = scores.reshape(tokens.shape[:2]).astype(np.float32)
+    prompts, ones = self.encode_prompts(self.train_prompts), np.ones(len(tokens), np.float32)
+    return Samples(*prompts, tokens, mask, drawn["logps"], scores, ones)
+
+  def _own_samples(self) -> Samples:
+    data = self.config.data
+    if data.scored:
+      scored = text.load_scored(data.scored)
+      prompts = [row.prompt for row in scored]
+      completions = [row.completions for row in scored]
+      scores = np.array([row.rewards for row in scored], np.float32)
+      best_probs = np.ones(len(scored), np.float32)
+    else:
+      preferences = text.load_preferences(data.preferences)
+      prompts = [row.prompt for row in preferences]
+      completions = [(row.chosen, row.rejected) for row in preferences]
+      # A hard label as rewards: on these CoPG is IPO with tau = beta (proposition 3).
+      scores = np.tile(np.array([0.25, -0.25], np.float32), (len(preferences), 1))
+      best_probs = np.array([row.chosen_prob for row in preferences], np.float32)
+    shape = (*scores.shape, data.completion_length)
+    encoded = self.encode_prompts(prompts)
+    tokens, mask = text.encode_completions(
+      self.model.tokenizer,
+      [completion for group in completions for completion in group],
+      max_length=data.completion_length,
+      multiple=data.completion_length,
+    )
+    settings = {**self._model_settings(), "prompts": prompts, "completions": completions}
+
+    def make():
+      repeated = tuple(np.repeat(x, shape[1], axis=0) for x in encoded)
+      return {"logps": self.logps(self.model.params, repeated, tokens, mask).reshape(shape[:2])}
+
+    logps = self.cache.get(settings, make)["logps"]
+    return Samples(*encoded, tokens.reshape(shape), mask.reshape(shape), logps, scores, best_probs)
+
+  # --- evaluation -----------------------------------------------------------------------------
+
+  def compare(self, params: Any) -> "Comparison":
+    """Draws one completion a held-out prompt from policy and reference and scores both."""
+    prompts, seed = self.test_prompts, self.config.seed + 1
+    reference = self.reference_samples(prompts, 1, seed)
+    tokens, mask = (x[:, 0] for x in self.generate(params, prompts, jax.random.key(seed), 1))
+    encoded = self.encode_prompts(prompts)
+    texts = self.decode(tokens, mask)
+    ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]
+    ref_texts = self.decode(ref_tokens, ref_mask)
+    return Comparison(
+      prompts=prompts,
+      texts=texts,
+      ref_texts=ref_texts,
+      rewards=self.reward_fn(prompts, texts),
+      ref_rewards=self.reward_fn(prompts, ref_texts),
+      log_ratios=self.logps(params, encoded, tokens, mask)
+      - self.logps(self.model.params, encoded, tokens, mask),
+      ids=_unpad(tokens, mask),
+      ref_ids=_unpad(ref_tokens, ref_mask),
+    )
+
+
+class Comparison(NamedTuple):
+  """Held-out completions of the policy beside the reference's, N of each.
+
+  prompts, texts, ref_texts: N strings.  rewards, ref_rewards: `[N]`.
+  log_ratios: `[N]` log pi - log ref of the policy's samples, nats.  ids, ref_ids: token lists.
+  """
+
+  prompts: list[str]
+  texts: list[str]
+  ref_texts: list[str]
+  rewards: np.ndarray
+  ref_rewards: np.ndarray
+  log_ratios: np.ndarray
+  ids: list[list[int]]
+  ref_ids: list[list[int]]
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def _sequence_logps(params, batch, *, apply_fn):
+  return sequences.sequence_logps(apply_fn(params, batch), batch.mask, reduction="sum")
+
+
+def _chunks(size: int, *arrays: np.ndarray):
+  """Yields slices of `size` rows; the last is filled by repeating its last row: one compile."""
+  for start in range(0, len(arrays[0]), size):
+    rows = np.minimum(np.arange(start, start + size), len(arrays[0]) - 1)
+    yield tuple(x[rows] for x in arrays)
+
+
+def _unpad(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+  return [row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)]
+
+
+def make_task(config: Any) -> Task:
+  """Loads the model, the prompts and the reward of a config."""
+  model = pretrained.load(config.network.model)
+  network = dataclasses.replace(
+    model.config, dtype=config.network.dtype, remat=config.network.remat
+  )
+  longest = config.data.prompt_length + config.data.completion_length
+  if longest > network.max_length:
+    raise ValueError(
+      f"data.prompt_length + data.completion_length = {longest} exceeds the context of "
+      f"{config.network.model} ({network.max_length} tokens): shorten one of them"
+    )
+  prompts = text.load_prompts(config.data.prompts or None)
+  train, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
+  if len(train) < config.data.num_prompts:
+    raise ValueError(
+      f"data.num_prompts={config.data.num_prompts} and eval.num_prompts={config.eval.num_prompts} "
+      f"ask for more than the {len(prompts)} prompts there are: lower one of them"
+    )
+  return Task(
+    config=config,
+    model=model,
+    network=network,
+    apply_fn=transformer.make_apply_fn(network, logps_chunk=config.network.logps_chunk),
+    reward_fn=rewards.resolve(config.reward),
+    train_prompts=train[: config.data.num_prompts],
+    test_prompts=test,
+    cache=text.SampleCache(config.data.cache or None),
+  )
