@@ -1,0 +1,266 @@
+"""Psi-PO and its identity case IPO: learning from preferences without a reward model.
+
+Problem: completions y, y' of a prompt x are drawn from a behaviour policy mu, and somebody says
+which one wins. Psi-PO looks for the policy pi that maximises
+
+  E_{y ~ pi, y' ~ mu}[Psi(P(y beats y'))] - tau KL(pi || ref),   optimum  pi* ~ ref exp(g / tau),
+
+with g(y) = E_{y' ~ mu}[Psi(P(y beats y'))] (`psi_po_target`). The logit as Psi gives the optimum of
+RLHF and DPO; it is unbounded, so a preference of 0 or 1 overrules the regulariser at every tau.
+The identity is bounded, and its optimum is reached by regression on labelled pairs, IPO:
+
+  mean of (h - (2 q - 1) / (2 tau))^2,   h = log-ratio(chosen) - log-ratio(rejected).
+
+Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036 (AISTATS 2024).
+
+| paper | here |
+|---|---|
+| pi, pi_ref, mu | `params` through `apply_fn`; `*_ref_logps`; the data (`behaviour_probs`) |
+| tau | `tau` ("beta" in several libraries; the target is 1 / (2 tau), not 1 / tau) |
+| h_pi(y_w, y_l) | the margin `chosen_log_ratios - rejected_log_ratios` |
+| p*(y > y') | `preferences[i, j]`, `chosen_probs` (q above: soft labels) |
+| Psi | `psi`; `identity` or `logit` |
+
+Deviations: soft labels q, where the paper has hard ones (q = 1). `reduction="mean"` divides each
+log-ratio by the number of its completion tokens, as several libraries do under the name of IPO: the
+margin then counts nats per token, and the optimum is another one. Start from pi = ref.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sharding
+from alignment import checks, sequences
+
+Metrics = dict[str, jax.Array]
+Batch = sequences.PreferenceBatch
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["tau"],
+  meta_fields=["reduction", "num_microbatches"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyper-parameters of IPO.
+
+  Attributes:
+    tau: positive; larger keeps the policy closer to the reference. The loss grows like 1 / tau^2.
+    reduction: "sum" (the paper's: log-probabilities of sequences) or "mean" (per token).
+    num_microbatches: parts into which a batch is split to save memory; same result.
+  """
+
+  tau: Any = 0.1
+  reduction: str = "sum"
+  num_microbatches: int = 1
+
+  def __post_init__(self):
+    checks.positive("tau", self.tau)
+    checks.choice("reduction", self.reduction, sequences.REDUCTIONS)
+    checks.count("num_microbatches", self.num_microbatches)
+
+
+class State(NamedTuple):
+  """Everything that changes in training.
+
+  Attributes:
+    params: parameters of the policy, as `apply_fn` takes them.
+    opt_state: state of the optimiser.
+    step: scalar int32, number of updates done.
+  """
+
+  params: Any
+  opt_state: Any
+  step: jax.Array
+
+
+def identity(probs: jax.Array) -> jax.Array:
+  """Returns the preference itself: the Psi of IPO."""
+  return probs
+
+
+def logit(probs: jax.Array) -> jax.Array:
+  """Returns log(p / (1 - p)): the Psi of RLHF and DPO; infinite at 0 and 1."""
+  return jnp.log(probs) - jnp.log1p(-probs)
+
+
+def psi_po_target(
+  preferences: jax.Array,
+  behaviour_probs: jax.Array,
+  *,
+  psi: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+  """Returns g(y) = E_{y' ~ mu}[Psi(P(y beats y'))], the score that Psi-PO regularises.
+
+  The Psi-PO optimum is ref * exp(g / tau), normalised; g is not divided by tau here.
+
+  Args:
+    preferences: `[..., A, A]`, entry i, j is P(i beats j) in [0, 1], 1/2 on the diagonal.
+    behaviour_probs: `[..., A]` mu, which draws the opponent. Actions of probability 0 count
+      nothing, even where Psi is infinite.
+    psi: non-decreasing function on [0, 1], applied elementwise: `identity`, `logit` or another.
+
+  Returns:
+    `[..., A]` scores.
+
+  Raises:
+    ValueError: if the shapes do not fit, or concrete values are no probabilities.
+
+  Example:
+    >>> preferences = jnp.array([[0.5, 1.0], [0.0, 0.5]])
+    >>> psi_po_target(preferences, jnp.array([0.5, 0.5]), psi=identity)
+    Array([0.75, 0.25], dtype=float32)
+
+  Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, section 4.
+  """
+  num_actions = jnp.shape(behaviour_probs)[-1] if jnp.ndim(behaviour_probs) else 0
+  if jnp.ndim(preferences) < 2 or jnp.shape(preferences)[-2:] != (num_actions, num_actions):
+    raise ValueError(
+      "preferences and behaviour_probs must have shapes [..., A, A] and [..., A], got "
+      f"{list(jnp.shape(preferences))} and {list(jnp.shape(behaviour_probs))}"
+    )
+  checks.probabilities("preferences", preferences)
+  checks.probabilities("behaviour_probs", behaviour_probs)
+  opponents = jnp.asarray(behaviour_probs)[..., None, :]
+  weighted = opponents * psi(jnp.asarray(preferences))
+  return jnp.sum(jnp.where(opponents > 0, weighted, 0.0), axis=-1)
+
+
+def ipo_loss(
+  chosen_log_ratios: jax.Array,
+  rejected_log_ratios: jax.Array,
+  *,
+  tau: Any,
+  chosen_probs: Any = 1.0,
+) -> jax.Array:
+  """Returns the IPO loss of each preference pair.
+
+  The margin h = log-ratio(chosen) - log-ratio(rejected) is regressed onto a constant, so the push
+  stops once the margin is reached (a Bradley-Terry loss never stops on a pair that always wins):
+  loss = (h - (2 q - 1) / (2 tau))^2.
+
+  Args:
+    chosen_log_ratios: `[B]` log pi(y_w|x) - log ref(y_w|x), nats, summed over completion tokens.
+    rejected_log_ratios: `[B]` the same for y_l.
+    tau: positive; larger keeps the policy closer to the reference.
+    chosen_probs: `[B]` or scalar q = P(y_w beats y_l), 1 for hard labels.
+
+  Returns:
+    `[B]` non-negative losses, not averaged; gradients reach both inputs.
+
+  Raises:
+    ValueError: if the shapes differ, or a concrete `tau` is not positive, or concrete
+      `chosen_probs` lie outside [0, 1].
+
+  Example:
+    >>> ipo_loss(jnp.array([5.0, 0.0]), jnp.zeros(2), tau=0.1)
+    Array([ 0., 25.], dtype=float32)
+
+  Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 17.
+  """
+  checks.positive("tau", tau)
+  checks.probabilities("chosen_probs", chosen_probs)
+  shape = checks.same_shape(
+    chosen_log_ratios=chosen_log_ratios, rejected_log_ratios=rejected_log_ratios
+  )
+  if jnp.ndim(chosen_probs):
+    checks.shape("chosen_probs", chosen_probs, shape, "[B]")
+  margins = jnp.asarray(chosen_log_ratios) - jnp.asarray(rejected_log_ratios)
+  return (margins - (2 * chosen_probs - 1) / (2 * tau)) ** 2
+
+
+def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
+  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+
+  Args:
+    params: parameters of the policy; kept in the state, not copied.
+    optimizer: the one that `update` will get.
+    config: unused; every algorithm's `init` takes it.
+  """
+  del config
+  return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def loss(
+  params: Any,
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  config: Config,
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+  """Returns the mean IPO loss of a batch.
+
+  Args:
+    params: parameters of the policy, the only input to differentiate.
+    state: unused; every algorithm's `loss` takes it.
+    batch: B labelled pairs.
+    key: unused: nothing is random.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    config: hyper-parameters.
+
+  Returns:
+    The scalar loss, and `(metrics, ())`.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  del state, key
+  chosen, rejected = sequences.pair_log_ratios(
+    params, batch, apply_fn=apply_fn, reduction=config.reduction
+  )
+  losses = ipo_loss(chosen, rejected, tau=config.tau, chosen_probs=batch.chosen_probs)
+  value = jnp.mean(losses)
+  metrics = {
+    "loss": value,
+    "ipo/margin": jnp.mean(chosen - rejected),
+    "ipo/accuracy": jnp.mean((chosen > rejected).astype(value.dtype)),
+    "ipo/chosen_log_ratio": jnp.mean(chosen),
+    "ipo/rejected_log_ratio": jnp.mean(rejected),
+  }
+  return value, (metrics, ())
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update(
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, Metrics]:
+  """Returns the state after one gradient step, and metrics from before it.
+
+  Args:
+    state: not donated.
+    batch: B labelled pairs; `config.num_microbatches` must divide B.
+    key: unused: nothing is random.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    config: hyper-parameters; a new `tau` does not compile again.
+
+  Returns:
+    The new state; metrics `loss`, `grad_norm`, `ipo/margin` (mean h), `ipo/accuracy` (share of
+    pairs with h > 0), `ipo/chosen_log_ratio`, `ipo/rejected_log_ratio`.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
+  (_, (metrics, _)), grads = grad_fn(
+    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics["grad_norm"] = optax.global_norm(grads)
+  return State(params, opt_state, state.step + 1), metrics

@@ -1,0 +1,400 @@
+"""Llama checkpoints as Hugging Face folders: `config.json` and safetensors, in and out.
+
+`load` reads a local folder into the parameters of `transformer`; `save` writes one that
+`transformers.AutoModelForCausalLM.from_pretrained` opens. What the decoder does not compute
+(biases, sliding windows, other rotary scalings, quantised weights) is refused by name: a model
+that loads computes what its authors meant.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from alignment.models import layout, transformer
+from alignment.models import tokenizer as tokenizer_lib
+
+_Path = str | os.PathLike[str]
+_Dtype = Literal["float32", "bfloat16"]
+
+_NAMES = {
+  "embed/embedding": "model.embed_tokens.weight",
+  "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+  "layers/attention/query/kernel": "model.layers.{}.self_attn.q_proj.weight",
+  "layers/attention/key/kernel": "model.layers.{}.self_attn.k_proj.weight",
+  "layers/attention/value/kernel": "model.layers.{}.self_attn.v_proj.weight",
+  "layers/attention/output/kernel": "model.layers.{}.self_attn.o_proj.weight",
+  "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+  "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+  "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+  "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+  "final_norm/scale": "model.norm.weight",
+  "head/kernel": "lm_head.weight",
+}
+_HEAD, _EMBEDDING = _NAMES["head/kernel"], _NAMES["embed/embedding"]
+
+# What transformers assumes where a config.json is silent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  "llama": {"max_position_embeddings": 2048},
+  "mistral": {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+  },
+}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# `save` replaces a folder that holds nothing but these.
+_OWN_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig:
+  """Returns the config of a decoder from the fields of a `config.json`.
+
+  Args:
+    fields: as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them.
+
+  Raises:
+    ValueError: a field is missing, or asks for a computation that `transformer` does not do.
+
+  Example:
+    >>> from_config_json({
+    ...   "model_type": "llama", "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16,
+    ...   "num_hidden_layers": 2, "num_attention_heads": 2, "rope_theta": 5e5,
+    ... }).rope_theta
+    500000.0
+  """
+  model_type = fields.get("model_type")
+  if model_type not in _DEFAULTS:
+    raise ValueError(
+      f"model_type {model_type!r} is not supported: the decoder reads {', '.join(_DEFAULTS)}; "
+      "choose a checkpoint of the Llama family"
+    )
+  fields = {**_DEFAULTS[model_type], **fields}
+
+  def integer(name: str) -> int:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ValueError(f"{name} must be an integer >= 1 in config.json, got {value!r}")
+    return value
+
+  num_heads, width = integer("num_attention_heads"), integer("hidden_size")
+  length, window = integer("max_position_embeddings"), fields.get("sliding_window")
+  for name in ("attention_bias", "mlp_bias", "quantization_config"):
+    if fields.get(name):
+      raise ValueError(
+        f"{name}={fields[name]!r} is not supported: the decoder has no biases and float weights; "
+        "choose a checkpoint without"
+      )
+  if fields.get("hidden_act", "silu") not in ("silu", "swish"):
+    raise ValueError(f"hidden_act={fields['hidden_act']!r} is not supported: only 'silu' is")
+  if window is not None and window < length:
+    raise ValueError(
+      f"sliding_window={window} is not supported: set it to null and max_position_embeddings to "
+      f"{window} in config.json, which is exact for contexts of that length"
+    )
+  theta, scaling = _rope(fields)
+  # transformers 5 writes `dtype`, older releases `torch_dtype`; half precision widens exactly.
+  stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+  return transformer.TransformerConfig(
+    vocab_size=integer("vocab_size"),
+    num_layers=integer("num_hidden_layers"),
+    width=width,
+    num_heads=num_heads,
+    num_kv_heads=num_heads
+    if fields.get("num_key_value_heads") is None
+    else integer("num_key_value_heads"),
+    head_dim=width // num_heads if fields.get("head_dim") is None else integer("head_dim"),
+    mlp_width=integer("intermediate_size"),
+    max_length=length,
+    rope_theta=theta,
+    rope_scaling=scaling,
+    norm_epsilon=float(fields.get("rms_norm_eps", 1e-6)),
+    tied_head=bool(fields.get("tie_word_embeddings", False)),
+    param_dtype="bfloat16" if stored == "bfloat16" else "float32",
+  )
+
+
+def to_config_json(
+  config: transformer.TransformerConfig, *, tokenizer: tokenizer_lib.Tokenizer | None = None
+) -> dict[str, Any]:
+  """Returns the fields of a `config.json` for transformers 4 and 5; ids come from `tokenizer`."""
+  rope: dict[str, Any] = {"rope_type": "default"}
+  if config.rope_scaling is not None:
+    rope = {
+      "rope_type": "llama3",
+      "factor": config.rope_scaling.factor,
+      "low_freq_factor": config.rope_scaling.low_frequency_factor,
+      "high_freq_factor": config.rope_scaling.high_frequency_factor,
+      "original_max_position_embeddings": config.rope_scaling.original_max_length,
+    }
+  return {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.width,
+    "intermediate_size": config.mlp_width,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "max_position_embeddings": config.max_length,
+    "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+    "rope_theta": config.rope_theta,
+    "rope_scaling": None if config.rope_scaling is None else rope,
+    "rms_norm_eps": config.norm_epsilon,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": config.tied_head,
+    "dtype": config.param_dtype,
+    "torch_dtype": config.param_dtype,
+    "bos_token_id": tokenizer.bos_id if tokenizer else None,
+    "eos_token_id": tokenizer.eos_id if tokenizer else None,
+    "pad_token_id": tokenizer.pad_id if tokenizer else None,
+  }
+
+
+def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Params]:
+  """Reads a folder of `config.json` and `model.safetensors` (or shards with their index).
+
+  Args:
+    folder: a local folder.
+
+  Returns:
+    The config and the parameters as NumPy arrays on the host, in the type they are stored in
+    (`config.param_dtype`; float16, or a mixture of types, is widened to float32, which is exact).
+
+  Raises:
+    ValueError: names the file, the field or the tensor, and what to do.
+  """
+  folder = pathlib.Path(folder)
+  if not (folder / "config.json").is_file():
+    raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+  try:
+    config = from_config_json(_read_json(folder / "config.json"))
+  except ValueError as error:
+    raise ValueError(f"{folder / 'config.json'}: {error}") from error
+  with contextlib.ExitStack() as stack:
+    tensors = _open(folder, stack)
+    # Buffers of old releases, computed from the config.
+    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied_head and _HEAD in found:
+      _check_tied(folder, tensors)
+      found.remove(_HEAD)
+    layout.check_names(config, _NAMES, found, folder)
+    kinds = set()
+    for name, shape in layout.stored_shapes(config, _NAMES).items():
+      path, file = tensors[name]
+      view = file.get_slice(name)
+      layout.check_shape(name, tuple(view.get_shape()), shape, path)
+      if view.get_dtype() not in _SAFETENSORS_DTYPES:
+        raise ValueError(
+          f"{path}: tensor {name} is stored as {view.get_dtype()}, not as a float of "
+          f"{', '.join(_SAFETENSORS_DTYPES)}: choose a checkpoint that is not quantised"
+        )
+      kinds.add(_SAFETENSORS_DTYPES[view.get_dtype()])
+    dtype: _Dtype = "bfloat16" if kinds == {"bfloat16"} else "float32"
+    config = dataclasses.replace(config, param_dtype=dtype)
+
+    def read(name: str) -> np.ndarray:
+      path, file = tensors[name]
+      try:
+        return file.get_tensor(name)
+      except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: cannot read tensor {name}: {error}; copy it again") from error
+
+    return config, layout.stack(config, _NAMES, read, jax.numpy.dtype(dtype))
+
+
+def save(
+  folder: _Path,
+  config: transformer.TransformerConfig,
+  params: transformer.Params,
+  *,
+  tokenizer: tokenizer_lib.Tokenizer | None = None,
+) -> None:
+  """Writes a folder that `load` and transformers' `AutoModelForCausalLM` read.
+
+  Everything is written beside the folder first and moved into place at the end: an interrupted or
+  failed save leaves what was there. Parameters with "adjacent" rotary pairs are reordered to the
+  "half" pairs that the format means; the model stays the same function.
+
+  Args:
+    folder: absent, empty, or an earlier checkpoint, which is replaced.
+    config: the config of `params`.
+    params: float32 or bfloat16, fully addressable from this process; stored bit by bit.
+    tokenizer: saved beside the weights; gives `config.json` its end, start and padding ids.
+
+  Raises:
+    ValueError: `params` do not fit `config`, or `folder` holds files of another kind.
+    OSError: the disk is full or read-only.
+  """
+  folder = pathlib.Path(folder).absolute()
+  _check_replaceable(folder)
+  dtype = _storage_dtype(params)
+  tensors = layout.unstack(config, _NAMES, params)
+  for name, tensor in tensors.items():
+    if config.rope_pairing == "adjacent" and name.endswith(("q_proj.weight", "k_proj.weight")):
+      tensor = np.ascontiguousarray(layout.adjacent_to_half(tensor.T, config.head_dim).T)
+    tensors[name] = tensor.astype(jax.numpy.dtype(dtype), copy=False)
+  fields = to_config_json(dataclasses.replace(config, param_dtype=dtype), tokenizer=tokenizer)
+
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+  try:
+    safetensors.numpy.save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+    (fresh / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+      tokenizer.save(fresh)
+    # Temporary folders and safetensors files are made private; a checkpoint is not.
+    fresh.chmod(0o755)
+    for path in fresh.iterdir():
+      path.chmod(0o644)
+      _sync(path)
+    _replace_folder(fresh, folder)
+  except safetensors.SafetensorError as error:
+    raise OSError(f"cannot write {folder}: {error}; is the disk full?") from error
+  finally:
+    shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _storage_dtype(params: transformer.Params) -> _Dtype:
+  match layout.common_dtype(params).name:
+    case "float32":
+      return "float32"
+    case "bfloat16":
+      return "bfloat16"
+    case other:
+      raise ValueError(f"params are {other}: convert them to float32 or bfloat16 before saving")
+
+
+def _rope(fields: Mapping[str, Any]) -> tuple[float, transformer.RopeScaling | None]:
+  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+  theta = float(rope.get("rope_theta", fields.get("rope_theta", 1e4)))
+  partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+  if partial != 1.0:
+    raise ValueError(
+      f"partial_rotary_factor={partial} is not supported: every feature of a head is rotated"
+    )
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return theta, None
+  if kind != "llama3":
+    raise ValueError(
+      f"rope_type={kind!r} is not supported: the decoder knows 'default' and 'llama3'; choose "
+      "another checkpoint (dropping the field would change the model)"
+    )
+  try:
+    return theta, transformer.RopeScaling(
+      factor=float(rope["factor"]),
+      low_frequency_factor=float(rope["low_freq_factor"]),
+      high_frequency_factor=float(rope["high_freq_factor"]),
+      original_max_length=int(rope["original_max_position_embeddings"]),
+    )
+  except KeyError as error:
+    raise ValueError(f"rope_type 'llama3' needs {error} in config.json") from None
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"not JSON ({error}); is it cut short? Copy it again") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+  return value
+
+
+def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[Any, Any]]:
+  """Returns (path, open file) by tensor name; the files close with `stack`."""
+  tensors = {}
+  for path, wanted in _files(folder):
+    try:
+      file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+    except (safetensors.SafetensorError, OSError) as error:
+      raise ValueError(
+        f"{path} ({path.stat().st_size} bytes) is cut short or no safetensors file: {error}; "
+        "copy it again"
+      ) from error
+    names = set(file.keys())
+    if wanted is not None and not wanted <= names:
+      raise ValueError(f"{path} lacks {sorted(wanted - names)[0]}, which the index places there")
+    tensors.update({name: (path, file) for name in names})
+  return tensors
+
+
+def _files(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, set[str] | None]]:
+  """Yields each weight file with the names that an index promises in it (None without an index)."""
+  single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+  if single.is_file():
+    yield single, None
+    return
+  if not index.is_file():
+    raise ValueError(
+      f"{folder} has neither model.safetensors nor model.safetensors.index.json; write them with "
+      "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+    )
+  try:
+    places = _read_json(index)["weight_map"].items()
+  except (ValueError, KeyError, AttributeError) as error:
+    raise ValueError(f"{index} has no readable weight_map: {error}; copy it again") from error
+  shards: dict[str, set[str]] = {}
+  for name, shard in places:
+    shards.setdefault(shard, set()).add(name)
+  for shard, names in shards.items():
+    path = folder / shard
+    if pathlib.Path(shard).name != shard or not path.is_file():
+      raise ValueError(f"{index} names the file {shard!r}, which is not in {folder}: copy it again")
+    yield path, names
+
+
+def _check_tied(folder: pathlib.Path, tensors: Mapping[str, tuple[Any, Any]]) -> None:
+  if _EMBEDDING in tensors:
+    head, embedding = (tensors[name][1].get_tensor(name) for name in (_HEAD, _EMBEDDING))
+    if not np.array_equal(head, embedding):
+      raise ValueError(
+        f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it: set "
+        "tie_word_embeddings to false if the head is meant"
+      )
+
+
+def _check_replaceable(folder: pathlib.Path) -> None:
+  if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+    raise ValueError(f"{folder} is not a plain folder: choose another place for the checkpoint")
+  others = sorted({path.name for path in folder.iterdir()} - _OWN_FILES) if folder.exists() else []
+  if others:
+    raise ValueError(
+      f"{folder} holds other files ({', '.join(others[:3])}), which a save would remove: choose an "
+      "empty or new folder"
+    )
+
+
+def _sync(path: pathlib.Path) -> None:
+  with open(path, "rb") as file:
+    os.fsync(file.fileno())
+
+
+def _replace_folder(fresh: pathlib.Path, folder: pathlib.Path) -> None:
+  if not folder.exists():
+    fresh.rename(folder)
+    return
+  # A folder with contents cannot be replaced in one step: step aside, move in, step back on error.
+  aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+  folder.rename(aside / folder.name)
+  try:
+    fresh.rename(folder)
+  except OSError:
+    (aside / folder.name).rename(folder)
+    raise
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)

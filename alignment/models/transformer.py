@@ -1,0 +1,481 @@
+"""A decoder-only transformer of the Llama family, as a Flax Linen module and pure functions.
+
+Pre-norm blocks of RMSNorm, grouped-query attention with rotary positions and a SwiGLU feed-forward
+layer; the output head is tied to the embedding or its own. Llama, Mistral, SmolLM and their like are
+choices of `TransformerConfig`. Parameters are a plain dict; the layers are stacked on axis 0:
+
+  embed/embedding                             [V, D]
+  layers/attention_norm/scale                 [L, D]
+  layers/attention/{query,key,value}/kernel   [L, D, heads * head_dim]
+  layers/attention/output/kernel              [L, heads * head_dim, D]
+  layers/mlp_norm/scale                       [L, D]
+  layers/mlp/{gate,up}/kernel                 [L, D, F]
+  layers/mlp/down/kernel                      [L, F, D]
+  final_norm/scale                            [D]
+  head/kernel                                 [D, V]      only when `tied_head` is False
+
+The arithmetic runs in `config.dtype`; norms, softmax and logits always in float32. Token positions are
+counted by the mask, so that padding on either side changes no real token.
+
+References: Touvron et al. 2023, https://arxiv.org/abs/2302.13971 (the family); Su et al. 2021,
+https://arxiv.org/abs/2104.09864 (rotary positions); Ainslie et al. 2023,
+https://arxiv.org/abs/2305.13245 (grouped queries).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from alignment import sequences
+
+Params = dict[str, Any]
+# Keys and values, each [B, num_kv_heads, S, head_dim].
+KeysValues = tuple[jax.Array, jax.Array]
+
+# A score so low that its softmax weight is exactly zero; finite, so that no row becomes NaN.
+HIDDEN = -1e30
+
+# Megatron-style: the first product of a pair is split by columns ("tensor"), the second by rows, and
+# what is left of each matrix over "fsdp". Axis 0 of everything in `layers` counts the layers.
+SHARDING_RULES = (
+  (r"embed/embedding", P("tensor", "fsdp")),
+  (r"head/kernel", P("fsdp", "tensor")),
+  (r"attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
+  (r"attention/output/kernel", P(None, "tensor", "fsdp")),
+  (r"mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+  (r"mlp/down/kernel", P(None, "tensor", "fsdp")),
+  (r"norm/scale", P()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's stretch of the rotary wavelengths (the numbers of a `rope_type: llama3` config).
+
+  Frequencies whose wavelength exceeds `original_max_length / low_frequency_factor` are divided by
+  `factor`, those below `original_max_length / high_frequency_factor` are kept, with a linear blend
+  in between.
+  """
+
+  factor: float
+  low_frequency_factor: float
+  high_frequency_factor: float
+  original_max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Shape of a decoder. Hashable, so it can be a static argument of `jax.jit`.
+
+  Attributes:
+    vocab_size: V, number of token ids.
+    num_layers: L.
+    width: D, size of the residual stream.
+    num_heads: query heads.
+    num_kv_heads: key and value heads; divides `num_heads`.
+    head_dim: features of a head; even (`num_heads * head_dim` need not equal `width`).
+    mlp_width: F, hidden features of the feed-forward layer.
+    max_length: the longest context, in tokens; a longer input raises.
+    rope_theta: base of the rotary wavelengths.
+    rope_pairing: features rotated together: "half" pairs i with i + head_dim / 2 (Hugging Face
+      checkpoints), "adjacent" pairs 2i with 2i + 1 (Meta's and GGUF files). The wrong one loads and
+      runs, and predicts badly.
+    rope_scaling: None, or Llama 3's stretch.
+    norm_epsilon: added to the mean square in RMSNorm.
+    tied_head: logits are products with the embedding itself.
+    dtype: of the matrix products, "float32" or "bfloat16".
+    param_dtype: of the parameters made by `init_params`.
+    remat: recompute each layer whole in the backward pass: activations of one layer in place of L,
+      about a third more time. False keeps the matrix products of every layer and recomputes only
+      what is cheap, which also spares a CPU the page faults of memory it need not touch.
+    scan_layers: compile one layer and loop over it, in place of L copies in a row, which compile
+      L times slower and run no faster.
+  """
+
+  vocab_size: int
+  num_layers: int
+  width: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_width: int
+  max_length: int
+  rope_theta: float = 1e4
+  rope_pairing: Literal["half", "adjacent"] = "half"
+  rope_scaling: RopeScaling | None = None
+  norm_epsilon: float = 1e-5
+  tied_head: bool = True
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  param_dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: bool = False
+  scan_layers: bool = True
+
+  def __post_init__(self):
+    for (
+      name
+    ) in "vocab_size num_layers width num_heads num_kv_heads head_dim mlp_width max_length".split():
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})"
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+    if self.rope_pairing not in ("half", "adjacent"):
+      raise ValueError(f"rope_pairing must be 'half' or 'adjacent', got {self.rope_pairing!r}")
+    for name in ("dtype", "param_dtype"):
+      if getattr(self, name) not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"{name} must be 'float32' or 'bfloat16', got {getattr(self, name)!r}")
+
+
+def rope_frequencies(config: TransformerConfig) -> jax.Array:
+  """Returns the `[head_dim / 2]` rotary frequencies, in radians per token."""
+  exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+  frequencies = config.rope_theta**-exponents
+  scaling = config.rope_scaling
+  if scaling is None:
+    return frequencies
+  turns = scaling.original_max_length * frequencies / (2 * math.pi)
+  keep = (turns - scaling.low_frequency_factor) / (
+    scaling.high_frequency_factor - scaling.low_frequency_factor
+  )
+  keep = jnp.clip(keep, 0.0, 1.0)
+  return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rope_table(positions: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+  """Returns cosines and sines `[B, T, 1, head_dim / 2]` for integer `positions` `[B, T]`."""
+  angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+  """Returns `[B, T]` positions: the number of real tokens before each one, 0 on leading padding."""
+  return jnp.maximum(jnp.cumsum(mask > 0, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def justify_right(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Moves the padding of each row to its left, keeping the order of the real tokens.
+
+  Args:
+    tokens: `[B, P]` token ids.
+    mask: `[B, P]` non-zero on real tokens, wherever they are.
+
+  Returns:
+    `(tokens, mask)` of the same shapes, every row ending in its last real token.
+  """
+  order = jnp.argsort(mask > 0, axis=-1, stable=True)
+  return jnp.take_along_axis(tokens, order, -1), jnp.take_along_axis(mask, order, -1)
+
+
+def attention_bias(mask: jax.Array) -> jax.Array:
+  """Returns what is added to the scores, `[B, T, T]` float32: 0 where seen, else very negative.
+
+  A real token sees the real tokens up to itself. A padded one sees only itself beside them, so that
+  its softmax stays finite; nobody reads it.
+
+  Args:
+    mask: `[B, T]` non-zero on real tokens.
+  """
+  length = mask.shape[1]
+  causal = jnp.tril(jnp.ones((length, length), bool))
+  allowed = (causal & (mask > 0)[:, None, :]) | jnp.eye(length, dtype=bool)
+  return jnp.where(allowed, 0.0, HIDDEN)
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
+  """Grouped-query attention.
+
+  Args:
+    queries: `[B, T, H, head_dim]`.
+    keys: `[B, KV, S, head_dim]`; query head h reads key head h // (H / KV).
+    values: `[B, KV, S, head_dim]`.
+    bias: `[B, T, S]` float32, 0 for what a query may see and `HIDDEN` for the rest.
+
+  Returns:
+    `[B, T, H, head_dim]`.
+  """
+  batch, length, num_heads, head_dim = queries.shape
+  num_kv_heads, span = keys.shape[1:3]
+  groups = num_heads // num_kv_heads
+  # Plain batched matrix products: one batch of B * KV, one contracted dimension.
+  queries = queries.reshape(batch, length, num_kv_heads, groups, head_dim)
+  queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, groups * length, head_dim)
+  scores = jnp.einsum("bkqd,bksd->bkqs", queries * head_dim**-0.5, keys)
+  scores = scores.astype(_accumulator(scores.dtype))
+  # Added rather than selected: a sum needs no residual in the backward pass.
+  scores = scores.reshape(batch, num_kv_heads, groups, length, span) + bias[:, None, None]
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  weights = weights.reshape(batch, num_kv_heads, groups * length, span)
+  out = jnp.einsum("bkqs,bksd->bkqd", weights, values)
+  out = out.reshape(batch, num_kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
+  return out.reshape(batch, length, num_heads, head_dim)
+
+
+def _accumulator(dtype) -> jnp.dtype:
+  """float32, or float64 where the whole computation is in float64."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def rotary_columns(kernel: jax.Array, num_heads: int, config: TransformerConfig) -> jax.Array:
+  """Returns a query or key kernel `[..., D, num_heads * head_dim]` with its columns in "half" order.
+
+  Queries and keys reordered alike have the same products, and a matrix is often smaller than the
+  activations: so "adjacent" becomes "half" here, and `rotate` knows only one kind.
+  """
+  if config.rope_pairing == "half":
+    return kernel
+  pairs = kernel.reshape(*kernel.shape[:-1], num_heads, -1, 2)
+  return pairs.swapaxes(-1, -2).reshape(kernel.shape)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotates `[B, T, heads, head_dim]`, feature i paired with i + head_dim / 2."""
+  cos, sin = rope
+  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """Divides by the root mean square over the features, in float32, and scales."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config = self.config
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:], config.param_dtype)
+    wide = x.astype(_accumulator(x.dtype))
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
+    return (wide * scale.astype(wide.dtype)).astype(config.dtype)
+
+
+class Dense(nn.Module):
+  """A matrix product without bias, over flattened leading dimensions.
+
+  Flattened, because the weight gradient of `[B, T, D] @ [D, F]` contracts two dimensions, which
+  XLA runs 2.3 times slower on a CPU than the `[B * T, D]` form.
+  """
+
+  features: int
+  config: TransformerConfig
+  rotary_heads: int = 0  # > 0: the columns are that many heads, about to be rotated
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config = self.config
+    initializer = nn.initializers.normal(0.02)
+    kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
+    kernel = kernel.astype(config.dtype)
+    if self.rotary_heads:
+      kernel = rotary_columns(kernel, self.rotary_heads, config)
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    return y.reshape(*x.shape[:-1], self.features)
+
+
+class Attention(nn.Module):
+  """Self-attention with rotary positions; returns its keys and values too."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, rope, bias) -> tuple[jax.Array, KeysValues]:
+    config = self.config
+    batch, length = x.shape[:2]
+
+    def heads(name, count, rotary):
+      features = count * config.head_dim
+      y = Dense(features, config, rotary_heads=count if rotary else 0, name=name)(x)
+      y = y.reshape(batch, length, count, config.head_dim)
+      return rotate(y, rope) if rotary else y
+
+    queries = heads("query", config.num_heads, True)
+    keys = heads("key", config.num_kv_heads, True).swapaxes(1, 2)
+    values = heads("value", config.num_kv_heads, False).swapaxes(1, 2)
+    out = attend(queries, keys, values, bias).reshape(batch, length, -1)
+    return Dense(config.width, config, name="output")(out), (keys, values)
+
+
+class Mlp(nn.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config = self.config
+    gate = Dense(config.mlp_width, config, name="gate")(x)
+    up = Dense(config.mlp_width, config, name="up")(x)
+    return Dense(config.width, config, name="down")(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+  """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, rope, bias) -> tuple[jax.Array, KeysValues]:
+    config = self.config
+    normed = RMSNorm(config, name="attention_norm")(x)
+    change, keys_values = Attention(config, name="attention")(normed, rope, bias)
+    x = x + change
+    x = x + Mlp(config, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
+    return x, keys_values
+
+
+class Transformer(nn.Module):
+  """The decoder: token ids to hidden states, and hidden states to logits."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    config = self.config
+    self.embed = nn.Embed(
+      config.vocab_size,
+      config.width,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+      embedding_init=nn.initializers.normal(0.02),
+    )
+    policies = jax.checkpoint_policies
+    self.layers = nn.scan(
+      nn.remat(
+        Block,
+        prevent_cse=False,  # inside a scan nothing can be merged across the two passes
+        policy=policies.nothing_saveable if config.remat else policies.dots_saveable,
+      ),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=config.num_layers,
+      unroll=1 if config.scan_layers else config.num_layers,
+    )(config)
+    self.final_norm = RMSNorm(config)
+    if not config.tied_head:
+      self.head = Dense(config.vocab_size, config)
+
+  def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Logits `[B, T, V]` in float32; see `logits`."""
+    hidden, _ = self.hidden_states(tokens, mask)
+    if self.config.tied_head:
+      flat = hidden.reshape(-1, hidden.shape[-1])
+      out = flat @ self.embed.embedding.astype(hidden.dtype).T
+      out = out.reshape(*hidden.shape[:-1], -1)
+    else:
+      out = self.head(hidden)
+    return out.astype(_accumulator(out.dtype))
+
+  def hidden_states(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeysValues]:
+    """Hidden states `[B, T, D]`, and keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
+    rope = rope_table(positions_of(mask), self.config)
+    x, keys_values = self.layers(self.embed(tokens), rope, attention_bias(mask))
+    return self.final_norm(x), keys_values
+
+
+def init_params(config: TransformerConfig, key: jax.Array) -> Params:
+  """Returns fresh parameters (kernels and embedding normal with deviation 0.02, scales one)."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return Transformer(config).init(key, tokens, jnp.ones((1, 1)))["params"]
+
+
+def hidden_states(
+  params: Params, tokens: jax.Array, mask: jax.Array, *, config: TransformerConfig
+) -> jax.Array:
+  """Returns the hidden state at each token, after the final norm.
+
+  Args:
+    params: as in the module docstring.
+    tokens: `[B, T]` int ids.
+    mask: `[B, T]` non-zero on real tokens; padding may be on either side.
+    config: the shape of the model.
+
+  Returns:
+    `[B, T, D]` in `config.dtype`; finite but meaningless on padding.
+
+  Raises:
+    ValueError: if shapes differ or T exceeds `config.max_length`.
+  """
+  _check_length(tokens, mask, config)
+  return Transformer(config).apply({"params": params}, tokens, mask, method="hidden_states")[0]
+
+
+def logits(
+  params: Params, tokens: jax.Array, mask: jax.Array, *, config: TransformerConfig
+) -> jax.Array:
+  """Returns next-token logits `[B, T, V]` in float32; arguments as `hidden_states`."""
+  _check_length(tokens, mask, config)
+  return Transformer(config).apply({"params": params}, tokens, mask)
+
+
+def output_embedding(params: Params) -> jax.Array:
+  """Returns the `[V, D]` matrix whose products with hidden states are the logits."""
+  return params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
+
+
+@functools.lru_cache(maxsize=None)
+def make_apply_fn(
+  config: TransformerConfig, *, logps_chunk: int = 8192
+) -> Callable[[Params, sequences.Sequences], jax.Array]:
+  """Returns `apply_fn(params, Sequences) -> [B, T]`, the log-probability of each completion token.
+
+  The same arguments give the same function object, so that a jitted `update` which holds it as a
+  static argument compiles once. Only completion positions reach the head, and it
+  takes `logps_chunk` entries of the vocabulary at a time: logits `[B, T, V]` never exist.
+
+  Args:
+    config: the shape of the model.
+    logps_chunk: vocabulary entries whose logits are held at once.
+
+  Returns:
+    A function of `params` and `sequences.Sequences`. The prompt conditions the completion; its
+    padding may be on either side. Entries where `mask` is 0 are finite and meaningless. A prompt
+    row without any real token stands for a start token of id `prompt_tokens[b, -1]`.
+
+  Raises:
+    ValueError: (the returned function) without a prompt, or when prompt and completion together
+      exceed `config.max_length`.
+  """
+
+  def apply_fn(params: Params, batch: sequences.Sequences) -> jax.Array:
+    if batch.prompt_tokens is None or batch.prompt_mask is None or not batch.prompt_tokens.shape[1]:
+      raise ValueError(
+        "prompt_tokens is missing: a decoder predicts a token from those before it, so give at "
+        "least one prompt token (the start or end-of-text id will do) with its prompt_mask"
+      )
+    prompt, prompt_mask = justify_right(batch.prompt_tokens, batch.prompt_mask)
+    prompt_length, length = prompt.shape[1], batch.tokens.shape[1]
+    if prompt_length + length > config.max_length:
+      raise ValueError(
+        f"prompt ({prompt_length} tokens) and completion ({length}) exceed max_length "
+        f"({config.max_length}): shorten one of them"
+      )
+    # The last token of a completion predicts nothing.
+    tokens = jnp.concatenate([prompt, batch.tokens[:, :-1]], axis=1)
+    mask = jnp.concatenate([prompt_mask > 0, batch.mask[:, :-1] > 0], axis=1)
+    hidden = hidden_states(params, tokens, mask, config=config)[:, prompt_length - 1 :]
+    embedding = output_embedding(params)
+    return sequences.chunked_token_logps(hidden, embedding, batch.tokens, chunk_size=logps_chunk)
+
+  return apply_fn
+
+
+def _check_length(tokens: jax.Array, mask: jax.Array, config: TransformerConfig) -> None:
+  if tokens.shape != mask.shape or tokens.ndim != 2:
+    raise ValueError(
+      f"tokens and mask must both be [B, T], got shapes {tokens.shape} and {mask.shape}"
+    )
+  if tokens.shape[1] > config.max_length:
+    raise ValueError(
+      f"tokens has {tokens.shape[1]} tokens a row, more than max_length ({config.max_length}): "
+      "cut the prompt or the completion"
+    )

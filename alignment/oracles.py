@@ -1,0 +1,311 @@
+"""Exact answers on tabular problems: where every loss of this package must end up.
+
+All take hyper-parameters positionally or by name, are batched over leading axes, and return
+arrays in the dtype of `ref_logps` (or of the first argument). NumPy inputs are computed with NumPy,
+so float64 works without touching JAX's settings; JAX inputs with JAX, so all but
+`ipo_dataset_optimum` can be traced. A sequence model is tabular too, once its completions are
+enumerated.
+
+Why they are exact: max over pi of E_pi[f] - tau KL(pi || ref) has the one solution
+ref exp(f / tau) / Z with value tau log Z, and the value lost by another policy is
+tau KL(pi || solution).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse.csgraph
+import scipy.special
+
+from alignment import checks
+
+Array = Any  # a NumPy array in gives a NumPy array out, a JAX array a JAX array
+
+
+def kl_regularised_optimum(ref_logps: Array, scores: Array, temperature: Any) -> Array:
+  """Returns the log-probabilities of argmax_pi E_pi[score] - temperature KL(pi || ref).
+
+  Args:
+    ref_logps: `[..., A]` log-probabilities of the reference; -inf outside its support.
+    scores: `[..., A]` what is maximised.
+    temperature: positive strength of the regulariser, in units of the score per nat.
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: if the shapes do not fit, `temperature` is not positive, or `ref_logps` has NaN.
+
+  Example:
+    >>> np.exp(kl_regularised_optimum(np.log([0.5, 0.5]), np.array([1.0, 0.0]), 0.5)).round(4)
+    array([0.8808, 0.1192])
+  """
+  checks.positive("temperature", temperature)
+  xp, ref_logps, scores = _arrays(ref_logps=ref_logps, scores=scores)
+  return _normalise(xp, ref_logps + scores / temperature, ref_logps.dtype)
+
+
+def optimal_value(ref_logps: Array, scores: Array, temperature: Any) -> Array:
+  """Returns J* `[...]` = temperature * log E_ref[exp(score / temperature)], the best objective."""
+  checks.positive("temperature", temperature)
+  xp, ref_logps, scores = _arrays(ref_logps=ref_logps, scores=scores)
+  value = temperature * _logsumexp(xp, ref_logps + scores / temperature)[..., 0]
+  return value.astype(ref_logps.dtype)
+
+
+def identity(probs: Array) -> Array:
+  """Returns its argument: the Psi of IPO."""
+  return probs
+
+
+def psi_po_optimum(
+  preferences: Array,
+  behaviour_probs: Array,
+  ref_logps: Array,
+  tau: Any,
+  psi: Callable[[Array], Array] = identity,
+) -> Array:
+  """Returns the log-probabilities of the Psi-PO optimum, ref * exp(g / tau) normalised.
+
+  g(y) = E_{y' ~ mu}[Psi(P(y beats y'))]; the default Psi is IPO's. The optimum depends on mu,
+  except for two actions under the identity.
+
+  Args:
+    preferences: `[..., A, A]`, entry i, j is P(i beats j); entry j, i must be 1 minus it.
+    behaviour_probs: `[..., A]` mu, sums to 1.
+    ref_logps: `[..., A]`.
+    tau: positive.
+    psi: elementwise function on [0, 1].
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: if the shapes do not fit, `tau` is not positive, or concrete `preferences` or
+      `behaviour_probs` are not what they must be.
+
+  Example:
+    >>> preferences = np.array([[0.5, 1.0], [0.0, 0.5]])  # the first arm always wins
+    >>> np.exp(psi_po_optimum(preferences, [0.5, 0.5], np.log([0.5, 0.5]), 0.5)).round(4)
+    array([0.7311, 0.2689])
+
+  Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, section 4.
+  """
+  checks.positive("tau", tau)
+  _check_preferences(preferences, behaviour_probs)
+  xp, ref_logps, behaviour_probs = _arrays(ref_logps=ref_logps, behaviour_probs=behaviour_probs)
+  opponents = behaviour_probs[..., None, :]
+  with np.errstate(divide="ignore", invalid="ignore"):
+    utilities = xp.asarray(psi(xp.asarray(preferences)))
+    weighted = xp.where(opponents > 0, opponents * utilities, 0)
+  return _normalise(xp, ref_logps + weighted.sum(-1) / tau, ref_logps.dtype)
+
+
+def ipo_dataset_optimum(
+  chosen_ids: Array, rejected_ids: Array, ref_logps: Array, tau: Any
+) -> Array:
+  """Returns the exact minimiser of the IPO loss on a finite data set of hard-labelled pairs.
+
+  With u = logits - log ref, c = 1 / (2 tau), the Laplacian L of the graph of observed pairs and
+  b = wins - losses, the loss is least where L u = c b. The data fix u only up to a constant on
+  each connected component of the graph: here the mean of u is zero on each, which is where
+  gradient descent ends that starts from the reference (actions never seen keep u = 0).
+
+  Args:
+    chosen_ids: `[..., N]` int in [0, A), the winners.
+    rejected_ids: `[..., N]` int, the losers; a pair of twice the same action says nothing.
+    ref_logps: `[..., A]`.
+    tau: positive.
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: if the shapes do not fit, ids lie outside [0, A), or `tau` is not positive.
+
+  Example:
+    >>> uniform = np.log(np.ones(3) / 3)
+    >>> np.exp(ipo_dataset_optimum([0, 1, 0], [1, 2, 2], uniform, 0.5)).round(4)
+    array([0.5627, 0.2889, 0.1483])
+  """
+  checks.positive("tau", tau)
+  xp, ref_logps = _arrays(ref_logps=ref_logps)
+  ids = [np.asarray(chosen_ids), np.asarray(rejected_ids)]
+  checks.same_shape(chosen_ids=ids[0], rejected_ids=ids[1])
+  num_actions = ref_logps.shape[-1]
+  for name, array in zip(("chosen_ids", "rejected_ids"), ids, strict=True):
+    if array.ndim == 0 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+      raise ValueError(
+        f"{name} must be integers of shape [..., N], got {array.dtype} {array.shape}"
+      )
+    if array.size and not (0 <= array.min() and array.max() < num_actions):
+      raise ValueError(f"{name} must lie in [0, {num_actions}), got {array.min()} to {array.max()}")
+  batch_shape = np.broadcast_shapes(ids[0].shape[:-1], ref_logps.shape[:-1])
+  chosen, rejected = (
+    np.broadcast_to(array.astype(np.intp), batch_shape + array.shape[-1:]) for array in ids
+  )
+  shifts = np.zeros((*batch_shape, num_actions))
+  for index in np.ndindex(*batch_shape):
+    shifts[index] = _laplacian_solve(chosen[index], rejected[index], num_actions)
+  return _normalise(xp, ref_logps + xp.asarray(shifts / (2 * tau)), ref_logps.dtype)
+
+
+def copg_optimum(ref_logps: Array, rewards: Array, beta: Any) -> Array:
+  """Returns the log-probabilities of CoPG's optimum, ref * exp(R / beta) normalised.
+
+  Whatever the data were drawn from: it is also the exact minimiser on every finite data set
+  whose pairs connect all actions.
+
+  Args:
+    ref_logps: `[..., A]`.
+    rewards: `[..., A]` expected rewards.
+    beta: positive.
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: if the shapes do not fit or `beta` is not positive.
+
+  Example:
+    >>> uniform = np.log(np.ones(3) / 3)
+    >>> np.exp(copg_optimum(uniform, np.array([2.5, 2.0, 1.0]), beta=0.5)).round(4)
+    array([0.7054, 0.2595, 0.0351])
+
+  Reference: Flet-Berliac et al. 2024, https://arxiv.org/abs/2406.19185, theorem 1.
+  """
+  checks.positive("beta", beta)
+  return kl_regularised_optimum(ref_logps, rewards, beta)
+
+
+def objective(logps: Array, ref_logps: Array, rewards: Array, temperature: Any) -> Array:
+  """Returns J `[...]` = E_pi[R] - temperature KL(pi || ref).
+
+  Args:
+    logps: `[..., A]` log-probabilities of the policy; -inf where it never goes.
+    ref_logps: `[..., A]`.
+    rewards: `[..., A]`.
+    temperature: positive.
+
+  Returns:
+    `[...]` values; -inf for a policy that leaves the support of the reference.
+
+  Raises:
+    ValueError: if the shapes do not fit or `temperature` is not positive.
+  """
+  checks.positive("temperature", temperature)
+  divergence = kl(logps, ref_logps)
+  xp, logps, rewards = _arrays(logps=logps, rewards=rewards)
+  return ((xp.exp(logps) * rewards).sum(-1) - temperature * divergence).astype(logps.dtype)
+
+
+def regret(logps: Array, ref_logps: Array, rewards: Array, temperature: Any) -> Array:
+  """Returns J* - J(pi) `[...]`, never negative.
+
+  Computed as temperature * KL(pi || pi*), which is the same and does not cancel near the optimum.
+
+  Args:
+    logps: `[..., A]` log-probabilities of the policy.
+    ref_logps: `[..., A]`.
+    rewards: `[..., A]`.
+    temperature: positive.
+
+  Raises:
+    ValueError: if the shapes do not fit or `temperature` is not positive.
+
+  Example:
+    >>> uniform = np.log(np.ones(3) / 3)
+    >>> print(regret(uniform, uniform, np.array([2.5, 2.0, 1.0]), 0.5).round(6))
+    0.291867
+  """
+  optimum = kl_regularised_optimum(ref_logps, rewards, temperature)
+  return temperature * kl(logps, optimum)
+
+
+def kl(logps: Array, other_logps: Array) -> Array:
+  """Returns KL(pi || other) `[...]` in nats from log-probabilities `[..., A]`.
+
+  Actions that pi never takes count nothing; infinite where pi leaves the support of the other.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+
+  Example:
+    >>> print(kl(np.log([0.5, 0.5]), np.log([0.25, 0.75])).round(4))
+    0.1438
+  """
+  xp, logps, other_logps = _arrays(logps=logps, other_logps=other_logps)
+  taken = logps > -np.inf
+  safe = xp.where(taken, logps, 0)
+  other = xp.where(taken, other_logps, 0)
+  return xp.where(taken, xp.exp(safe) * (safe - other), 0).sum(-1).astype(logps.dtype)
+
+
+def _laplacian_solve(chosen: np.ndarray, rejected: np.ndarray, num_actions: int) -> np.ndarray:
+  """Returns u `[A]` with L u = wins - losses and mean zero on each connected component."""
+  counts = np.zeros((num_actions, num_actions))
+  np.add.at(counts, (chosen, rejected), 1)
+  np.fill_diagonal(counts, 0)
+  balance = counts.sum(1) - counts.sum(0)
+  pairs = counts + counts.T
+  laplacian = np.diag(pairs.sum(1)) - pairs
+  shifts = np.zeros(num_actions)
+  num_components, labels = scipy.sparse.csgraph.connected_components(pairs, directed=False)
+  for component in range(num_components):
+    members = np.flatnonzero(labels == component)
+    # Adding the constant matrix makes the block regular and picks the solution of mean zero.
+    block = laplacian[np.ix_(members, members)] + 1 / len(members)
+    shifts[members] = np.linalg.solve(block, balance[members])
+  return shifts
+
+
+def _arrays(**named: Any) -> tuple[Any, ...]:
+  """Returns NumPy or jax.numpy, and the arguments as its arrays with equal last axes, floating."""
+  xp = jnp if any(isinstance(array, jax.Array) for array in named.values()) else np
+  arrays = []
+  for name, value in named.items():
+    array = xp.asarray(value)
+    array = array if xp.issubdtype(array.dtype, xp.floating) else array.astype(float)
+    if array.ndim == 0:
+      raise ValueError(f"{name} must have shape [..., A], got a scalar")
+    if not isinstance(array, jax.core.Tracer) and np.isnan(array).any():
+      raise ValueError(f"{name} must not contain NaN, got {array}")
+    arrays.append(array)
+  if len({array.shape[-1] for array in arrays}) > 1:
+    shapes = ", ".join(f"{name} {list(np.shape(value))}" for name, value in named.items())
+    raise ValueError(f"the last axes must be equal (actions), got {shapes}")
+  return (xp, *arrays)
+
+
+def _logsumexp(xp: Any, logits: Array) -> Array:
+  function = scipy.special.logsumexp if xp is np else jax.nn.logsumexp
+  return function(logits, axis=-1, keepdims=True)
+
+
+def _normalise(xp: Any, logits: Array, dtype: Any) -> Array:
+  return (logits - _logsumexp(xp, logits)).astype(dtype)
+
+
+def _check_preferences(preferences: Any, behaviour_probs: Any) -> None:
+  num_actions = np.shape(behaviour_probs)[-1] if np.ndim(behaviour_probs) else 0
+  if np.ndim(preferences) < 2 or np.shape(preferences)[-2:] != (num_actions, num_actions):
+    raise ValueError(
+      "preferences and behaviour_probs must have shapes [..., A, A] and [..., A], got "
+      f"{list(np.shape(preferences))} and {list(np.shape(behaviour_probs))}"
+    )
+  if isinstance(preferences, jax.core.Tracer) or isinstance(behaviour_probs, jax.core.Tracer):
+    return
+  matrix, probs = np.asarray(preferences, float), np.asarray(behaviour_probs, float)
+  checks.probabilities("preferences", matrix)
+  checks.probabilities("behaviour_probs", probs)
+  # 1e-4: float32 inputs, rounded by whoever made them.
+  if not np.allclose(matrix + np.swapaxes(matrix, -1, -2), 1, atol=1e-4):
+    raise ValueError(
+      "preferences must be antisymmetric, P(i beats j) + P(j beats i) = 1 with 1/2 on the "
+      f"diagonal, got {preferences}"
+    )
+  if not np.allclose(probs.sum(-1), 1, atol=1e-4):
+    raise ValueError(f"behaviour_probs must sum to 1, got {behaviour_probs}")

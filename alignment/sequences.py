@@ -1,0 +1,416 @@
+"""Masked log-probabilities of token sequences: what every loss over sequences is built from.
+
+A policy enters the algorithms as `apply_fn(params, Sequences) -> [B, T]`, the log-probability of
+each completion token given the prompt and the tokens before it. A bandit is the case T = 1 whose
+tokens are arm ids.
+
+Three conventions, each a known source of silent disagreement between implementations:
+
+* the log-probability of a sequence is the **sum** over its completion tokens, EOS included; the
+  mean over tokens is another objective, so `reduction` has no default here;
+* a mean divides by the number of unmasked tokens, never by a number of non-zero values;
+* cached reference log-probabilities (`ref_logps`) are always sums.
+
+`chunked_token_logps` computes the log-probabilities from hidden states and the output embedding,
+one slice of the vocabulary at a time: for a vocabulary of 50,000 the array `[B, T, V]` of logits
+is usually the largest of the whole training step, and this never makes it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alignment import checks
+
+REDUCTIONS = ("sum", "mean")
+
+
+class Sequences(NamedTuple):
+  """What a policy scores: completions and the prompts that they continue.
+
+  Attributes:
+    tokens: `[B, T]` int, completion tokens, right-padded (a bandit: T = 1, arm ids).
+    mask: `[B, T]` 1 on completion tokens including EOS, 0 on padding.
+    prompt_tokens: `[B, P]` int, left-padded, so that each prompt ends where its completion
+      starts; None where there is no prompt.
+    prompt_mask: `[B, P]` 1 on prompt tokens, 0 on padding.
+  """
+
+  tokens: Any
+  mask: Any
+  prompt_tokens: Any = None
+  prompt_mask: Any = None
+
+
+ApplyFn = Callable[[Any, Sequences], jax.Array]
+
+
+class PreferenceBatch(NamedTuple):
+  """Labelled pairs of completions of the same prompt.
+
+  The two completions may be padded to different lengths T.
+
+  Attributes:
+    chosen_tokens: `[B, T]` int, the preferred completion y_w, without the prompt.
+    chosen_mask: `[B, T]` 1 on completion tokens including EOS.
+    chosen_ref_logps: `[B]` log ref(y_w|x), nats, **summed** over completion tokens.
+    rejected_tokens: `[B, T]` the other completion y_l.
+    rejected_mask: `[B, T]`.
+    rejected_ref_logps: `[B]`.
+    chosen_probs: `[B]` or scalar, P(y_w beats y_l); 1 for hard labels.
+    prompt_tokens: `[B, P]` int, left-padded, or None.
+    prompt_mask: `[B, P]` or None.
+  """
+
+  chosen_tokens: Any
+  chosen_mask: Any
+  chosen_ref_logps: Any
+  rejected_tokens: Any
+  rejected_mask: Any
+  rejected_ref_logps: Any
+  chosen_probs: Any = 1.0
+  prompt_tokens: Any = None
+  prompt_mask: Any = None
+
+
+def completion_mask(tokens: jax.Array, eos_id: int) -> jax.Array:
+  """Returns the mask of completions that end with their first EOS.
+
+  The first EOS counts, whatever follows it does not: right also where the padding id equals
+  `eos_id`, the case in which a mask made from `tokens != pad_id` teaches a model never to stop.
+  A row without EOS was cut at T and counts whole; a cut row that is padded afterwards needs a
+  mask made from its length.
+
+  Args:
+    tokens: `[..., T]` int completion tokens, right-padded.
+    eos_id: id of the end-of-sequence token.
+
+  Returns:
+    `[..., T]` float32, 1 up to and including the first EOS, 0 after it.
+
+  Example:
+    >>> completion_mask(jnp.array([[5, 2, 2, 2], [2, 2, 2, 2], [5, 6, 7, 8]]), eos_id=2)
+    Array([[1., 1., 0., 0.],
+           [1., 0., 0., 0.],
+           [1., 1., 1., 1.]], dtype=float32)
+  """
+  ends = (jnp.asarray(tokens) == eos_id).astype(jnp.int32)
+  ended_before = jnp.cumsum(ends, axis=-1) - ends
+  return (ended_before == 0).astype(jnp.float32)
+
+
+def token_logps(
+  logits: jax.Array, tokens: jax.Array, *, mask: jax.Array | None = None
+) -> jax.Array:
+  """Returns the log-probability of each token, in float32 or wider.
+
+  Args:
+    logits: `[..., T, V]`, aligned so that `logits[..., t, :]` predicts `tokens[..., t]`.
+    tokens: `[..., T]` int in [0, V).
+    mask: `[..., T]`, only needed where padding may hold NaN or infinite logits: masked positions
+      then return the log-probability under zero logits, with zero gradient (a later mask alone
+      would still turn 0 * NaN into NaN in the backward pass).
+
+  Returns:
+    `[..., T]` nats.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+
+  Example:
+    >>> token_logps(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([1])).round(4)
+    Array([-0.2877], dtype=float32)
+  """
+  logits = jnp.asarray(logits)
+  checks.shape("tokens", tokens, logits.shape[:-1], "logits.shape[:-1]")
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  if mask is not None:
+    checks.shape("mask", mask, logits.shape[:-1], "logits.shape[:-1]")
+    logits = jnp.where(jnp.asarray(mask, bool)[..., None], logits, 0.0)
+  chosen = jnp.take_along_axis(logits, jnp.asarray(tokens)[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def sequence_logps(token_logps: jax.Array, mask: jax.Array, *, reduction: str) -> jax.Array:
+  """Returns one log-probability for each sequence.
+
+  Masked positions contribute neither value nor gradient, even where they hold NaN or -inf. A
+  fully masked row gives 0 with zero gradient under either reduction.
+
+  Args:
+    token_logps: `[..., T]` log-probability of each completion token.
+    mask: `[..., T]` non-zero on the tokens that count, EOS included.
+    reduction: "sum", the log-probability of the sequence, or "mean", divided by the number of
+      unmasked tokens (at least 1).
+
+  Returns:
+    `[...]` nats (per token for "mean").
+
+  Raises:
+    ValueError: if the shapes differ or the reduction is unknown.
+
+  Example:
+    >>> logps, mask = jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[1, 1, 0]])
+    >>> sequence_logps(logps, mask, reduction="sum")
+    Array([-3.], dtype=float32)
+    >>> sequence_logps(logps, mask, reduction="mean")
+    Array([-1.5], dtype=float32)
+  """
+  checks.choice("reduction", reduction, REDUCTIONS)
+  checks.same_shape(token_logps=token_logps, mask=mask)
+  total = jnp.sum(jnp.where(jnp.asarray(mask, bool), token_logps, 0.0), axis=-1)
+  return total if reduction == "sum" else total / _num_tokens(mask, total.dtype)
+
+
+def log_ratios(
+  token_logps: jax.Array, mask: jax.Array, ref_logps: jax.Array, *, reduction: str
+) -> jax.Array:
+  """Returns log pi(y|x) - log ref(y|x) of each sequence.
+
+  Args:
+    token_logps: `[B, T]` the policy's log-probability of each completion token.
+    mask: `[B, T]`.
+    ref_logps: `[B]` the reference's log-probability, always **summed** over the same tokens.
+    reduction: "sum" or "mean"; "mean" divides both sides by the same number of tokens.
+
+  Returns:
+    `[B]` nats (per token for "mean").
+
+  Raises:
+    ValueError: if the shapes do not fit or the reduction is unknown.
+
+  Example:
+    >>> log_ratios(jnp.array([[-1.0, -1.0]]), jnp.ones((1, 2)), jnp.array([-6.0]),
+    ...            reduction="mean")
+    Array([2.], dtype=float32)
+  """
+  total = sequence_logps(token_logps, mask, reduction="sum")
+  checks.choice("reduction", reduction, REDUCTIONS)
+  checks.shape("ref_logps", ref_logps, total.shape, "[B]")
+  ratios = total - ref_logps
+  return ratios if reduction == "sum" else ratios / _num_tokens(mask, ratios.dtype)
+
+
+def _num_tokens(mask: jax.Array, dtype: Any) -> jax.Array:
+  return jnp.maximum(jnp.sum(jnp.asarray(mask, bool), axis=-1), 1).astype(dtype)
+
+
+def flatten_samples(
+  tokens: jax.Array,
+  mask: jax.Array,
+  prompt_tokens: jax.Array | None = None,
+  prompt_mask: jax.Array | None = None,
+) -> Sequences:
+  """Returns K completions of each of B prompts as one batch of B K sequences.
+
+  Row b K + k is sample k of prompt b: a batch sharded along B stays sharded where it is.
+
+  Args:
+    tokens: `[B, K, T]` int.
+    mask: `[B, K, T]`.
+    prompt_tokens: `[B, P]` or None; each prompt is repeated K times.
+    prompt_mask: `[B, P]` or None.
+
+  Returns:
+    `Sequences` with leading size B K.
+
+  Raises:
+    ValueError: if the shapes do not fit, or only one of the prompt fields is given.
+  """
+  if jnp.ndim(tokens) != 3:
+    raise ValueError(f"tokens must have shape [B, K, T], got {list(jnp.shape(tokens))}")
+  batch_size, num_samples, length = jnp.shape(tokens)
+  checks.same_shape(tokens=tokens, mask=mask)
+  if (prompt_tokens is None) != (prompt_mask is None):
+    raise ValueError("prompt_tokens and prompt_mask must be given together, or neither")
+  if prompt_tokens is not None:
+    checks.same_shape(prompt_tokens=prompt_tokens, prompt_mask=prompt_mask)
+    checks.shape(
+      "prompt_tokens", prompt_tokens, (batch_size, *jnp.shape(prompt_tokens)[1:]), "[B, P]"
+    )
+    prompt_tokens = jnp.repeat(jnp.asarray(prompt_tokens), num_samples, axis=0)
+    prompt_mask = jnp.repeat(jnp.asarray(prompt_mask), num_samples, axis=0)
+  flat = (batch_size * num_samples, length)
+  return Sequences(jnp.reshape(tokens, flat), jnp.reshape(mask, flat), prompt_tokens, prompt_mask)
+
+
+def pair_log_ratios(
+  params: Any, batch: PreferenceBatch, *, apply_fn: ApplyFn, reduction: str
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the log-ratios of the chosen and of the rejected completions.
+
+  Both answers go through the policy in one pass of 2 B sequences, chosen and rejected in turn:
+  one pass over the weights, and no data moves between devices that hold different pairs.
+
+  Args:
+    params: parameters of the policy.
+    batch: B labelled pairs.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    reduction: "sum" or "mean".
+
+  Returns:
+    `[B]` and `[B]`, nats (per token for "mean").
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit, or `reduction` is unknown.
+  """
+  batch_size = _num_pairs(batch)
+  length = max(jnp.shape(batch.chosen_tokens)[1], jnp.shape(batch.rejected_tokens)[1])
+  sequences = flatten_samples(
+    _stack(batch.chosen_tokens, batch.rejected_tokens, length),
+    _stack(batch.chosen_mask, batch.rejected_mask, length),
+    batch.prompt_tokens,
+    batch.prompt_mask,
+  )
+  ref_logps = jnp.stack([batch.chosen_ref_logps, batch.rejected_ref_logps], axis=1).reshape(-1)
+  logps = apply_fn(params, sequences)
+  checks.shape("apply_fn(params, sequences)", logps, (2 * batch_size, length), "[2 B, T]")
+  ratios = log_ratios(logps, sequences.mask, ref_logps, reduction=reduction)
+  chosen, rejected = ratios.reshape(batch_size, 2).T
+  return chosen, rejected
+
+
+def _num_pairs(batch: PreferenceBatch) -> int:
+  """Returns B; raises `ValueError` where the fields of the batch do not fit each other."""
+  if jnp.ndim(batch.chosen_tokens) != 2 or jnp.ndim(batch.rejected_tokens) != 2:
+    shapes = [list(jnp.shape(batch.chosen_tokens)), list(jnp.shape(batch.rejected_tokens))]
+    raise ValueError(f"chosen_tokens and rejected_tokens must have shape [B, T], got {shapes}")
+  checks.same_shape(chosen_tokens=batch.chosen_tokens, chosen_mask=batch.chosen_mask)
+  checks.same_shape(rejected_tokens=batch.rejected_tokens, rejected_mask=batch.rejected_mask)
+  batch_size = jnp.shape(batch.chosen_tokens)[0]
+  for name in ("rejected_tokens", "chosen_ref_logps", "rejected_ref_logps"):
+    array = getattr(batch, name)
+    checks.shape(name, array, (batch_size, *jnp.shape(array)[1:2]), "[B, ...]")
+  return batch_size
+
+
+def _stack(chosen: jax.Array, rejected: jax.Array, length: int) -> jax.Array:
+  """Returns `[B, 2, T]`, the shorter of the two padded with zeros (masked: its mask is too)."""
+  widths = [((0, 0), (0, length - jnp.shape(array)[1])) for array in (chosen, rejected)]
+  padded = [jnp.pad(array, width) for array, width in zip((chosen, rejected), widths, strict=True)]
+  return jnp.stack(padded, axis=1)
+
+
+def chunked_token_logps(
+  hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, *, chunk_size: int
+) -> jax.Array:
+  """Returns the log-probability of each token without ever making `[B, T, V]` logits.
+
+  Equal to `token_logps(hidden @ embedding.T, tokens)`, forward and backward. The vocabulary is
+  scanned in slices of `chunk_size` with a running log-sum-exp; the backward pass computes each
+  slice again. Slices of the vocabulary rather than of the rows, because then each row of the
+  embedding gradient (the big one, `[V, D]`) is written once instead of summed over all slices.
+  Peak memory is `[B * T, chunk_size]`; matrix products accumulate in float32 for bfloat16 inputs.
+
+  Positions that get a zero gradient (masked ones) hand on exactly zero, even from non-finite
+  hidden states. Reverse-mode differentiation only.
+
+  Args:
+    hidden: `[B, T, D]` last hidden states, aligned so that `hidden[:, t]` predicts `tokens[:, t]`.
+    embedding: `[V, D]` output embedding (the transpose of a head's kernel), used without bias.
+    tokens: `[B, T]` int in [0, V).
+    chunk_size: vocabulary entries per slice; need not divide V. A few thousand is a good choice.
+
+  Returns:
+    `[B, T]` nats, in float32 or wider.
+
+  Raises:
+    ValueError: if the shapes do not fit or `chunk_size` is not a positive integer.
+
+  Example:
+    >>> hidden, embedding = jnp.ones((1, 2, 4)), jnp.eye(3, 4)
+    >>> chunked_token_logps(hidden, embedding, jnp.array([[0, 2]]), chunk_size=2).round(4)
+    Array([[-1.0986, -1.0986]], dtype=float32)
+  """
+  checks.count("chunk_size", chunk_size)
+  if jnp.ndim(hidden) != 3 or jnp.ndim(embedding) != 2 or hidden.shape[2] != embedding.shape[1]:
+    raise ValueError(
+      "hidden and embedding must have shapes [B, T, D] and [V, D], got "
+      f"{list(jnp.shape(hidden))} and {list(jnp.shape(embedding))}"
+    )
+  checks.shape("tokens", tokens, hidden.shape[:2], "[B, T]")
+  chunk_size = min(chunk_size, embedding.shape[0])
+  # Rows flattened to one axis: contracting a single axis is what matrix units and CPUs are fast at.
+  rows = hidden.reshape(-1, hidden.shape[2])
+  logps = _row_logps(chunk_size, rows, embedding, jnp.asarray(tokens).reshape(-1))
+  return logps.reshape(hidden.shape[:2])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_logps(chunk_size, rows, embedding, tokens):
+  """`[N]` log-probabilities of `tokens [N]` under softmax(rows [N, D] @ embedding [V, D]^T)."""
+  return _row_logps_forward(chunk_size, rows, embedding, tokens)[0]
+
+
+def _row_logps_forward(chunk_size, rows, embedding, tokens):
+  dtype = _accumulator(rows)
+
+  def add_slice(running, index):
+    highest, total = running
+    logits, _ = _slice_logits(chunk_size, rows, embedding, index)
+    new_highest = jnp.maximum(highest, jnp.max(logits, axis=1))
+    # exp(-inf - finite) = 0 on the first slice: nothing accumulated yet.
+    total = total * jnp.exp(highest - new_highest)
+    total += jnp.sum(jnp.exp(logits - new_highest[:, None]), axis=1)
+    return (new_highest, total), None
+
+  start = (jnp.full(rows.shape[:1], -jnp.inf, dtype), jnp.zeros(rows.shape[:1], dtype))
+  num_slices = -(-embedding.shape[0] // chunk_size)
+  (highest, total), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
+  log_normalisers = highest + jnp.log(total)
+  chosen = jnp.einsum("nd,nd->n", rows, embedding[tokens], preferred_element_type=dtype)
+  return chosen - log_normalisers, (rows, embedding, tokens, log_normalisers)
+
+
+def _row_logps_backward(chunk_size, residuals, cotangents):
+  rows, embedding, tokens, log_normalisers = residuals
+  dtype = _accumulator(rows)
+  # d log p_y / d logit_v = [v = y] - p_v. Where the cotangent is zero, so is the row: 0 * NaN.
+  live = (cotangents != 0)[:, None]
+  safe_rows = jnp.where(live, rows, 0)
+  vocabulary = embedding.shape[0]
+
+  def add_slice(grads, index):
+    row_grads, embedding_grads = grads
+    logits, slice_start = _slice_logits(chunk_size, rows, embedding, index)
+    ids = slice_start + jnp.arange(chunk_size)
+    first = index * chunk_size  # an overlapping last slice leaves out what was done before
+    chosen = (ids[None, :] == tokens[:, None]) & (ids >= first)
+    logit_grads = chosen - jnp.exp(logits - log_normalisers[:, None])
+    logit_grads = jnp.where(live, cotangents[:, None] * logit_grads, 0).astype(rows.dtype)
+    weights = jax.lax.dynamic_slice_in_dim(embedding, slice_start, chunk_size)
+    row_grads += jnp.dot(logit_grads, weights, preferred_element_type=dtype)
+    new = jnp.dot(logit_grads.T, safe_rows, preferred_element_type=dtype)
+    old = jax.lax.dynamic_slice_in_dim(embedding_grads, slice_start, chunk_size)
+    embedding_grads = jax.lax.dynamic_update_slice_in_dim(
+      embedding_grads, old + new.astype(old.dtype), slice_start, axis=0
+    )
+    return (row_grads, embedding_grads), None
+
+  start = (jnp.zeros(rows.shape, dtype), jnp.zeros(embedding.shape, embedding.dtype))
+  num_slices = -(-vocabulary // chunk_size)
+  (row_grads, embedding_grads), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
+  return row_grads.astype(rows.dtype), embedding_grads, None
+
+
+_row_logps.defvjp(_row_logps_forward, _row_logps_backward)
+
+
+def _slice_logits(chunk_size, rows, embedding, index):
+  """Returns the logits `[N, chunk_size]` of one slice, and the id at which the slice starts.
+
+  The last slice of a vocabulary that the chunk does not divide starts early enough to be whole;
+  entries that an earlier slice has covered are -inf. (Padding would copy the embedding.)
+  """
+  start = jnp.minimum(index * chunk_size, embedding.shape[0] - chunk_size)
+  weights = jax.lax.dynamic_slice_in_dim(embedding, start, chunk_size)
+  logits = jnp.dot(rows, weights.T, preferred_element_type=_accumulator(rows))
+  fresh = start + jnp.arange(chunk_size) >= index * chunk_size
+  return jnp.where(fresh, logits, -jnp.inf), start
+
+
+def _accumulator(rows):
+  return jnp.promote_types(rows.dtype, jnp.float32)
