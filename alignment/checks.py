@@ -27,9 +27,10 @@ def positive(name: str, value: Any) -> None:
   if isinstance(value, str):
     raise ValueError(f"{name} must be a number, got the string {value!r}")
   if isinstance(value, numbers.Real):
-    valid = 0 < value < math.inf
+    valid = 0 < float(value) < math.inf
   elif isinstance(value, np.ndarray | np.generic):
-    valid = bool(np.all((value > 0) & np.isfinite(value)))
+    array = np.asarray(value)
+    valid = bool(np.all((array > 0) & np.isfinite(array)))
   else:
     return
   if not valid:

@@ -11,9 +11,8 @@ Three conventions, each a known source of silent disagreement between implementa
 * a mean divides by the number of unmasked tokens, never by a number of non-zero values;
 * cached reference log-probabilities (`ref_logps`) are always sums.
 
-`chunked_token_logps` computes the log-probabilities from hidden states and the output embedding,
-one slice of the vocabulary at a time: for a vocabulary of 50,000 the array `[B, T, V]` of logits
-is usually the largest of the whole training step, and this never makes it.
+For a vocabulary of 50,000 the logits `[B, T, V]` are usually the largest array of a training step:
+`chunked_token_logps` never makes them.
 """
 
 import functools
@@ -299,11 +298,10 @@ def chunked_token_logps(
 ) -> jax.Array:
   """Returns the log-probability of each token without ever making `[B, T, V]` logits.
 
-  Equal to `token_logps(hidden @ embedding.T, tokens)`, forward and backward. The vocabulary is
-  scanned in slices of `chunk_size` with a running log-sum-exp; the backward pass computes each
-  slice again. Slices of the vocabulary rather than of the rows, because then each row of the
-  embedding gradient (the big one, `[V, D]`) is written once instead of summed over all slices.
-  Peak memory is `[B * T, chunk_size]`; matrix products accumulate in float32 for bfloat16 inputs.
+  Equal to `token_logps(hidden @ embedding.T, tokens)`, forward and backward. Slices of the
+  vocabulary are scanned with a running log-sum-exp, and computed again in the backward pass.
+  (Slices of the rows would sum the big gradient, `[V, D]`, once for each slice instead of writing
+  it once.) Peak memory is `[B * T, chunk_size]`; matrix products accumulate in float32 or wider.
 
   Positions that get a zero gradient (masked ones) hand on exactly zero, even from non-finite
   hidden states. Reverse-mode differentiation only.

@@ -8,11 +8,13 @@ reference.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tqdm
 
 from alignment import sequences
 from alignment.models import sampling, transformer
@@ -62,7 +64,7 @@ class Task:
     """Returns `[N]` summed log-probabilities of one completion `[N, T]` a prompt."""
     size = self.config.data.sample_batch_size
     out = []
-    for chunk in _chunks(size, *prompts, tokens, mask):
+    for chunk in _chunks(size, "log-probabilities", *prompts, tokens, mask):
       prompt_tokens, prompt_mask, chunk_tokens, chunk_mask = chunk
       batch = sequences.Sequences(chunk_tokens, chunk_mask, prompt_tokens, prompt_mask)
       out.append(_sequence_logps(params, batch, apply_fn=self.apply_fn))
@@ -74,7 +76,9 @@ class Task:
     prompt_tokens, prompt_mask = self.encode_prompts(prompts)
     rows = (np.repeat(x, num_samples, axis=0) for x in (prompt_tokens, prompt_mask))
     tokens, masks = [], []
-    for i, (chunk_tokens, chunk_mask) in enumerate(_chunks(data.sample_batch_size, *rows)):
+    for i, (chunk_tokens, chunk_mask) in enumerate(
+      _chunks(data.sample_batch_size, "sampling", *rows)
+    ):
       samples = sampling.generate(
         params,
         chunk_tokens,
@@ -234,9 +238,13 @@ def _sequence_logps(params, batch, *, apply_fn):
   return sequences.sequence_logps(apply_fn(params, batch), batch.mask, reduction="sum")
 
 
-def _chunks(size: int, *arrays: np.ndarray):
+def _chunks(size: int, what: str, *arrays: np.ndarray):
   """Yields slices of `size` rows; the last is filled by repeating its last row: one compile."""
-  for start in range(0, len(arrays[0]), size):
+  # Minutes on a CPU: a bar on a terminal, a line elsewhere.
+  starts = range(0, len(arrays[0]), size)
+  if not sys.stderr.isatty() and len(starts) > 1:
+    print(f"{what}: {len(arrays[0])} completions", flush=True)
+  for start in tqdm.tqdm(starts, desc=what, leave=False, disable=None):
     rows = np.minimum(np.arange(start, start + size), len(arrays[0]) - 1)
     yield tuple(x[rows] for x in arrays)
 

@@ -5,24 +5,25 @@ top-p and the ids are ordinary arguments, so a new value compiles nothing (only 
 top-k or top-p on or off does). `bucket_length` rounds prompt lengths up to a few shapes.
 
 What makes it fast on a CPU, each measured:
-* every layer has its own cache array in the loop's carry, so that a step writes one slot in place (a
-  cache that is the output of a scan over layers is copied every step);
+* every layer has its own cache array in the loop's carry, so that a step writes one slot in place
+  (a cache that is the output of a scan over layers is copied every step);
 * weights are transposed and joined (query, key and value; gate and up) once, before the loop, and
-  multiply the activations from the left, `[F, D] @ [D, B]`: with few columns that is up to 1.7 times
-  faster than `[B, D] @ [D, F]`;
+  multiply the activations from the left, `[F, D] @ [D, B]`: with few columns that is up to 1.7
+  times faster than `[B, D] @ [D, F]`;
 * a token is drawn by inverting the cumulative distribution, in two levels of about sqrt(V) entries
   each, with two uniforms a row in place of V Gumbel variates; top-k and top-p find their threshold
   by bisection in place of a sort.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment.models import transformer
+from alignment.models import attention, transformer
 
 
 class Samples(NamedTuple):
@@ -68,9 +69,10 @@ def generate(
 ) -> Samples:
   """Samples a completion of each prompt.
 
-  Temperature divides the logits; top-k then keeps the k most probable tokens (and what ties with the
-  last of them), top-p the smallest set of most probable tokens (ties too) whose share of what is left
-  reaches `top_p`. The draw at row b depends on `key`, b and the position, not on the other rows.
+  Temperature divides the logits; top-k then keeps the k most probable tokens (and what ties with
+  the last of them), top-p the smallest set of most probable tokens (ties too) whose share of what
+  is left reaches `top_p`. The draw at row b depends on `key`, b and the position, not on the other
+  rows.
 
   Args:
     params: of the model, laid out as in `transformer`.
@@ -92,7 +94,8 @@ def generate(
     ValueError: for shapes that do not fit, a concrete id outside the vocabulary, a prompt and
       completion longer than `config.max_length`, or a setting out of range.
   """
-  _check(prompt_tokens, prompt_mask, config, max_new_tokens, temperature, top_k, top_p)
+  ids = (eos_id, pad_id)
+  _check(prompt_tokens, prompt_mask, config, max_new_tokens, temperature, top_k, top_p, ids)
   return _generate(
     params,
     prompt_tokens,
@@ -131,7 +134,7 @@ def _generate(
   use_top_k,
   use_top_p,
 ):
-  batch = prompt_tokens.shape[0]
+  batch, prompt_length = prompt_tokens.shape
   decoder, logits, caches = start(
     params, prompt_tokens, prompt_mask, config=config, max_new_tokens=max_new_tokens
   )
@@ -166,12 +169,13 @@ def _generate(
 
   def step(carry):
     t, samples, token, going, caches = carry
-    logits, caches = decode(decoder, token, t - 1, caches, config=config)
+    logits, caches = decode(decoder, token, prompt_length + t - 1, caches, config=config)
     samples, token, going = record(t, samples, logits, going)
     return t + 1, samples, token, going, caches
 
   shape = (batch, max_new_tokens)
-  samples = Samples(jnp.full(shape, pad_id), jnp.zeros(shape), jnp.zeros(shape))
+  zeros = jnp.zeros(shape, jnp.float32)
+  samples = Samples(jnp.full(shape, pad_id), zeros, zeros)
   samples, token, going = record(0, samples, logits, jnp.ones(batch, bool))
   carry = (jnp.int32(1), samples, token, going, caches)
   return jax.lax.while_loop(
@@ -183,24 +187,21 @@ class Decoder(NamedTuple):
   """What the steps of one generation share: weights in the layout of the loop, and the prompts.
 
   Attributes:
-    layers: for each layer its two norm scales `[D, 1]` and four matrices, output features first.
+    layers: the four matrices of each layer, output features first; norm scales and the 1/sqrt of
+      attention are multiplied in.
     embedding: `[V, D]`.
-    final_norm: `[D, 1]`.
-    head: `[V, D]`.
-    lengths: `[B]` number of real prompt tokens.
-    bias: `[B, S]` 0 on the real prompt tokens and on all later slots, else very negative.
+    head: `[V, D]`, the final norm's scale multiplied in.
+    padding: `[B]` number of padded slots before each prompt.
   """
 
   layers: tuple[dict[str, jax.Array], ...]
   embedding: jax.Array
-  final_norm: jax.Array
   head: jax.Array
-  lengths: jax.Array
-  bias: jax.Array
+  padding: jax.Array
 
 
 # One pair (keys, values) a layer, each [B, num_kv_heads, P + T, head_dim].
-Caches = tuple[transformer.KeysValues, ...]
+Caches = tuple[attention.KeysValues, ...]
 
 
 def start(
@@ -213,39 +214,34 @@ def start(
 ) -> tuple[Decoder, jax.Array, Caches]:
   """Reads the prompts: returns the decoder, the logits `[B, V]` of the first token, and the caches.
 
-  `start` and `decode` are the model as a source of logits; what is made of the logits (one model's
-  draw, or a mixture of two models) is the caller's.
+  `start` and `decode` are a model as a source of logits. What is made of the logits (one model's
+  draw, or a mixture of two models, each with its own caches) is the caller's.
   """
-  tokens, mask = transformer.justify_right(prompt_tokens, prompt_mask)
-  hidden, keys_values = transformer.Transformer(config).apply(
+  tokens, mask = attention.justify_right(prompt_tokens, prompt_mask)
+  hidden, (keys, values) = transformer.Transformer(config).apply(
     {"params": params}, tokens, mask, method="hidden_states"
   )
   room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0)]
-  caches = tuple(
-    (jnp.pad(keys_values[0][i], room), jnp.pad(keys_values[1][i], room))
-    for i in range(config.num_layers)
-  )
-  seen = jnp.pad(mask > 0, [(0, 0), (0, max_new_tokens)], constant_values=True)
-  # A prompt row without a real token starts from its last one, as in `make_apply_fn`; nobody else
-  # sees that token, so the bias stays as the mask says.
+  layers = range(config.num_layers)
+  caches = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in layers)
+  head = transformer.output_embedding(params)
   decoder = Decoder(
     layers=tuple(
       _decoder_layer(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), config)
-      for i in range(config.num_layers)
+      for i in layers
     ),
     embedding=params["embed"]["embedding"],
-    final_norm=params["final_norm"]["scale"][:, None],
-    head=transformer.output_embedding(params).astype(config.dtype),
-    lengths=jnp.sum(mask > 0, axis=-1, dtype=jnp.int32),
-    bias=jnp.where(seen, 0.0, transformer.HIDDEN),
+    head=(head * params["final_norm"]["scale"]).astype(config.dtype),
+    padding=jnp.sum(mask == 0, axis=-1, dtype=jnp.int32),
   )
-  return decoder, _logits(decoder, hidden[:, -1].T), caches
+  logits = jnp.einsum("bd,vd->bv", hidden[:, -1], head.astype(config.dtype))
+  return decoder, logits.astype(jnp.float32), caches
 
 
 def decode(
   decoder: Decoder,
   token: jax.Array,
-  index: jax.Array,
+  slot: jax.Array,
   caches: Caches,
   *,
   config: transformer.TransformerConfig,
@@ -255,12 +251,140 @@ def decode(
   Args:
     decoder: from `start`.
     token: `[B]` ids.
-    index: how many completion tokens came before.
+    slot: scalar, where the token stands in the caches: P plus its place in the completion.
     caches: from `start` or the step before.
     config: the shape of the model.
   """
-  batch, span = token.shape[0], decoder.bias.shape[1]
-  num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-  slot = span - (decoder.bias.shape[1] - index)
-  del slot
-  raise NotImplementedError
+  batch, num_kv_heads, span, head_dim = caches[0][0].shape
+  groups = config.num_heads // num_kv_heads
+  slots = jnp.arange(span)
+  seen = (slots >= decoder.padding[:, None]) & (slots <= slot)
+  bias = jnp.where(seen, 0.0, attention.HIDDEN)[:, None]
+  rope = attention.rope_table(slot - decoder.padding[:, None], config)
+  dtype = jnp.dtype(config.dtype)
+  x = decoder.embedding[token].astype(dtype).T  # [D, B]: see the module docstring
+  updated = []
+  for layer, (keys, values) in zip(decoder.layers, caches, strict=True):
+    heads = (layer["attention"] @ _normed(x, config)).T.reshape(batch, 1, -1, head_dim)
+    rotary, value = jnp.split(heads, [config.num_heads + num_kv_heads], axis=2)
+    query, key = jnp.split(attention.rotate(rotary, rope), [config.num_heads], axis=2)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
+    keys, values = write(keys, key.swapaxes(1, 2)), write(values, value.swapaxes(1, 2))
+    updated.append((keys, values))
+    query = query.reshape(batch, num_kv_heads, groups, head_dim)
+    scores = jnp.einsum("bkgd,bksd->bkgs", query, keys).astype(jnp.float32) + bias[:, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    out = jnp.einsum("bkgs,bksd->bkgd", weights, values).reshape(batch, -1)
+    x = x + layer["output"] @ out.T
+    gate, up = jnp.split(layer["mlp"] @ _normed(x, config), 2, axis=0)
+    x = x + layer["down"] @ (jax.nn.silu(gate) * up)
+  logits = decoder.head @ _normed(x, config)
+  return logits.T.astype(jnp.float32), tuple(updated)
+
+
+def _normed(x: jax.Array, config: transformer.TransformerConfig) -> jax.Array:
+  """RMSNorm over the rows of `[D, B]`, without the scale (it is in the next matrix)."""
+  wide = x.astype(jnp.float32)
+  mean_square = jnp.mean(wide * wide, axis=0, keepdims=True)
+  return (wide * jax.lax.rsqrt(mean_square + config.norm_epsilon)).astype(x.dtype)
+
+
+def _decoder_layer(layer: Any, config: transformer.TransformerConfig) -> dict[str, jax.Array]:
+  """Joins and transposes the matrices of one layer; see `Decoder.layers`."""
+  kernels = {name: value["kernel"] for name, value in layer["attention"].items()}
+  query = attention.rotary_columns(kernels["query"], config.num_heads, config)
+  key = attention.rotary_columns(kernels["key"], config.num_kv_heads, config)
+  joined = jnp.concatenate([query * config.head_dim**-0.5, key, kernels["value"]], axis=1)
+  mlp = jnp.concatenate([layer["mlp"]["gate"]["kernel"], layer["mlp"]["up"]["kernel"]], axis=1)
+  matrices = {
+    "attention": joined * layer["attention_norm"]["scale"][:, None],
+    "output": kernels["output"],
+    "mlp": mlp * layer["mlp_norm"]["scale"][:, None],
+    "down": layer["mlp"]["down"]["kernel"],
+  }
+  return {name: matrix.T.astype(config.dtype) for name, matrix in matrices.items()}
+
+
+def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+  """Draws one index a row with probability proportional to `weights`.
+
+  The distribution is inverted first over blocks of indices, then inside the block: short sums, so
+  float32 is exact enough for large vocabularies. An index of weight zero is never returned.
+
+  Args:
+    weights: `[B, V]` non-negative, at least one positive a row.
+    uniforms: `[B, 2]` in [0, 1).
+
+  Returns:
+    `[B]` int32 indices.
+  """
+  batch, size = weights.shape
+  block = 1 << math.ceil(math.log2(max(size, 2)) / 2)
+  blocks = jnp.pad(weights, [(0, 0), (0, -size % block)]).reshape(batch, -1, block)
+  which = _invert(blocks.sum(-1), uniforms[:, 0])
+  within = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
+  return (which * block + _invert(within, uniforms[:, 1])).astype(jnp.int32)
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Returns the first index whose cumulative share exceeds `uniform`; `[B, N]`, `[B]` -> `[B]`."""
+  sums = jnp.cumsum(weights, axis=-1)
+  # Rounding may leave a parallel cumulative sum uneven over zeros, or reach the total too early.
+  beyond = (sums > uniform[:, None] * sums[:, -1:]) & (weights > 0)
+  return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1))
+
+
+def _keep(weights: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
+  """Zeroes all but the largest `weights` whose `mass` together reaches `target`.
+
+  Non-negative floats are ordered like their bits, so the largest threshold that still keeps enough
+  is found exactly, one bit at a time, in 31 passes and no sort.
+
+  Args:
+    weights: `[B, V]` float32, non-negative.
+    mass: `[B, V]`.
+    target: `[B]` or `[1]`.
+  """
+  bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+
+  def try_bit(i, threshold):
+    candidate = threshold | (1 << (30 - i))
+    kept = jnp.sum(jnp.where(bits >= candidate[:, None], mass, 0.0), axis=-1)
+    return jnp.where(kept >= target, candidate, threshold)
+
+  threshold = jax.lax.fori_loop(0, 31, try_bit, jnp.zeros(weights.shape[0], jnp.int32))
+  return jnp.where(bits >= threshold[:, None], weights, 0.0)
+
+
+def _check(prompt_tokens, prompt_mask, config, max_new_tokens, temperature, top_k, top_p, ids):
+  shape = jnp.shape(prompt_tokens)
+  if len(shape) != 2 or shape != jnp.shape(prompt_mask) or not shape[1]:
+    raise ValueError(
+      f"prompt_tokens and prompt_mask must both be [B, P] with P >= 1, got {list(shape)} and "
+      f"{list(jnp.shape(prompt_mask))}"
+    )
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+  if shape[1] + max_new_tokens > config.max_length:
+    raise ValueError(
+      f"prompt_tokens ({shape[1]} a row) and max_new_tokens ({max_new_tokens}) exceed max_length "
+      f"({config.max_length}): shorten one of them"
+    )
+  if not temperature >= 0:
+    raise ValueError(f"temperature must not be negative, got {temperature}")
+  if top_k < 0:
+    raise ValueError(f"top_k must not be negative (0 for no limit), got {top_k}")
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+  eos_id, pad_id = ids
+  if eos_id >= config.vocab_size or not 0 <= pad_id < config.vocab_size:
+    raise ValueError(
+      f"eos_id ({eos_id}) and pad_id ({pad_id}) must lie below vocab_size ({config.vocab_size})"
+    )
+  if not isinstance(prompt_tokens, jax.core.Tracer):
+    tokens = np.asarray(prompt_tokens)
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
+      raise ValueError(
+        f"prompt_tokens must lie in [0, {config.vocab_size}), got {tokens.min()} to "
+        f"{tokens.max()}: another model's tokenizer?"
+      )

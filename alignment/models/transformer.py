@@ -1,8 +1,8 @@
 """A decoder-only transformer of the Llama family, as a Flax Linen module and pure functions.
 
 Pre-norm blocks of RMSNorm, grouped-query attention with rotary positions and a SwiGLU feed-forward
-layer; the output head is tied to the embedding or its own. Llama, Mistral, SmolLM and their like are
-choices of `TransformerConfig`. Parameters are a plain dict; the layers are stacked on axis 0:
+layer; the output head is tied to the embedding or its own. Llama, Mistral, SmolLM and their like
+are choices of `TransformerConfig`. Parameters are a plain dict; the layers are stacked on axis 0:
 
   embed/embedding                             [V, D]
   layers/attention_norm/scale                 [L, D]
@@ -14,8 +14,8 @@ choices of `TransformerConfig`. Parameters are a plain dict; the layers are stac
   final_norm/scale                            [D]
   head/kernel                                 [D, V]      only when `tied_head` is False
 
-The arithmetic runs in `config.dtype`; norms, softmax and logits always in float32. Token positions are
-counted by the mask, so that padding on either side changes no real token.
+The arithmetic runs in `config.dtype`; norms, softmax and logits always in float32. Token positions
+are counted by the mask, so that padding on either side changes no real token.
 
 References: Touvron et al. 2023, https://arxiv.org/abs/2302.13971 (the family); Su et al. 2021,
 https://arxiv.org/abs/2104.09864 (rotary positions); Ainslie et al. 2023,
@@ -24,7 +24,6 @@ https://arxiv.org/abs/2305.13245 (grouped queries).
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,16 +33,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from alignment import sequences
+from alignment.models import attention
 
 Params = dict[str, Any]
-# Keys and values, each [B, num_kv_heads, S, head_dim].
-KeysValues = tuple[jax.Array, jax.Array]
 
-# A score so low that its softmax weight is exactly zero; finite, so that no row becomes NaN.
-HIDDEN = -1e30
-
-# Megatron-style: the first product of a pair is split by columns ("tensor"), the second by rows, and
-# what is left of each matrix over "fsdp". Axis 0 of everything in `layers` counts the layers.
+# Megatron-style: the first product of a pair is split by columns ("tensor"), the second by rows,
+# and what is left of each matrix over "fsdp". Axis 0 of everything in `layers` counts the layers.
 SHARDING_RULES = (
   (r"embed/embedding", P("tensor", "fsdp")),
   (r"head/kernel", P("fsdp", "tensor")),
@@ -136,115 +131,6 @@ class TransformerConfig:
         raise ValueError(f"{name} must be 'float32' or 'bfloat16', got {getattr(self, name)!r}")
 
 
-def rope_frequencies(config: TransformerConfig) -> jax.Array:
-  """Returns the `[head_dim / 2]` rotary frequencies, in radians per token."""
-  exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  frequencies = config.rope_theta**-exponents
-  scaling = config.rope_scaling
-  if scaling is None:
-    return frequencies
-  turns = scaling.original_max_length * frequencies / (2 * math.pi)
-  keep = (turns - scaling.low_frequency_factor) / (
-    scaling.high_frequency_factor - scaling.low_frequency_factor
-  )
-  keep = jnp.clip(keep, 0.0, 1.0)
-  return frequencies * (keep + (1 - keep) / scaling.factor)
-
-
-def rope_table(positions: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
-  """Returns cosines and sines `[B, T, 1, head_dim / 2]` for integer `positions` `[B, T]`."""
-  angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def positions_of(mask: jax.Array) -> jax.Array:
-  """Returns `[B, T]` positions: the number of real tokens before each one, 0 on leading padding."""
-  return jnp.maximum(jnp.cumsum(mask > 0, axis=-1, dtype=jnp.int32) - 1, 0)
-
-
-def justify_right(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Moves the padding of each row to its left, keeping the order of the real tokens.
-
-  Args:
-    tokens: `[B, P]` token ids.
-    mask: `[B, P]` non-zero on real tokens, wherever they are.
-
-  Returns:
-    `(tokens, mask)` of the same shapes, every row ending in its last real token.
-  """
-  order = jnp.argsort(mask > 0, axis=-1, stable=True)
-  return jnp.take_along_axis(tokens, order, -1), jnp.take_along_axis(mask, order, -1)
-
-
-def attention_bias(mask: jax.Array) -> jax.Array:
-  """Returns what is added to the scores, `[B, T, T]` float32: 0 where seen, else very negative.
-
-  A real token sees the real tokens up to itself. A padded one sees only itself beside them, so that
-  its softmax stays finite; nobody reads it.
-
-  Args:
-    mask: `[B, T]` non-zero on real tokens.
-  """
-  length = mask.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  allowed = (causal & (mask > 0)[:, None, :]) | jnp.eye(length, dtype=bool)
-  return jnp.where(allowed, 0.0, HIDDEN)
-
-
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
-  """Grouped-query attention.
-
-  Args:
-    queries: `[B, T, H, head_dim]`.
-    keys: `[B, KV, S, head_dim]`; query head h reads key head h // (H / KV).
-    values: `[B, KV, S, head_dim]`.
-    bias: `[B, T, S]` float32, 0 for what a query may see and `HIDDEN` for the rest.
-
-  Returns:
-    `[B, T, H, head_dim]`.
-  """
-  batch, length, num_heads, head_dim = queries.shape
-  num_kv_heads, span = keys.shape[1:3]
-  groups = num_heads // num_kv_heads
-  # Plain batched matrix products: one batch of B * KV, one contracted dimension.
-  queries = queries.reshape(batch, length, num_kv_heads, groups, head_dim)
-  queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, groups * length, head_dim)
-  scores = jnp.einsum("bkqd,bksd->bkqs", queries * head_dim**-0.5, keys)
-  scores = scores.astype(_accumulator(scores.dtype))
-  # Added rather than selected: a sum needs no residual in the backward pass.
-  scores = scores.reshape(batch, num_kv_heads, groups, length, span) + bias[:, None, None]
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  weights = weights.reshape(batch, num_kv_heads, groups * length, span)
-  out = jnp.einsum("bkqs,bksd->bkqd", weights, values)
-  out = out.reshape(batch, num_kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
-  return out.reshape(batch, length, num_heads, head_dim)
-
-
-def _accumulator(dtype) -> jnp.dtype:
-  """float32, or float64 where the whole computation is in float64."""
-  return jnp.promote_types(dtype, jnp.float32)
-
-
-def rotary_columns(kernel: jax.Array, num_heads: int, config: TransformerConfig) -> jax.Array:
-  """Returns a query or key kernel `[..., D, num_heads * head_dim]` with its columns in "half" order.
-
-  Queries and keys reordered alike have the same products, and a matrix is often smaller than the
-  activations: so "adjacent" becomes "half" here, and `rotate` knows only one kind.
-  """
-  if config.rope_pairing == "half":
-    return kernel
-  pairs = kernel.reshape(*kernel.shape[:-1], num_heads, -1, 2)
-  return pairs.swapaxes(-1, -2).reshape(kernel.shape)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates `[B, T, heads, head_dim]`, feature i paired with i + head_dim / 2."""
-  cos, sin = rope
-  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
   """Divides by the root mean square over the features, in float32, and scales."""
 
@@ -254,7 +140,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     config = self.config
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:], config.param_dtype)
-    wide = x.astype(_accumulator(x.dtype))
+    wide = x.astype(attention.accumulator(x.dtype))
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
     return (wide * scale.astype(wide.dtype)).astype(config.dtype)
 
@@ -277,7 +163,7 @@ class Dense(nn.Module):
     kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
     kernel = kernel.astype(config.dtype)
     if self.rotary_heads:
-      kernel = rotary_columns(kernel, self.rotary_heads, config)
+      kernel = attention.rotary_columns(kernel, self.rotary_heads, config)
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], self.features)
 
@@ -288,7 +174,7 @@ class Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rope, bias) -> tuple[jax.Array, KeysValues]:
+  def __call__(self, x, rope, bias) -> tuple[jax.Array, attention.KeysValues]:
     config = self.config
     batch, length = x.shape[:2]
 
@@ -296,12 +182,12 @@ class Attention(nn.Module):
       features = count * config.head_dim
       y = Dense(features, config, rotary_heads=count if rotary else 0, name=name)(x)
       y = y.reshape(batch, length, count, config.head_dim)
-      return rotate(y, rope) if rotary else y
+      return attention.rotate(y, rope) if rotary else y
 
     queries = heads("query", config.num_heads, True)
     keys = heads("key", config.num_kv_heads, True).swapaxes(1, 2)
     values = heads("value", config.num_kv_heads, False).swapaxes(1, 2)
-    out = attend(queries, keys, values, bias).reshape(batch, length, -1)
+    out = attention.attend(queries, keys, values, bias).reshape(batch, length, -1)
     return Dense(config.width, config, name="output")(out), (keys, values)
 
 
@@ -324,7 +210,7 @@ class Block(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rope, bias) -> tuple[jax.Array, KeysValues]:
+  def __call__(self, x, rope, bias) -> tuple[jax.Array, attention.KeysValues]:
     config = self.config
     normed = RMSNorm(config, name="attention_norm")(x)
     change, keys_values = Attention(config, name="attention")(normed, rope, bias)
@@ -373,12 +259,14 @@ class Transformer(nn.Module):
       out = out.reshape(*hidden.shape[:-1], -1)
     else:
       out = self.head(hidden)
-    return out.astype(_accumulator(out.dtype))
+    return out.astype(attention.accumulator(out.dtype))
 
-  def hidden_states(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeysValues]:
-    """Hidden states `[B, T, D]`, and keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
-    rope = rope_table(positions_of(mask), self.config)
-    x, keys_values = self.layers(self.embed(tokens), rope, attention_bias(mask))
+  def hidden_states(
+    self, tokens: jax.Array, mask: jax.Array
+  ) -> tuple[jax.Array, attention.KeysValues]:
+    """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
+    rope = attention.rope_table(attention.positions_of(mask), self.config)
+    x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
     return self.final_norm(x), keys_values
 
 
@@ -422,7 +310,7 @@ def output_embedding(params: Params) -> jax.Array:
   return params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_apply_fn(
   config: TransformerConfig, *, logps_chunk: int = 8192
 ) -> Callable[[Params, sequences.Sequences], jax.Array]:
@@ -452,7 +340,7 @@ def make_apply_fn(
         "prompt_tokens is missing: a decoder predicts a token from those before it, so give at "
         "least one prompt token (the start or end-of-text id will do) with its prompt_mask"
       )
-    prompt, prompt_mask = justify_right(batch.prompt_tokens, batch.prompt_mask)
+    prompt, prompt_mask = attention.justify_right(batch.prompt_tokens, batch.prompt_mask)
     prompt_length, length = prompt.shape[1], batch.tokens.shape[1]
     if prompt_length + length > config.max_length:
       raise ValueError(

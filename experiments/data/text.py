@@ -316,8 +316,8 @@ def encode_prompts(
   """Tokenises prompts, padded on the left so that their ends meet the completions.
 
   Args:
-    tokenizer: an `alignment.models.tokenizer.Tokenizer`, or anything with `encode(text)`,
-      `eos_id`, `pad_id` and `vocab_size`.
+    tokenizer: an `alignment.models.tokenizer.Tokenizer`, or anything with
+      `encode(text, add_special_tokens=)`, `eos_id`, `pad_id` and `vocab_size`.
     prompts: N texts.
     max_length: largest number of tokens of a prompt.
     multiple: P is rounded up to it (never past `max_length`): fewer shapes to compile for.
@@ -329,7 +329,8 @@ def encode_prompts(
   Raises:
     ValueError: a prompt that is too long or has no tokens; a token outside the vocabulary.
   """
-  rows = [list(tokenizer.encode(prompt)) for prompt in prompts]
+  # A prompt begins the sequence: models trained with a start token get theirs.
+  rows = [list(tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
   if truncate == "left":
     rows = [row[-max_length:] for row in rows]
   elif truncate is not None:

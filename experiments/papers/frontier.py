@@ -12,11 +12,11 @@ from experiments import workdir as run_folder
 _NAMES = {"copg": "CoPG", "ipo": "IPO", "dpo": "DPO"}
 
 
-def run(config: Any, workdir: pathlib.Path) -> evaluation.Result | None:
+def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   """Trains each algorithm in a folder of its own, then draws all of them into one report.
 
   Returns:
-    The final numbers of every algorithm; None if a signal stopped one of the runs.
+    The outcome of the run that a signal stopped, or the last one's with the final numbers of all.
   """
   records = {}
   for name in config.algorithms:
@@ -29,11 +29,11 @@ def run(config: Any, workdir: pathlib.Path) -> evaluation.Result | None:
     module = importlib.import_module(f"experiments.papers.{name}")
     outcome = training.train(module.build(sub, folder), sub, folder)
     if outcome.result is None:
-      return None
+      return outcome
     records[name] = metrics.JsonLines(folder / "metrics.jsonl").read().evals
   result = _result(records)
   report.write_run(workdir, _Figures(records), config, metrics.History(), result)
-  return result
+  return outcome._replace(result=result)
 
 
 class _Figures:

@@ -33,8 +33,11 @@ class _Letters:
 
   eos_id, pad_id, vocab_size = 27, 0, 28
 
-  def encode(self, string):
-    return [ord(c) - 96 for c in string if "a" <= c <= "z"]
+  start: tuple[int, ...] = ()
+
+  def encode(self, string, add_special_tokens=False):
+    letters = [ord(c) - 96 for c in string if "a" <= c <= "z"]
+    return [*self.start, *letters] if add_special_tokens else letters
 
 
 # --- packaged prompts ---------------------------------------------------------------------------
@@ -323,3 +326,12 @@ def test_bad_tokens():
     text.encode_prompts(small, [], max_length=4)
   with pytest.raises(ValueError, match="truncate is 'right'"):
     text.encode_prompts(small, ["a"], max_length=4, truncate="right")
+
+
+def test_start_token_goes_before_prompts_and_never_before_completions():
+  tokenizer = _Letters()
+  tokenizer.start = (26,)
+  tokens, _ = text.encode_prompts(tokenizer, ["ab"], max_length=3, multiple=1)
+  np.testing.assert_array_equal(tokens, [[26, 1, 2]])
+  tokens, _ = text.encode_completions(tokenizer, ["ab"], max_length=3, multiple=1)
+  np.testing.assert_array_equal(tokens, [[1, 2, 27]])

@@ -1,0 +1,235 @@
+"""What an evaluation returns, and the interval beside every number.
+
+`Result` is what `Experiment.evaluate` gives back: headline numbers with intervals, tables,
+notes. It survives a round trip through JSON, so that a report can be made again without the
+model. The statistics take plain counts or NumPy arrays.
+"""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import special
+
+if TYPE_CHECKING:
+  from experiments import report
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A number and how well it is known.
+
+  Attributes:
+    value: the point estimate.
+    low: lower end of the confidence interval; None where there is none.
+    high: upper end.
+    n: observations behind the value; None where the word means nothing.
+    note: a few words shown beside the number, such as a count of ties.
+  """
+
+  value: float
+  low: float | None = None
+  high: float | None = None
+  n: int | None = None
+  note: str = ""
+
+  def __str__(self) -> str:
+    text = f"{self.value:.4g}"
+    if self.low is not None and self.high is not None:
+      text += f" [{self.low:.4g}, {self.high:.4g}]"
+    if self.n is not None:
+      text += f" n={self.n}"
+    return text + (f" ({self.note})" if self.note else "")
+
+
+@dataclasses.dataclass
+class Result:
+  """What one evaluation found.
+
+  Attributes:
+    metrics: name to `Estimate` (a plain number becomes one), the most important first.
+    tables: `report.Table`s: samples, pass criteria.
+    figures: `report.Figure`s that only the evaluation can draw.
+    notes: paragraphs that the report prints above the numbers.
+    arrays: name to array, kept for `Experiment.figures`; thousands of numbers, not millions.
+  """
+
+  metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tables: Sequence["report.Table"] = ()
+  figures: Sequence["report.Figure"] = ()
+  notes: Sequence[str] = ()
+  arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    self.metrics = {
+      name: value if isinstance(value, Estimate) else Estimate(float(value))
+      for name, value in self.metrics.items()
+    }
+
+  def __str__(self) -> str:
+    return "\n".join(f"{name:24} {estimate}" for name, estimate in self.metrics.items())
+
+  def scalars(self) -> dict[str, float]:
+    """Returns the metrics as flat numbers, `name`, `name_low` and `name_high`."""
+    flat = {}
+    for name, estimate in self.metrics.items():
+      flat[name] = estimate.value
+      if estimate.low is not None and estimate.high is not None:
+        flat[f"{name}_low"], flat[f"{name}_high"] = estimate.low, estimate.high
+    return flat
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns plain JSON; figures are left out, they live as files."""
+    return {
+      "metrics": {name: dataclasses.asdict(value) for name, value in self.metrics.items()},
+      "tables": [dataclasses.asdict(table) for table in self.tables],
+      "notes": list(self.notes),
+      "arrays": {
+        name: {"dtype": str(np.asarray(value).dtype), "values": np.asarray(value).tolist()}
+        for name, value in self.arrays.items()
+      },
+    }
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> "Result":
+    """Returns the result that `to_json` wrote, without its figures."""
+    from experiments import report
+
+    return cls(
+      metrics={name: Estimate(**value) for name, value in data["metrics"].items()},
+      tables=[report.Table(**table) for table in data["tables"]],
+      notes=data["notes"],
+      arrays={
+        name: np.asarray(item["values"], item["dtype"]) for name, item in data["arrays"].items()
+      },
+    )
+
+
+def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Estimate:
+  """Returns k/n with its exact binomial interval, which never covers less than `confidence`.
+
+  Args:
+    k: successes, 0 to n.
+    n: trials. With none the value is 0.5 and the interval is all of [0, 1].
+    confidence: two-sided, between 0 and 1.
+
+  Raises:
+    ValueError: if k is outside 0..n or `confidence` outside (0, 1).
+
+  Example:
+    >>> print(clopper_pearson(8, 10))
+    0.8 [0.4439, 0.9748] n=10
+
+  Reference: Clopper and Pearson 1934, Biometrika 26(4).
+  """
+  _check_confidence(confidence)
+  if not 0 <= k <= n:
+    raise ValueError(f"k={k} successes of n={n} trials: k must lie in 0..n")
+  if n == 0:
+    return Estimate(0.5, 0.0, 1.0, 0)
+  tail = (1 - confidence) / 2
+  low = 0.0 if k == 0 else float(special.betaincinv(k, n - k + 1, tail))
+  high = 1.0 if k == n else float(special.betaincinv(k + 1, n - k, 1 - tail))
+  return Estimate(k / n, low, high, n)
+
+
+def win_rate(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) -> Estimate:
+  """Returns wins / (wins + losses) with its Clopper-Pearson interval.
+
+  Ties decide nothing and stand beside the interval, in `note`; `n` counts decided comparisons.
+  Where ties are common, report `win_rate_half_ties` too.
+
+  Example:
+    >>> print(win_rate(150, 50, ties=56))
+    0.75 [0.6841, 0.8084] n=200 (56 ties)
+  """
+  for name, count in (("wins", wins), ("losses", losses), ("ties", ties)):
+    if count < 0:
+      raise ValueError(f"{name}={count}: counts are not negative")
+  rate = clopper_pearson(wins, wins + losses, confidence)
+  return dataclasses.replace(rate, note=f"{ties} tie{'' if ties == 1 else 's'}")
+
+
+def win_rate_half_ties(wins: int, losses: int, ties: int, confidence: float = 0.95) -> Estimate:
+  """Returns (wins + ties / 2) / n with a t interval over the scores 1, 1/2 and 0."""
+  scores = np.repeat([1.0, 0.0, 0.5], [wins, losses, ties])
+  return dataclasses.replace(mean_interval(scores, confidence), note="a tie counts as half")
+
+
+def mean_interval(
+  values: Any, confidence: float = 0.95, *, method: str = "t", num_resamples: int = 2000
+) -> Estimate:
+  """Returns the mean of independent observations with its interval.
+
+  Args:
+    values: `[N]` numbers.
+    confidence: two-sided, between 0 and 1.
+    method: `"t"` (Student) or `"bootstrap"` (percentile; for skewed values).
+    num_resamples: of the bootstrap, which is seeded: same values, same interval.
+
+  Returns:
+    The estimate; a single observation has no interval.
+
+  Raises:
+    ValueError: if there are no values, or `method` is unknown.
+
+  Example:
+    >>> print(mean_interval([1.0, 2.0, 3.0]))
+    2 [-0.4841, 4.484] n=3
+  """
+  _check_confidence(confidence)
+  values = np.asarray(values, np.float64).ravel()
+  if not values.size:
+    raise ValueError("values is empty: a mean needs at least one observation")
+  if method not in ("t", "bootstrap"):
+    raise ValueError(f"method={method!r}: choose 't' or 'bootstrap'")
+  mean, n = float(values.mean()), values.size
+  if n == 1:
+    return Estimate(mean, n=1)
+  tail = (1 - confidence) / 2
+  if method == "t":
+    half = float(special.stdtrit(n - 1, 1 - tail)) * float(values.std(ddof=1)) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+  rng = np.random.default_rng(0)
+  means = [values[rng.integers(0, n, n)].mean() for _ in range(num_resamples)]
+  low, high = np.quantile(means, [tail, 1 - tail])
+  return Estimate(mean, float(low), float(high), n)
+
+
+def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> Estimate:
+  """Returns the share of distinct n-grams among all n-grams of a set of texts.
+
+  Compare only sets of equally many, equally long texts: the share falls as text grows.
+
+  Args:
+    token_lists: one list of tokens a text, padding removed.
+    n: length of the n-grams, at least 1.
+
+  Returns:
+    Distinct over total; `n` is the total; 0 where no text has n tokens.
+
+  Example:
+    >>> print(distinct_n([[1, 2, 1, 2]], 2))
+    0.6667 n=3
+
+  Reference: Li et al. 2016, https://arxiv.org/abs/1510.03055.
+  """
+  if n < 1:
+    raise ValueError(f"n={n}: n-grams have at least one token")
+  grams = [tuple(tokens[i : i + n]) for tokens in token_lists for i in range(len(tokens) - n + 1)]
+  return Estimate(len(set(grams)) / len(grams) if grams else 0.0, n=len(grams))
+
+
+def fraction_passed(checks: Sequence[tuple[str, bool]]) -> Estimate:
+  """Returns the share of criteria that hold; `n` counts the criteria."""
+  if not checks:
+    raise ValueError("checks is empty: nothing was checked")
+  passed = sum(bool(ok) for _, ok in checks)
+  return Estimate(passed / len(checks), n=len(checks), note=f"{passed} of {len(checks)}")
+
+
+def _check_confidence(confidence: float) -> None:
+  if not 0 < confidence < 1:
+    raise ValueError(f"confidence={confidence}: give a number between 0 and 1, such as 0.95")

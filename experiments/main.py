@@ -1,0 +1,232 @@
+"""The one binary: trains, evaluates and samples every paper.
+
+  python -m experiments.main --config=<paper>:<preset> --workdir=DIR [--config.x.y=VALUE ...]
+
+Also installed as `bootstrax`. Start with `--list` and `--help`. Only the standard library and
+ml_collections are imported before the arguments have been understood.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import pathlib
+import sys
+from typing import Any
+
+_EPILOG = """\
+examples:
+  bootstrax --list
+  bootstrax --config=ipo:bandit --workdir=runs/bandit
+  bootstrax --config=copg:sentiment --config.optimizer.learning_rate=1e-5 --config.seed=1
+  bootstrax --config=copg:sentiment --show          print the config, run nothing
+  bootstrax --mode=eval --workdir=runs/bandit       the config is read from the workdir
+
+The same command continues an interrupted run, exactly. SIGTERM and Ctrl-C save and stop; a second
+one kills at once.
+
+exit code: 0 done; 1 the run had to stop (a loss is not finite, the data ended); 2 bad input, or a
+file that cannot be read or written; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.
+"""
+
+
+def run(argv: list[str] | None = None) -> int:
+  """Runs one command and returns its exit code; `argv` is without the program's name."""
+  argv = sys.argv[1:] if argv is None else argv
+  debug = "--debug" in argv or bool(os.environ.get("BOOTSTRAX_DEBUG"))
+  try:
+    with contextlib.nullcontext() if debug else _quiet_orbax():
+      return _run(argv)
+  except KeyboardInterrupt:
+    print("\nstopped; nothing since the last checkpoint is kept", file=sys.stderr)
+    return 130
+  except Exception as error:
+    code = _exit_code(error)
+    if code is None or debug:
+      raise
+    hint = "" if _is_ours(error) else "\n(--debug shows where this came from)"
+    print(f"error: {_message(error)}{hint}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _quiet_orbax():
+  """Drops what Orbax prints when a write fails, for it raises the error as well.
+
+  It logs the traceback once in each of its threads, and its callbacks find their loop closed.
+  """
+  logger, hook = logging.getLogger("absl"), sys.unraisablehook
+  level = logger.level
+
+  def filtered(unraisable):
+    if "Event loop is closed" not in str(unraisable.exc_value):
+      hook(unraisable)
+
+  logger.setLevel(logging.CRITICAL)
+  sys.unraisablehook = filtered
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
+    sys.unraisablehook = hook
+
+
+def _is_ours(error: Exception) -> bool:
+  """Whether the message was written here, for the user, rather than in some library."""
+  frame = error.__traceback__
+  while frame is not None and frame.tb_next is not None:
+    frame = frame.tb_next
+  root = pathlib.Path(__file__).resolve().parent.parent
+  source = pathlib.Path(frame.tb_frame.f_code.co_filename) if frame is not None else root
+  return source.is_relative_to(root) and "site-packages" not in source.relative_to(root).parts
+
+
+def _exit_code(error: Exception) -> int | None:
+  """Returns the exit code of an error that the user can act on; None for a bug."""
+  if isinstance(error, (ValueError, OSError, ImportError)):
+    return 2
+  training = sys.modules.get("experiments.training")
+  return 1 if training is not None and isinstance(error, training.RunError) else None
+
+
+def _message(error: Exception) -> str:
+  if isinstance(error, ModuleNotFoundError) and error.name:
+    return (
+      f"the package {error.name!r} is not installed: "
+      'pip install "bootstrax[experiments,lm]" brings everything'
+    )
+  return str(error) or type(error).__name__
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of everything but `--config.x.y=VALUE`."""
+  parser = argparse.ArgumentParser(
+    prog="bootstrax",
+    description="Trains, evaluates and samples the papers of bootstrax.",
+    usage="bootstrax --config=<paper>:<preset> --workdir=DIR [--config.x.y=VALUE ...] [options]",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("--config", metavar="P:Q", help="<paper>:<preset>, or a config file: path.py, path.py:preset")
+  add("--config.x.y", metavar="VALUE", dest="_", help="overrides any field of the config")
+  add("--workdir", metavar="DIR", help="folder of the run (default: runs/<paper>-<preset>)")
+  add("--mode", choices=("train", "eval", "sample"), default="train", help="default: train")
+  add(
+    "--checkpoint",
+    metavar="WHICH",
+    default="last",
+    help="for eval and sample: last (default), best, or a step",
+  )
+  add("--list", action="store_true", help="list papers and presets with expected time and result")
+  add("--show", action="store_true", help="print the config with its overrides and stop")
+  add("--wandb", metavar="PROJECT", default="", help="write to Weights & Biases too")
+  add("--multihost", action="store_true", help="one process of a run over several hosts")
+  add("--debug", action="store_true", help="show the traceback of an error")
+  return parser
+
+
+def _run(argv: list[str]) -> int:
+  from experiments import presets
+
+  overrides, rest = presets.split_overrides(argv)
+  args = make_parser().parse_args(rest)
+  if args.list:
+    print(presets.listing())
+    return 0
+  if args.config is None and args.mode == "train":
+    raise ValueError("--config=<paper>:<preset> is missing; --list shows what there is")
+  if args.config is None and args.workdir is None:
+    raise ValueError(f"--mode={args.mode} needs --workdir=DIR, the folder of a run")
+  config: Any = None
+  if args.config is not None:
+    config = presets.override(presets.resolve(args.config), overrides)
+  elif overrides:
+    raise ValueError("--config.x.y overrides need --config")
+  if args.show:
+    shown = config if config is not None else presets.from_workdir(args.workdir)
+    print(presets.as_arguments(shown))
+    return 0
+  workdir = pathlib.Path(args.workdir or f"runs/{config.paper}-{config.get('preset') or 'custom'}")
+  return _start(args, config, workdir)
+
+
+def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path) -> int:
+  """Brings JAX up and runs the mode."""
+  import jax
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own
+  if args.multihost or os.environ.get("BOOTSTRAX_MULTIHOST") == "1":
+    import sharding
+
+    sharding.initialize_multihost()
+  from experiments import presets, training
+  from experiments import workdir as run_folder
+
+  if args.mode == "train":
+    presets.check(config)
+    training.make_mesh(config.sharding.mesh)  # fails before any work does
+    # Ours before the paper loads weights or writes data; hosts share the folder.
+    if jax.process_index() == 0:
+      run_folder.claim(config, workdir)
+    paper = _paper(config.paper)
+    if hasattr(paper, "run"):  # a run of runs, such as a comparison
+      outcome = paper.run(config, workdir)
+    else:
+      outcome = training.train(paper.build(config, workdir), config, workdir, wandb=args.wandb)
+    if outcome.status == "interrupted":
+      return 128 + outcome.signal
+    if outcome.result is not None:
+      print(outcome.result)
+    print(f"report: {workdir / 'report.html'}")
+    return 0
+  saved = run_folder.read_config(workdir)
+  if config is not None:
+    run_folder.claim(config, workdir)  # refuses another run's folder
+    saved = config
+  paper = _paper(saved.paper)
+  if hasattr(paper, "run"):
+    raise ValueError(f"{workdir} holds runs: give the folder of one of them to --workdir")
+  experiment = paper.build(saved, workdir)
+  return _evaluate(args, experiment, saved, workdir)
+
+
+def _evaluate(args: argparse.Namespace, experiment: Any, config: Any, workdir: pathlib.Path) -> int:
+  from experiments import report, training
+  from experiments import workdir as run_folder
+
+  function = experiment.evaluate if args.mode == "eval" else experiment.sample
+  if function is None:
+    raise ValueError(f"--mode={args.mode}: the paper {config.paper!r} defines no such thing")
+  restored = training.restore(experiment, config, workdir, args.checkpoint)
+  found = function(restored.state)
+  path = workdir / f"{args.mode}-step{restored.step}.json"
+  if args.mode == "sample":
+    print(report.as_text(found))
+    run_folder.write_json(path, {"step": restored.step, **vars(found)})
+  else:
+    print(found)
+    run_folder.write_json(path, {"step": restored.step, "result": found.to_json()})
+  print(f"step {restored.step}, written to {path}")
+  return 0
+
+
+def _paper(name: str) -> Any:
+  """Returns the module of a packaged paper, or an importable one of the user's own."""
+  if importlib.util.find_spec(f"experiments.papers.{name.partition('.')[0]}") is not None:
+    name = f"experiments.papers.{name}"
+  elif importlib.util.find_spec(name.partition(".")[0]) is None:
+    raise ValueError(
+      f"config.paper={name!r} is neither in experiments/papers nor a module that can be imported: "
+      "correct it, or add the folder of the module to PYTHONPATH"
+    )
+  return importlib.import_module(name)
+
+
+if __name__ == "__main__":
+  sys.exit(run())
