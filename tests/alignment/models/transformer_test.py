@@ -38,6 +38,9 @@ def make_params(config, seed=0):
   )
 
 
+logits_of = jax.jit(transformer.logits, static_argnames="config")
+
+
 def numpy_logits(params, tokens, config):
   """One sequence, token by token and head by head, in float64, straight from the papers."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -111,7 +114,7 @@ def test_equals_numpy(pairing, scaling, tied):
   config = dataclasses.replace(CONFIG, rope_pairing=pairing, rope_scaling=scaling, tied_head=tied)
   params = make_params(config)
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
-  got = transformer.logits(params, tokens, np.ones(tokens.shape), config=config)
+  got = logits_of(params, tokens, np.ones(tokens.shape), config=config)
   want = np.stack([numpy_logits(params, row, config) for row in tokens])
   assert got.dtype == jnp.float32
   # float32 sums over 20 features, three layers, logits of size 5
@@ -122,7 +125,7 @@ def test_the_wrong_pairing_is_another_model():
   params = make_params(CONFIG)
   other = dataclasses.replace(CONFIG, rope_pairing="adjacent")
   tokens = jnp.arange(9)[None]
-  a, b = (transformer.logits(params, tokens, tokens >= 0, config=c) for c in (CONFIG, other))
+  a, b = (logits_of(params, tokens, tokens >= 0, config=c) for c in (CONFIG, other))
   assert np.abs(a - b).max() > 0.1
 
 
@@ -165,7 +168,7 @@ def test_apply_fn_equals_the_logits():
   params, batch = make_params(CONFIG), batch_of(CONFIG)
   got = transformer.make_apply_fn(CONFIG, logps_chunk=8)(params, batch)
   tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
-  logits = transformer.logits(params, tokens, jnp.ones(tokens.shape), config=CONFIG)
+  logits = logits_of(params, tokens, jnp.ones(tokens.shape), config=CONFIG)
   want = sequences.token_logps(logits[:, 3:-1], batch.tokens)
   np.testing.assert_allclose(got, want, atol=1e-5)  # the same float32 numbers, in chunks
 
@@ -191,8 +194,9 @@ def test_padding_changes_nothing(side):
     logps = apply_fn(params, batch)
     return jnp.sum(sequences.sequence_logps(logps, batch.mask, reduction="sum")), logps
 
-  (_, want), want_grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-  (_, got), grads = jax.value_and_grad(loss, has_aux=True)(params, padded)
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (_, want), want_grads = step(params, batch)
+  (_, got), grads = step(params, padded)
   assert np.isfinite(got).all()
   np.testing.assert_allclose(got[:, : want.shape[1]], want, atol=1e-5)
   # float32 sums of 18 terms of size up to 10 in another order
@@ -201,7 +205,7 @@ def test_padding_changes_nothing(side):
 
 def test_a_row_does_not_see_the_other_rows_or_the_future():
   params, batch = make_params(CONFIG), batch_of(CONFIG)
-  apply_fn = transformer.make_apply_fn(CONFIG, logps_chunk=8)
+  apply_fn = jax.jit(transformer.make_apply_fn(CONFIG, logps_chunk=8))
   want = apply_fn(params, batch)
   changed = batch._replace(tokens=batch.tokens.at[0, 3:].add(1).at[1:].add(1) % CONFIG.vocab_size)
   np.testing.assert_allclose(apply_fn(params, changed)[0, :3], want[0, :3], atol=1e-6)
@@ -211,7 +215,7 @@ def test_fully_padded_rows_are_finite_with_finite_gradients():
   params, batch = make_params(CONFIG), batch_of(CONFIG)
   apply_fn = transformer.make_apply_fn(CONFIG, logps_chunk=8)
   empty = batch._replace(mask=batch.mask.at[0].set(0), prompt_mask=batch.prompt_mask.at[:2].set(0))
-  logps, gradient = jax.value_and_grad(lambda p: jnp.sum(apply_fn(p, empty)))(params)
+  logps, gradient = jax.jit(jax.value_and_grad(lambda p: jnp.sum(apply_fn(p, empty))))(params)
   assert np.isfinite(logps)
   chex.assert_tree_all_finite(gradient)
 
@@ -222,7 +226,7 @@ def test_memory_and_loop_choices_change_no_number(changes):
 
   def run(config):
     apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
-    return jax.value_and_grad(lambda p: jnp.sum(apply_fn(p, batch)))(params)
+    return jax.jit(jax.value_and_grad(lambda p: jnp.sum(apply_fn(p, batch))))(params)
 
   # the same float32 sums, fused differently
   chex.assert_trees_all_close(
@@ -246,13 +250,17 @@ def test_logits_of_all_positions_never_exist():
   apply_fn = transformer.make_apply_fn(config, logps_chunk=256)
   jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(apply_fn(p, batch))))(params)
 
+  def has_equations(value):
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
   def sizes(jaxpr):
     for equation in jaxpr.eqns:
       for variable in equation.outvars:
         if variable.aval.shape[-1:] != (config.width,):  # the embedding and its gradient
           yield math.prod(variable.aval.shape)
-      for inner in jax.core.jaxprs_in_params(equation.params):
-        yield from sizes(inner)
+      for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=has_equations):
+        if has_equations(inner):
+          yield from sizes(getattr(inner, "jaxpr", inner))
 
   assert max(sizes(jaxpr.jaxpr)) < batch.tokens.size * config.vocab_size / 2
 

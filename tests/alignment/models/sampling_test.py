@@ -1,0 +1,281 @@
+"""Sampling: the distribution is the model's, and padding, bucket and neighbours change nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignment import sequences
+from alignment.models import sampling, transformer
+
+CONFIG = transformer.TransformerConfig(
+  vocab_size=29,
+  num_layers=2,
+  width=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=6,
+  mlp_width=20,
+  max_length=32,
+)
+NEVER = -1  # an EOS id that no token has
+LENGTH = 7
+
+
+@pytest.fixture(scope="module")
+def params():
+  """Parameters large enough for a distribution far from uniform."""
+  fresh = transformer.init_params(CONFIG, jax.random.key(0))
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), fresh)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+  """Three prompts of 5, 3 and 1 tokens, padded on the left with an id that also occurs in text."""
+  tokens = jnp.array([[3, 1, 4, 1, 5], [2, 2, 9, 2, 6], [2, 2, 2, 2, 7]])
+  mask = jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+  return tokens, mask
+
+
+def generate(params, prompts, seed=0, **kwargs):
+  kwargs = {"config": CONFIG, "max_new_tokens": LENGTH, "eos_id": NEVER, "pad_id": 2} | kwargs
+  return sampling.generate(params, *prompts, jax.random.key(seed), **kwargs)
+
+
+def teacher_forced(params, prompts, samples, config=CONFIG):
+  apply_fn = transformer.make_apply_fn(config, logps_chunk=16)
+  batch = sequences.Sequences(samples.tokens, samples.mask, *prompts)
+  return jax.jit(apply_fn)(params, batch)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"rope_pairing": "adjacent", "num_kv_heads": 4},
+    {"tied_head": False, "num_kv_heads": 1},
+    {"scan_layers": False, "remat": True},
+  ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logps_equal_a_teacher_forced_pass(changes, temperature, prompts):
+  config = dataclasses.replace(CONFIG, **changes)
+  fresh = transformer.init_params(config, jax.random.key(0))
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), fresh)
+  samples = generate(params, prompts, config=config, temperature=temperature, top_k=20, top_p=0.9)
+  want = teacher_forced(params, prompts, samples, config)
+  assert np.abs(want).max() > 0.1
+  np.testing.assert_allclose(samples.logps, want, atol=1e-5)  # the bound that the docs promise
+
+
+def test_greedy_is_the_argmax_of_a_teacher_forced_pass(params, prompts):
+  samples = generate(params, prompts, temperature=0.0)
+  tokens = jnp.concatenate([prompts[0], samples.tokens], axis=1)
+  mask = jnp.concatenate([prompts[1], samples.mask.astype(jnp.int32)], axis=1)
+  logits = transformer.logits(params, tokens, mask, config=CONFIG)[:, 4:-1]
+  np.testing.assert_array_equal(samples.tokens, jnp.argmax(logits, axis=-1))
+
+
+def test_left_and_right_padding_give_the_same(params, prompts):
+  tokens, mask = prompts
+  lengths = mask.sum(1)
+  right = jnp.stack([jnp.roll(row, n) for row, n in zip(tokens, lengths, strict=True)])
+  right_mask = jnp.arange(5)[None] < lengths[:, None]
+  for temperature in (0.0, 1.0):
+    left = generate(params, prompts, temperature=temperature)
+    got = generate(params, (right, right_mask), temperature=temperature)
+    np.testing.assert_array_equal(got.tokens, left.tokens)
+
+
+def test_a_longer_bucket_changes_nothing(params, prompts):
+  wide = tuple(jnp.pad(x, [(0, 0), (4, 0)]) for x in prompts)
+  want, got = generate(params, prompts), generate(params, wide)
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+
+
+def test_rows_are_independent(params, prompts):
+  """Row b draws the same with other rows beside it, behind it or none."""
+  want = generate(params, prompts).tokens
+  tokens, mask = prompts
+  other = (tokens.at[2].set(8), mask)
+  np.testing.assert_array_equal(generate(params, other).tokens[:2], want[:2])
+  np.testing.assert_array_equal(generate(params, (tokens[:2], mask[:2])).tokens, want[:2])
+
+
+def test_the_same_key_gives_the_same_and_another_another(params, prompts):
+  np.testing.assert_array_equal(generate(params, prompts).tokens, generate(params, prompts).tokens)
+  assert np.any(generate(params, prompts, seed=1).tokens != generate(params, prompts).tokens)
+
+
+def test_eos_counts_and_padding_follows(params, prompts):
+  free = generate(params, prompts)
+  eos_id = int(free.tokens[0, 2])
+  samples = generate(params, prompts, eos_id=eos_id, pad_id=0)
+  for row, row_mask, logps, want in zip(*samples, free.tokens, strict=True):
+    ends = np.flatnonzero(np.asarray(want) == eos_id)
+    length = ends[0] + 1 if ends.size else LENGTH
+    np.testing.assert_array_equal(row_mask, np.arange(LENGTH) < length)
+    np.testing.assert_array_equal(row[:length], want[:length])
+    np.testing.assert_array_equal(row[length:], 0)
+    np.testing.assert_array_equal(logps[length:], 0.0)
+  assert samples.mask[0].sum() < LENGTH
+
+
+def test_eos_may_be_the_padding_id(params, prompts):
+  eos_id = int(generate(params, prompts).tokens[0, 2])
+  samples = generate(params, prompts, eos_id=eos_id, pad_id=eos_id)
+  np.testing.assert_array_equal(samples.mask, sequences.completion_mask(samples.tokens, eos_id))
+
+
+def test_the_loop_stops_when_all_rows_ended(params, prompts, monkeypatch):
+  """What the first token ends takes no further step, at any max_new_tokens."""
+  steps, decode = [], sampling.decode
+
+  def counted(*args, **kwargs):
+    jax.debug.callback(lambda: steps.append(1))
+    return decode(*args, **kwargs)
+
+  monkeypatch.setattr(sampling, "decode", counted)
+  one = (prompts[0][:1], prompts[1][:1])
+  # max_new_tokens of no other test, so that the counting program is compiled, and never reused
+  free = generate(params, one, temperature=0.0, max_new_tokens=9)
+  jax.effects_barrier()
+  assert len(steps) == 8
+  steps.clear()
+  eos_id = int(free.tokens[0, 0])
+  samples = generate(params, one, temperature=0.0, max_new_tokens=9, eos_id=eos_id)
+  jax.effects_barrier()
+  assert not steps
+  np.testing.assert_array_equal(samples.mask, [[1] + [0] * 8])
+
+
+@pytest.mark.parametrize(
+  ("settings", "kept"),
+  [
+    ({}, lambda p: p > 0),
+    ({"temperature": 0.5}, lambda p: p > 0),
+    ({"top_k": 3}, lambda p: p >= np.sort(p)[-3]),
+    (
+      {"top_p": 0.6},
+      lambda p: p >= np.sort(p)[::-1][np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.6)],
+    ),
+    ({"temperature": 2.0, "top_k": 5, "top_p": 0.7}, None),
+  ],
+)
+def test_frequencies_are_the_softmax(params, settings, kept):
+  """Pearson's statistic of 20,000 first tokens, and no token outside the support."""
+  count = 20_000
+  prompt = jnp.tile(jnp.array([[3, 1, 4]]), (count, 1))
+  samples = generate(params, (prompt, prompt > 0), max_new_tokens=1, **settings)
+  logits = transformer.logits(params, prompt[:1], prompt[:1] > 0, config=CONFIG)[0, -1]
+  probs = np.asarray(jax.nn.softmax(logits / settings.get("temperature", 1.0)), np.float64)
+  if kept is None:  # top-k first, top-p in what is left
+    probs = np.where(probs >= np.sort(probs)[-5], probs, 0)
+    probs /= probs.sum()
+    ordered = np.sort(probs)[::-1]
+    support = probs >= ordered[np.searchsorted(np.cumsum(ordered), 0.7)]
+  else:
+    support = kept(probs)
+  probs = np.where(support, probs, 0) / probs[support].sum()
+  observed = np.bincount(np.asarray(samples.tokens[:, 0]), minlength=CONFIG.vocab_size)
+  assert observed[~support].sum() == 0
+  likely = probs * count >= 5  # the usual condition; the others are pooled
+  expected = np.append(probs[likely], probs[~likely].sum()) * count
+  observed = np.append(observed[likely], observed[~likely].sum())
+  statistic = np.sum((observed - expected) ** 2 / np.maximum(expected, 1e-9))
+  # Under the right distribution the mean is the degrees of freedom and the deviation sqrt(2 df):
+  # four deviations are one in ten thousand, and the seed is fixed.
+  freedom = max(int((expected > 0).sum()) - 1, 1)
+  assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 4
+
+
+def test_a_draw_over_a_large_vocabulary_is_exact():
+  """Cumulative sums over 49,152 weights: neither the tail nor the head is lost to rounding."""
+  size, count = 49_152, 5_000
+  rng = np.random.default_rng(0)
+  weights = np.where(rng.random(size) < 0.3, rng.exponential(size=size), 0.0).astype(np.float32)
+  weights[-size // 4 :] *= 0.1
+  uniforms = jnp.asarray(rng.random((count, 2)), jnp.float32)
+  draw = jax.jit(lambda u: sampling.draw(jnp.broadcast_to(weights, (u.shape[0], size)), u))
+  indices = np.concatenate([draw(part) for part in jnp.split(uniforms, 50)])
+  assert np.all(weights[indices] > 0)
+  groups = np.arange(size) // (size // 16)
+  expected = np.bincount(groups, weights) / weights.sum(dtype=np.float64) * count
+  observed = np.bincount(groups[indices], minlength=16)
+  statistic = np.sum((observed - expected) ** 2 / expected)
+  assert statistic < 15 + 4 * np.sqrt(30)  # 15 degrees of freedom, four deviations
+
+
+def test_a_draw_never_has_probability_zero():
+  """The ends of the unit interval, where rounding could step over."""
+  weights = jnp.array([[0.0, 0.0, 1e-30, 0.0, 1.0, 0.0], [0.0, 3.0, 0.0, 0.0, 0.0, 0.0]])
+  ends = [0.0, np.float32(1 - 2**-24)]
+  for first in ends:
+    for second in ends:
+      indices = np.asarray(sampling.draw(weights, jnp.tile(jnp.array([[first, second]]), (2, 1))))
+      assert np.all(np.asarray(weights)[[0, 1], indices] > 0)
+
+
+def test_new_values_do_not_recompile(params, prompts):
+  generate(params, prompts, top_k=3, top_p=0.5, temperature=0.9)
+  before = sampling._generate._cache_size()
+  tokens, mask = prompts
+  generate(
+    params, (tokens[::-1], mask[::-1]), seed=4, top_k=4, top_p=0.6, temperature=1.1, eos_id=5
+  )
+  assert sampling._generate._cache_size() == before
+
+
+def test_bfloat16_runs_and_reports_float32(params, prompts):
+  samples = generate(params, prompts, config=dataclasses.replace(CONFIG, dtype="bfloat16"))
+  assert samples.logps.dtype == jnp.float32
+  want = teacher_forced(params, prompts, samples)
+  # eight bits of mantissa through two layers, log-probabilities of size 3
+  np.testing.assert_allclose(samples.logps, want, atol=0.3)
+
+
+def test_an_empty_prompt_row_is_finite_and_leaves_the_others_alone(params, prompts):
+  tokens, mask = prompts
+  samples = generate(params, (tokens, mask.at[2].set(0)))
+  assert np.isfinite(samples.logps).all()
+  np.testing.assert_array_equal(samples.tokens[:2], generate(params, prompts).tokens[:2])
+  want = teacher_forced(params, (tokens, mask.at[2].set(0)), samples)
+  np.testing.assert_allclose(samples.logps, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ({"max_new_tokens": 28}, r"\(5 a row\) and max_new_tokens \(28\) exceed max_length \(32\)"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_p": 0.0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"eos_id": 29}, "eos_id"),
+    ({"pad_id": -1}, "pad_id"),
+  ],
+)
+def test_bad_settings_name_the_argument(params, prompts, settings, message):
+  with pytest.raises(ValueError, match=message):
+    generate(params, prompts, **settings)
+
+
+def test_bad_prompts_are_an_error(params, prompts):
+  tokens, mask = prompts
+  with pytest.raises(ValueError, match=r"prompt_tokens must lie in \[0, 29\), got 1 to 29"):
+    generate(params, (tokens.at[0, 0].set(29), mask))
+  with pytest.raises(ValueError, match=r"got \[3, 5\] and \[3, 4\]"):
+    generate(params, (tokens, mask[:, 1:]))
+
+
+def test_bucket_length():
+  assert [sampling.bucket_length(n, 16) for n in (1, 16, 17)] == [16, 16, 32]
+  with pytest.raises(ValueError, match="multiple"):
+    sampling.bucket_length(3, 0)

@@ -1,0 +1,712 @@
+"""One contract, run over every algorithm; a paper registers with one builder.
+
+A builder returns a `Case`: the module, a small problem for it and how it may be varied. Each
+clause is a plain function of a case, so that the second half of this file can show that every
+clause catches an algorithm that breaks it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import PartitionSpec
+
+import sharding
+from alignment import copg, ipo, sequences
+from alignment.baselines import dpo
+
+
+class Init(Protocol):
+  """`init(params, *, optimizer, config, **trees) -> State`; pure, so `eval_shape` works."""
+
+  def __call__(self, params: Any, *, optimizer: Any, config: Any, **trees: Any) -> Any: ...
+
+
+class Loss(Protocol):
+  """`loss(...) -> (scalar, (metrics, network_state))`; only `params` gets a gradient."""
+
+  def __call__(
+    self, params: Any, state: Any, batch: Any, key: Any, *, apply_fn: Callable, config: Any
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]: ...
+
+
+class Update(Protocol):
+  """`update(...) -> (State, metrics)`: one pure jitted optimisation step, donating nothing."""
+
+  def __call__(
+    self, state: Any, batch: Any, key: Any, *, apply_fn: Callable, optimizer: Any, config: Any
+  ) -> tuple[Any, dict[str, jax.Array]]: ...
+
+
+class Algorithm(Protocol):
+  """What an algorithm module offers, beside its rung-1 functions."""
+
+  __doc__: str
+  __name__: str
+  Config: type
+  Batch: type
+  State: type
+  init: Init
+  loss: Loss
+  update: Update
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A small problem for one algorithm.
+
+  Attributes:
+    module: the algorithm.
+    params: float32 parameters of a small network.
+    batch: eight examples (so that eight devices have one each).
+    apply_fn: the network.
+    config: hyper-parameters at which losses and gradients are of size one (for absolute 1e-5).
+    hyperparameter: name of a numeric field of the config, and another value for it.
+    trees: keyword arguments of `init` beside the parameters, such as `ref_params`.
+    couples_examples: True where the loss is not a mean over examples; it must then refuse
+      micro-batches.
+    rules: how the state is split over a mesh with axes `data` and `fsdp`.
+  """
+
+  module: Any
+  params: Any
+  batch: Any
+  apply_fn: Callable[..., Any]
+  config: Any
+  hyperparameter: tuple[str, float]
+  trees: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  couples_examples: bool = False
+  rules: sharding.Rules = sharding.REPLICATED
+
+
+# --- the registry: a paper adds one builder ---
+
+
+def _policy_params():
+  keys = jax.random.split(jax.random.key(0), 2)
+  return {
+    "embedding": jax.random.normal(keys[0], (8, 4)),
+    "head": {"kernel": jax.random.normal(keys[1], (4, 8)) / 2, "bias": jnp.zeros(8)},
+  }
+
+
+def _policy(params, rows):
+  """A recurrence-free policy: logits from the mean embedding of the prompt and the last token."""
+  embedded = params["embedding"][rows.tokens]
+  weights = rows.prompt_mask[..., None]
+  prompt = (params["embedding"][rows.prompt_tokens] * weights).sum(1, keepdims=True)
+  prompt = prompt / jnp.maximum(weights.sum(1, keepdims=True), 1)
+  context = prompt + jnp.concatenate([jnp.zeros_like(prompt), embedded[:, :-1]], axis=1)
+  logits = jnp.tanh(context) @ params["head"]["kernel"] + params["head"]["bias"]
+  return sequences.token_logps(logits, rows.tokens)
+
+
+# Moments share the names of their parameters, so one rule splits both.
+_POLICY_RULES: sharding.Rules = (("embedding", PartitionSpec("fsdp")), (".*", PartitionSpec()))
+
+
+def _prompts(rng):
+  mask = (np.arange(3) >= rng.integers(0, 3, (8, 1))).astype(np.float32)  # left-padded
+  return jnp.asarray(rng.integers(0, 8, (8, 3))), jnp.asarray(mask)
+
+
+def _completions(rng, shape):
+  tokens = jnp.asarray(rng.integers(0, 8, shape))
+  mask = sequences.completion_mask(tokens, eos_id=2)
+  return tokens, mask, jnp.asarray(-2 * mask.sum(-1) + rng.normal(size=shape[:-1]), jnp.float32)
+
+
+def _preferences():
+  rng = np.random.default_rng(0)
+  probs = jnp.asarray(rng.uniform(0.5, 1.0, 8), jnp.float32)
+  return sequences.PreferenceBatch(
+    *_completions(rng, (8, 5)), *_completions(rng, (8, 4)), probs, *_prompts(rng)
+  )
+
+
+def _ipo() -> Case:
+  return Case(
+    ipo, _policy_params(), _preferences(), _policy, ipo.Config(tau=0.5, reduction="mean"),
+    ("tau", 2.0), rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
+def _dpo() -> Case:
+  return Case(
+    dpo, _policy_params(), _preferences(), _policy, dpo.Config(beta=0.3), ("beta", 0.1),
+    rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
+def _copg() -> Case:
+  rng = np.random.default_rng(1)
+  batch = copg.Batch(
+    *_completions(rng, (8, 3, 5)), jnp.asarray(rng.normal(size=(8, 3)), jnp.float32),
+    *_prompts(rng),
+  )  # fmt: skip
+  return Case(
+    copg, _policy_params(), batch, _policy, copg.Config(beta=0.1), ("beta", 0.2),
+    rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[[], Case]] = {"copg": _copg, "dpo": _dpo, "ipo": _ipo}
+
+
+# --- helpers of the clauses ---
+
+# Comparisons of two programs use SGD: Adam divides by the size of a gradient and so turns the
+# rounding of a gradient near zero into a whole step. Bit-equality clauses use Adam's state.
+SGD = optax.sgd(0.1)
+ADAM = optax.adam(optax.exponential_decay(1e-2, 10, 0.5))
+
+
+def _start(case, optimizer):
+  return case.module.init(case.params, optimizer=optimizer, config=case.config, **case.trees)
+
+
+def _step(case, optimizer, **changes):
+  config = dataclasses.replace(case.config, **changes)
+  return functools.partial(
+    case.module.update, apply_fn=case.apply_fn, optimizer=optimizer, config=config
+  )
+
+
+def _key(step):
+  return jax.random.fold_in(jax.random.key(7), step)
+
+
+def _assert_close(actual, expected, what):
+  """Equal trees to 1e-5, the project's promise for float32; quantities here are of size one."""
+  assert jax.tree.structure(actual) == jax.tree.structure(expected), what
+  for path, pair in jax.tree_util.tree_leaves_with_path(
+    jax.tree.map(lambda a, b: _Pair(a, b), actual, expected)
+  ):
+    name = what + jax.tree_util.keystr(path)
+    np.testing.assert_allclose(pair.first, pair.second, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def _assert_identical(actual, expected, what):
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=what)
+
+
+@dataclasses.dataclass
+class _Pair:  # not a pytree: one leaf
+  first: Any
+  second: Any
+
+
+def _types(tree):
+  return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
+
+
+@contextlib.contextmanager
+def _compilations():
+  """Collects the names of all programs compiled inside."""
+  names: list[str] = []
+  handler = logging.Handler()
+  handler.emit = lambda record: (  # type: ignore[method-assign]
+    names.append(record.getMessage()) if record.getMessage().startswith("Compiling") else None
+  )
+  logger = logging.getLogger("jax")
+  logger.addHandler(handler)
+  try:
+    with jax.log_compiles():
+      yield names
+  finally:
+    logger.removeHandler(handler)
+
+
+# --- the clauses ---
+
+
+def has_names_and_documentation(case, tmp_path):
+  module = case.module
+  assert module.__doc__ and "https://arxiv.org/abs/" in module.__doc__, "docstring cites no paper"
+  assert "Deviations:" in module.__doc__ and "| paper | here |" in module.__doc__
+  config = module.Config
+  assert dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen
+  config()  # the paper's defaults
+  with pytest.raises(TypeError):
+    config(misspelt_key=1)
+  leaves, treedef = jax.tree.flatten(case.config)
+  numbers = [v for v in vars(case.config).values() if isinstance(v, float)]
+  assert sorted(leaves) == sorted(numbers), "floats are leaves of the config, choices are not"
+  jax.tree.unflatten(treedef, [object()] * len(leaves))  # JAX does so; validation must not mind
+  for cls in (module.Batch, module.State):
+    assert issubclass(cls, tuple) and cls._fields and cls.__doc__
+  assert {"params", "opt_state", "step"} <= set(module.State._fields)
+  assert set(case.trees) <= set(module.State._fields)
+
+  def signature(function):
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    return positional, {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+
+  positional, keywords = signature(module.init)
+  assert positional == ["params"] and keywords == {"optimizer", "config", *case.trees}
+  assert signature(module.loss) == (["params", "state", "batch", "key"], {"apply_fn", "config"})
+  assert signature(module.update) == (
+    ["state", "batch", "key"], {"apply_fn", "optimizer", "config"}
+  )  # fmt: skip
+  rung_1 = [
+    function
+    for name, function in vars(module).items()
+    if name.endswith(("_loss", "_error", "_target", "_advantages")) and name[0] != "_"
+  ]
+  assert rung_1, "no function of arrays alone"
+  for function in (module.init, module.loss, module.update, *rung_1):
+    assert function.__doc__ and "Args:" in function.__doc__, function
+  assert all(signature(function)[1] for function in rung_1), "hyper-parameters are keyword-only"
+
+
+def jit_equals_eager(case, tmp_path):
+  state, step = _start(case, SGD), _step(case, SGD)
+  jitted = step(state, case.batch, _key(0))
+  with jax.disable_jit():
+    eager = step(state, case.batch, _key(0))
+  _assert_close(jitted, eager, "jitted against eager: ")
+
+
+def inputs_survive(case, tmp_path):
+  state, key = _start(case, ADAM), _key(0)
+  inputs = (state, case.batch, case.params, case.trees)
+  before = jax.tree.map(np.array, inputs)
+  _step(case, ADAM)(state, case.batch, key)
+  for leaf in jax.tree.leaves((inputs, key)):
+    assert not leaf.is_deleted(), "update donated its input"
+  _assert_identical(inputs, before, "update changed its input")
+
+
+def state_keeps_its_types(case, tmp_path):
+  state, step = _start(case, ADAM), _step(case, ADAM)
+  after, _ = step(state, case.batch, _key(0))
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  assert _types(after) == _types(state)
+  assert after.step == state.step + 1 and after.step.dtype == jnp.int32
+
+
+def scan_equals_a_loop(case, tmp_path):
+  start, step = _start(case, SGD), _step(case, SGD)
+  looped = start
+  for index in range(3):
+    looped, _ = step(looped, case.batch, _key(index))
+
+  def body(state, _):
+    return step(state, case.batch, _key(state.step))
+
+  scanned, metrics = jax.lax.scan(body, start, None, length=3)
+  _assert_close(scanned, looped, "scan against loop: ")
+  assert all(values.shape == (3,) for values in metrics.values())
+  moved = max(
+    np.abs(a - b).max()
+    for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(looped.params), strict=True)
+  )
+  assert moved > 1e-4, "the update does nothing, so nothing was tested"
+
+
+def second_call_does_not_recompile(case, tmp_path):
+  state, step, keys = _start(case, ADAM), _step(case, ADAM), [_key(0), _key(1), _key(2)]
+  state, _ = step(state, case.batch, keys[0])
+  with _compilations() as names:
+    for key in keys[1:]:
+      state, _ = step(state, case.batch, key)
+  assert not names, names
+
+
+def new_hyperparameter_does_not_recompile(case, tmp_path):
+  name, value = case.hyperparameter
+  state, key = _start(case, ADAM), _key(0)
+  _, before = _step(case, ADAM)(state, case.batch, key)
+  with _compilations() as names:
+    _, after = _step(case, ADAM, **{name: value})(state, case.batch, key)
+  assert not names, names
+  assert before["loss"] != after["loss"], f"{name} is ignored"
+
+
+def vmap_over_seeds(case, tmp_path):
+  step = _step(case, SGD)
+
+  def perturbed(key):
+    leaves, treedef = jax.tree.flatten(case.params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, noisy)
+
+  def run(key):
+    state = case.module.init(
+      perturbed(key), optimizer=SGD, config=case.config, **case.trees
+    )  # fmt: skip
+    return step(state, case.batch, key)
+
+  keys = jax.random.split(jax.random.key(3), 3)
+  batched = jax.vmap(run)(keys)
+  assert np.ptp(batched[1]["loss"]) > 0
+  for index, key in enumerate(keys):
+    one = jax.tree.map(lambda leaf, i=index: leaf[i], batched)
+    _assert_close(one, run(key), f"seed {index}: ")
+
+
+def vmap_over_hyperparameter(case, tmp_path):
+  name, value = case.hyperparameter
+  values = jnp.array([getattr(case.config, name), value])
+  state = _start(case, SGD)
+
+  def run(value):
+    return _step(case, SGD, **{name: value})(state, case.batch, _key(0))
+
+  batched = jax.vmap(run)(values)
+  for index, value in enumerate(values):
+    one = jax.tree.map(lambda leaf, i=index: leaf[i], batched)
+    _assert_close(one, run(value), f"{name} = {value}: ")
+
+
+def eight_devices_equal_one(case, tmp_path):
+  assert jax.device_count() == 8, "conftest.py simulates eight devices"
+  state, step, key = _start(case, SGD), _step(case, SGD), _key(0)
+  one = step(state, case.batch, key)
+
+  def gradient(params, state, batch, key):
+    return jax.grad(
+      lambda p: case.module.loss(
+        p, state, batch, key, apply_fn=case.apply_fn, config=case.config
+      )[0]
+    )(params)  # fmt: skip
+
+  one_gradient = jax.jit(gradient)(state.params, state, case.batch, key)
+  for axes in ({"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 4}):
+    mesh = sharding.make_mesh(axes)
+    many = sharding.jit_update(step, mesh, case.rules)(state, case.batch, key)
+    for leaf in jax.tree.leaves(many):
+      assert len(leaf.sharding.device_set) == 8
+    _assert_close(many, one, f"update on {axes}: ")
+    placed = sharding.place(state, mesh, case.rules)
+    batch = sharding.shard_batch(case.batch, mesh)
+    split = [leaf for leaf in jax.tree.leaves(batch) if not leaf.sharding.is_fully_replicated]
+    assert split, "the batch is not split"
+    many_gradient = jax.jit(gradient)(placed.params, placed, batch, key)
+    _assert_close(many_gradient, one_gradient, f"gradient on {axes}: ")
+
+
+def donation_goes_through_jit_update(case, tmp_path):
+  mesh = sharding.make_mesh({"data": 8, "fsdp": 1})
+  leaves = [leaf for leaf in jax.tree.leaves(_start(case, ADAM))]
+  pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+  assert len(set(pointers)) == len(pointers), "two fields of the state share memory"
+  step = sharding.jit_update(_step(case, ADAM), mesh, case.rules)
+  first = sharding.place(_start(case, ADAM), mesh, case.rules)
+  second, _ = step(first, case.batch, _key(0))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params)), "nothing was donated"
+  third, _ = step(second, case.batch, _key(1))
+  assert third.step == 2
+  for leaf in jax.tree.leaves((case.params, case.batch, case.trees)):
+    assert not leaf.is_deleted(), "the caller's arrays went with the state"
+
+
+def init_works_under_eval_shape(case, tmp_path):
+  def init(params, trees):
+    return case.module.init(params, optimizer=ADAM, config=case.config, **trees)
+
+  shapes = jax.eval_shape(init, case.params, case.trees)
+  real = _start(case, ADAM)
+  assert jax.tree.structure(shapes) == jax.tree.structure(real)
+  assert _types(shapes) == _types(real)
+
+
+def restored_run_continues_bit_for_bit(case, tmp_path):
+  step = _step(case, ADAM)
+
+  def run(state, num_steps):
+    for _ in range(num_steps):
+      state, metrics = step(state, case.batch, _key(state.step))
+    return state, metrics
+
+  halfway, _ = run(_start(case, ADAM), 2)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", halfway)
+    checkpointer.wait_until_finished()
+    abstract = jax.eval_shape(lambda: _start(case, ADAM))
+    restored = checkpointer.restore(tmp_path / "state", abstract)
+  assert _types(restored) == _types(halfway)
+  _assert_identical(run(restored, 2), run(_start(case, ADAM), 4), "after the restart")
+
+
+def nothing_but_params_gets_a_gradient(case, tmp_path):
+  """References, targets and whatever else the state holds are constants of the loss."""
+  state = _start(case, ADAM)
+  leaves, treedef = jax.tree.flatten(state)
+  floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+  def value(params, parts):
+    merged = list(leaves)
+    for index, part in zip(floating, parts, strict=True):
+      merged[index] = part
+    return case.module.loss(
+      params, jax.tree.unflatten(treedef, merged), case.batch, _key(0),
+      apply_fn=case.apply_fn, config=case.config,
+    )[0]  # fmt: skip
+
+  # Away from a point where the policy is its own reference and gradients may vanish anyway.
+  params = jax.tree.map(lambda leaf: 1.1 * leaf + 0.01, case.params)
+  gradients, others = jax.jit(jax.grad(value, (0, 1)))(params, [leaves[i] for i in floating])
+  assert any(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradients))
+  for gradient in others:
+    np.testing.assert_array_equal(gradient, 0)
+  after, _ = _step(case, ADAM)(state, case.batch, _key(0))
+  for name in [name for name in state._fields if name.startswith("ref_")]:
+    _assert_identical(getattr(after, name), getattr(state, name), f"{name} moved")
+
+
+def micro_batches_equal_one_batch(case, tmp_path):
+  state = _start(case, SGD)
+  if case.couples_examples:
+    with pytest.raises(ValueError, match="num_microbatches"):
+      _step(case, SGD, num_microbatches=2)(state, case.batch, _key(0))
+    return
+  whole = _step(case, SGD)(state, case.batch, _key(0))
+  for count in (2, 8):
+    parts = _step(case, SGD, num_microbatches=count)(state, case.batch, _key(0))
+    _assert_close(parts, whole, f"{count} micro-batches: ")
+  with pytest.raises(ValueError, match="num_microbatches"):
+    _step(case, SGD, num_microbatches=3)(state, case.batch, _key(0))
+
+
+def metrics_are_flat_scalars_with_constant_keys(case, tmp_path):
+  state, step, keys = _start(case, ADAM), _step(case, ADAM), []
+  prefix = case.module.__name__.rsplit(".", 1)[-1] + "/"
+  for index in range(3):
+    state, metrics = step(state, case.batch, _key(index))
+    assert isinstance(metrics, dict) and {"loss", "grad_norm"} <= set(metrics)
+    for name, metric in metrics.items():
+      assert metric.shape == () and np.isfinite(metric), name
+      assert name in ("loss", "grad_norm") or name.startswith(prefix), name
+    keys.append(sorted(metrics))
+  assert keys[0] == keys[1] == keys[2]
+
+
+CLAUSES = (
+  has_names_and_documentation,
+  jit_equals_eager,
+  inputs_survive,
+  state_keeps_its_types,
+  scan_equals_a_loop,
+  second_call_does_not_recompile,
+  new_hyperparameter_does_not_recompile,
+  vmap_over_seeds,
+  vmap_over_hyperparameter,
+  eight_devices_equal_one,
+  donation_goes_through_jit_update,
+  init_works_under_eval_shape,
+  restored_run_continues_bit_for_bit,
+  nothing_but_params_gets_a_gradient,
+  micro_batches_equal_one_batch,
+  metrics_are_flat_scalars_with_constant_keys,
+)
+
+
+@pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.__name__)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_contract(name, clause, tmp_path):
+  clause(BUILDERS[name](), tmp_path)
+
+
+# --- the contract can fail: broken copies of IPO, each caught by the clause that is about it ---
+
+
+def _module(**changes):
+  return types.SimpleNamespace(**(vars(ipo) | changes))
+
+
+def _with_loss(change):
+  """IPO with another loss: `change(value, metrics, params, state, batch)` returns both anew."""
+
+  def loss(params, state, batch, key, *, apply_fn, config):
+    """Broken. Args: those of `ipo.loss`."""
+    value, (metrics, rest) = ipo.loss(params, state, batch, key, apply_fn=apply_fn, config=config)
+    value, metrics = change(value, metrics, params, state, batch)
+    return value, (metrics, rest)
+
+  def update(state, batch, key, *, apply_fn, optimizer, config):
+    grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
+    (_, (metrics, _)), grads = grad_fn(
+      state.params, state, batch, key, apply_fn=apply_fn, config=config
+    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return ipo.State(params, opt_state, state.step + 1), metrics | {
+      "grad_norm": optax.global_norm(grads)
+    }
+
+  jitted = jax.jit(update, static_argnames=("apply_fn", "optimizer"))
+  return _module(loss=loss, update=jitted)
+
+
+def _donating():
+  update = jax.jit(
+    ipo.update.__wrapped__, static_argnames=("apply_fn", "optimizer"), donate_argnames="state"
+  )
+  return _module(update=update)
+
+
+def _changed_state(change):
+  def update(*args, **kwargs):
+    state, metrics = ipo.update(*args, **kwargs)
+    return change(state), metrics
+
+  return _module(update=update)
+
+
+def _static_config():
+  update = jax.jit(
+    ipo.update.__wrapped__, static_argnames=("apply_fn", "optimizer", "config")
+  )  # fmt: skip
+  return _module(update=update)
+
+
+def _rejitting():
+  def update(*args, **kwargs):
+    fresh = lambda *args, **kwargs: ipo.update.__wrapped__(*args, **kwargs)  # noqa: E731
+    return jax.jit(fresh, static_argnames=("apply_fn", "optimizer"))(*args, **kwargs)
+
+  return _module(update=update)
+
+
+def _host_code():
+  def update(state, batch, key, **kwargs):
+    float(jax.tree.leaves(state.params)[0].sum())  # looks at a value that may be traced
+    return ipo.update(state, batch, key, **kwargs)
+
+  return _module(update=update)
+
+
+def _host_init():
+  def init(params, *, optimizer, config):
+    float(jax.tree.leaves(params)[0].sum())
+    return ipo.init(params, optimizer=optimizer, config=config)
+
+  return _module(init=init)
+
+
+def _hidden_state():
+  calls = []
+
+  def update(state, batch, key, **kwargs):
+    calls.append(1)
+    state, metrics = ipo.update(state, batch, key, **kwargs)
+    drift = jax.tree.map(lambda leaf: leaf + 1e-3 * len(calls), state.params)
+    return state._replace(params=drift), metrics
+
+  return _module(update=update)
+
+
+def _tracing_dependent():
+  def update(state, batch, key, **kwargs):
+    new, metrics = ipo.update(state, batch, key, **kwargs)
+    scale = 1.0 if isinstance(new.step, jax.core.Tracer) or not jax.config.jax_disable_jit else 0.5
+    return new._replace(params=jax.tree.map(lambda leaf: scale * leaf, new.params)), metrics
+
+  return _module(update=update)
+
+
+def _ignoring_tau():
+  def update(state, batch, key, *, config, **kwargs):
+    return ipo.update(state, batch, key, config=ipo.Config(tau=0.5), **kwargs)
+
+  return _module(update=update)
+
+
+def _aliased_init():
+  def init(params, *, optimizer, config):
+    state = ipo.init(params, optimizer=optimizer, config=config)
+    return state._replace(opt_state=(state.opt_state, params))
+
+  return _module(init=init)
+
+
+BROKEN: dict[str, tuple[Callable, Callable[[], Any]]] = {
+  "no docstring": (has_names_and_documentation, lambda: _module(__doc__="Broken.")),
+  "no rung 1": (
+    has_names_and_documentation,
+    lambda: types.SimpleNamespace(
+      **{k: v for k, v in vars(ipo).items() if not k.endswith(("_loss", "_target"))}
+    ),
+  ),
+  "eager differs": (jit_equals_eager, _tracing_dependent),
+  "donates": (inputs_survive, _donating),
+  "weak type": (state_keeps_its_types, lambda: _changed_state(
+    lambda state: state._replace(step=jnp.asarray(1)))),
+  "float step": (state_keeps_its_types, lambda: _changed_state(
+    lambda state: state._replace(step=state.step + 0.0))),
+  "other tree": (scan_equals_a_loop, lambda: _changed_state(
+    lambda state: state._replace(params=list(state.params.values())))),
+  "learns nothing": (scan_equals_a_loop, lambda: _with_loss(
+    lambda value, metrics, *_: (jax.lax.stop_gradient(value), metrics))),
+  "jits anew": (second_call_does_not_recompile, _rejitting),
+  "static config": (new_hyperparameter_does_not_recompile, _static_config),
+  "ignored option": (new_hyperparameter_does_not_recompile, _ignoring_tau),
+  "host code": (vmap_over_seeds, _host_code),
+  "static config under vmap": (vmap_over_hyperparameter, _static_config),
+  "aliased state": (donation_goes_through_jit_update, _aliased_init),
+  "host init": (init_works_under_eval_shape, _host_init),
+  "hidden state": (restored_run_continues_bit_for_bit, _hidden_state),
+  "gradient into the state": (nothing_but_params_gets_a_gradient, lambda: _with_loss(
+    lambda value, metrics, params, state, batch: (
+      value + optax.global_norm(state.params), metrics))),
+  "sum over examples": (micro_batches_equal_one_batch, lambda: _with_loss(
+    lambda value, metrics, params, state, batch: (
+      value * batch.chosen_tokens.shape[0], metrics))),
+  "metric per example": (metrics_are_flat_scalars_with_constant_keys, lambda: _with_loss(
+    lambda value, metrics, *_: (value, metrics | {"ipo/margins": jnp.zeros(8)}))),
+  "foreign metric": (metrics_are_flat_scalars_with_constant_keys, lambda: _with_loss(
+    lambda value, metrics, *_: (value, metrics | {"accuracy": value}))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "clause", [micro_batches_equal_one_batch, metrics_are_flat_scalars_with_constant_keys]
+)
+def test_contract_accepts_the_copy_that_is_not_broken(clause, tmp_path):
+  """So what is caught below is the break, not the copying."""
+  unbroken = _with_loss(lambda value, metrics, *_: (value, metrics))
+  clause(dataclasses.replace(_ipo(), module=unbroken), tmp_path)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_contract_catches(name, tmp_path):
+  clause, build = BROKEN[name]
+  case = dataclasses.replace(_ipo(), module=build())
+  # A clause fails by its own assertion, or because JAX cannot run the broken update at all.
+  with pytest.raises((AssertionError, TypeError, ValueError, jax.errors.JAXTypeError)):
+    clause(case, tmp_path)
+
+
+def test_contract_catches_devices_that_compute_something_else(tmp_path, monkeypatch):
+  """Breaks the sharded step itself: one device's examples are counted twice."""
+  real = sharding.jit_update
+
+  def broken(update, mesh, rules):
+    step = real(update, mesh, rules)
+    return lambda state, batch, key: step(
+      state, jax.tree.map(lambda leaf: leaf.at[0].set(leaf[1]), batch), key
+    )
+
+  monkeypatch.setattr(sharding, "jit_update", broken)
+  with pytest.raises(AssertionError):
+    eight_devices_equal_one(_ipo(), tmp_path)
+
+
+def test_contract_catches_a_coupled_loss_that_accepts_micro_batches(tmp_path):
+  with pytest.raises(pytest.fail.Exception):
+    micro_batches_equal_one_batch(dataclasses.replace(_ipo(), couples_examples=True), tmp_path)
