@@ -44,7 +44,8 @@ _TEST = [
   "ruff==0.17.6",
   "mypy==2.4.1",
   "import-linter>=2.1",
-  "nbmake>=1.5",
+  "nbclient>=0.10",
+  "nbformat>=5.10",
   "ipykernel>=6",
   "build>=1.2",
 ]

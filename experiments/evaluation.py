@@ -143,7 +143,7 @@ def win_rate(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) ->
 
   Example:
     >>> print(win_rate(150, 50, ties=56))
-    0.75 [0.6841, 0.8084] n=200 (56 ties)
+    0.75 [0.684, 0.8084] n=200 (56 ties)
   """
   for name, count in (("wins", wins), ("losses", losses), ("ties", ties)):
     if count < 0:

@@ -8,6 +8,7 @@ reference.
 
 import dataclasses
 import functools
+import hashlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,9 +57,9 @@ class Task:
   # --- reference log-probabilities and samples ------------------------------------------------
 
   def encode_prompts(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask `[N, P]`, P the same for every call."""
+    """Returns tokens and mask `[N, P]`, P the longest prompt rounded up."""
     limit = self.config.data.prompt_length
-    return text.encode_prompts(self.model.tokenizer, prompts, max_length=limit, multiple=limit)
+    return text.encode_prompts(self.model.tokenizer, prompts, max_length=limit, multiple=4)
 
   def logps(self, params: Any, prompts: tuple, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Returns `[N]` summed log-probabilities of one completion `[N, T]` a prompt."""
@@ -70,12 +71,17 @@ class Task:
       out.append(_sequence_logps(params, batch, apply_fn=self.apply_fn))
     return np.concatenate([np.asarray(x) for x in out])[: len(tokens)]
 
-  def generate(self, params: Any, prompts: list[str], key: jax.Array, num_samples: int):
-    """Returns tokens and mask `[N, K, T]`."""
+  def generate(
+    self, params: Any, prompts: list[str], key: jax.Array, num_samples: int
+  ) -> dict[str, np.ndarray]:
+    """Samples K completions of each prompt.
+
+    Returns `tokens` and `mask` `[N, K, T]`, and `own_logps` `[N, K]`, the model's own summed
+    log-probabilities as the sampler saw them (a separate pass agrees to float32 rounding).
+    """
     data = self.config.data
-    prompt_tokens, prompt_mask = self.encode_prompts(prompts)
-    rows = (np.repeat(x, num_samples, axis=0) for x in (prompt_tokens, prompt_mask))
-    tokens, masks = [], []
+    rows = (np.repeat(x, num_samples, axis=0) for x in self.encode_prompts(prompts))
+    drawn = []
     for i, (chunk_tokens, chunk_mask) in enumerate(
       _chunks(data.sample_batch_size, "sampling", *rows)
     ):
@@ -92,11 +98,15 @@ class Task:
         eos_id=self.model.tokenizer.eos_id,
         pad_id=self.model.tokenizer.pad_id,
       )
-      tokens.append(np.asarray(samples.tokens))
-      masks.append(np.asarray(samples.mask, np.float32))
-    shape = (len(prompts), num_samples, data.completion_length)
+      drawn.append(jax.device_get(samples))
     count = len(prompts) * num_samples
-    return (np.concatenate(x)[:count].reshape(shape) for x in (tokens, masks))
+    tokens, mask, logps = (np.concatenate(x)[:count] for x in zip(*drawn, strict=True))
+    shape = (len(prompts), num_samples, data.completion_length)
+    return {
+      "tokens": tokens.reshape(shape),
+      "mask": mask.reshape(shape),
+      "own_logps": (logps * mask).sum(1).reshape(shape[:2]),
+    }
 
   def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """Returns the text of each row of `[N, T]`, special tokens dropped."""
@@ -106,11 +116,10 @@ class Task:
       for row, keep in zip(tokens, mask, strict=True)
     ]
 
-  def reference_samples(self, prompts: list[str], num_samples: int, seed: int) -> dict[str, Any]:
-    """Samples the reference once for these settings, then reads them from the cache.
-
-    Returns `tokens`, `mask` `[N, K, T]` and `logps` `[N, K]`.
-    """
+  def reference_samples(
+    self, prompts: list[str], num_samples: int, seed: int
+  ) -> dict[str, np.ndarray]:
+    """Samples the reference once for these settings, then reads them from the cache."""
     data = self.config.data
     settings = {
       **self._model_settings(),
@@ -124,14 +133,29 @@ class Task:
     }
 
     def make():
-      params = self.model.params
-      tokens, mask = self.generate(params, prompts, jax.random.key(seed), num_samples)
-      flat = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
-      repeated = tuple(np.repeat(x, num_samples, axis=0) for x in self.encode_prompts(prompts))
-      logps = self.logps(params, repeated, *flat).reshape(tokens.shape[:2])
-      return {"tokens": tokens, "mask": mask, "logps": logps}
+      return self.generate(self.model.params, prompts, jax.random.key(seed), num_samples)
 
     return self.cache.get(settings, make)
+
+  def reference_logps(self, prompts: list[str], tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns `[N, K]` reference log-probabilities of completions `[N, K, T]`, kept in the cache.
+
+    Computed by the very pass that training makes, so that log-ratios start at zero exactly.
+    """
+    count, length = tokens.shape[1:]
+    settings = {
+      **self._model_settings(),
+      "prompts": prompts,
+      "tokens": hashlib.sha256(tokens.tobytes() + mask.tobytes()).hexdigest(),
+    }
+
+    def make():
+      repeated = tuple(np.repeat(x, count, axis=0) for x in self.encode_prompts(prompts))
+      flat = (x.reshape(-1, length) for x in (tokens, mask))
+      logps = self.logps(self.model.params, repeated, *flat)
+      return {"logps": logps.reshape(-1, count)}
+
+    return self.cache.get(settings, make)["logps"]
 
   def _model_settings(self) -> dict[str, Any]:
     return {
@@ -157,8 +181,9 @@ class Task:
       drawn, self.reward_fn.fingerprint, lambda: self.reward_fn(repeated, completions)
     )
     scores = scores.reshape(tokens.shape[:2]).astype(np.float32)
+    logps = self.reference_logps(self.train_prompts, tokens, mask)
     prompts, ones = self.encode_prompts(self.train_prompts), np.ones(len(tokens), np.float32)
-    return Samples(*prompts, tokens, mask, drawn["logps"], scores, ones)
+    return Samples(*prompts, tokens, mask, logps, scores, ones)
 
   def _own_samples(self) -> Samples:
     data = self.config.data
@@ -183,14 +208,9 @@ class Task:
       max_length=data.completion_length,
       multiple=data.completion_length,
     )
-    settings = {**self._model_settings(), "prompts": prompts, "completions": completions}
-
-    def make():
-      repeated = tuple(np.repeat(x, shape[1], axis=0) for x in encoded)
-      return {"logps": self.logps(self.model.params, repeated, tokens, mask).reshape(shape[:2])}
-
-    logps = self.cache.get(settings, make)["logps"]
-    return Samples(*encoded, tokens.reshape(shape), mask.reshape(shape), logps, scores, best_probs)
+    tokens, mask = tokens.reshape(shape), mask.reshape(shape)
+    logps = self.reference_logps(prompts, tokens, mask)
+    return Samples(*encoded, tokens, mask, logps, scores, best_probs)
 
   # --- evaluation -----------------------------------------------------------------------------
 
@@ -198,19 +218,18 @@ class Task:
     """Draws one completion a held-out prompt from policy and reference and scores both."""
     prompts, seed = self.test_prompts, self.config.seed + 1
     reference = self.reference_samples(prompts, 1, seed)
-    tokens, mask = (x[:, 0] for x in self.generate(params, prompts, jax.random.key(seed), 1))
-    encoded = self.encode_prompts(prompts)
-    texts = self.decode(tokens, mask)
     ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]
-    ref_texts = self.decode(ref_tokens, ref_mask)
+    drawn = self.generate(params, prompts, jax.random.key(seed), 1)
+    tokens, mask = drawn["tokens"][:, 0], drawn["mask"][:, 0]
+    ref_logps = self.logps(self.model.params, self.encode_prompts(prompts), tokens, mask)
+    texts, ref_texts = self.decode(tokens, mask), self.decode(ref_tokens, ref_mask)
     return Comparison(
       prompts=prompts,
       texts=texts,
       ref_texts=ref_texts,
       rewards=self.reward_fn(prompts, texts),
       ref_rewards=self.reward_fn(prompts, ref_texts),
-      log_ratios=self.logps(params, encoded, tokens, mask)
-      - self.logps(self.model.params, encoded, tokens, mask),
+      log_ratios=drawn["own_logps"][:, 0] - ref_logps,
       ids=_unpad(tokens, mask),
       ref_ids=_unpad(ref_tokens, ref_mask),
     )

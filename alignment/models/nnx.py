@@ -31,7 +31,8 @@ def from_nnx(module: nnx.Module) -> tuple[Any, Any, Callable[..., tuple[Any, Any
   """
   graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
   params, streams, network_state = (nnx.to_pure_dict(state) for state in states)
-  leaves, structure = jax.tree.flatten(streams)
+  leaves = jax.tree.leaves(streams)
+  structure = jax.tree.structure(streams)
 
   def fresh(index, leaf, key):
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -42,11 +43,11 @@ def from_nnx(module: nnx.Module) -> tuple[Any, Any, Callable[..., tuple[Any, Any
   def apply(params, network_state, *args, key: jax.Array | None = None, **kwargs):
     if leaves and key is None:
       raise ValueError("key is missing: the module has random streams, and draws need a new one")
-    seeded = structure.unflatten([fresh(i, leaf, key) for i, leaf in enumerate(leaves)])
+    seeded = jax.tree.unflatten(structure, [fresh(i, leaf, key) for i, leaf in enumerate(leaves)])
     # A copy, because NNX refuses to write to variables made outside a `jax.grad`.
     merged = nnx.merge(graph, params, seeded, network_state, copy=True)
     output = merged(*args, **kwargs)
-    *_, network_state = nnx.split(merged, nnx.Param, nnx.RngState, ...)
-    return output, nnx.to_pure_dict(network_state)
+    rest = nnx.split(merged, nnx.Param, nnx.RngState, ...)[-1]
+    return output, nnx.to_pure_dict(rest)
 
   return params, network_state, apply

@@ -218,9 +218,10 @@ def start(
   draw, or a mixture of two models, each with its own caches) is the caller's.
   """
   tokens, mask = attention.justify_right(prompt_tokens, prompt_mask)
-  hidden, (keys, values) = transformer.Transformer(config).apply(
+  read: Any = transformer.Transformer(config).apply(
     {"params": params}, tokens, mask, method="hidden_states"
   )
+  hidden, (keys, values) = read
   room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0)]
   layers = range(config.num_layers)
   caches = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in layers)

@@ -302,7 +302,8 @@ def logits(
 ) -> jax.Array:
   """Returns next-token logits `[B, T, V]` in float32; arguments as `hidden_states`."""
   _check_length(tokens, mask, config)
-  return Transformer(config).apply({"params": params}, tokens, mask)
+  out: Any = Transformer(config).apply({"params": params}, tokens, mask)
+  return out
 
 
 def output_embedding(params: Params) -> jax.Array:

@@ -75,9 +75,9 @@ def language_model(
       "scored": "",
       "preferences": "",
       "cache": "",  # where samples and reference log-probabilities are kept; empty: user cache
-      "num_prompts": 176,
+      "num_prompts": 272,
       "num_samples": 4,
-      "prompt_length": 16,
+      "prompt_length": 64,  # the longest prompt that is accepted, in tokens
       "completion_length": 20,
       "temperature": 1.0,
       "top_k": 0,
@@ -85,7 +85,7 @@ def language_model(
       "sample_batch_size": 64,
     },
     optimizer={
-      "learning_rate": 2e-5,
+      "learning_rate": 5e-5,
       "warmup_steps": 5,
       "final_scale": 0.0,  # the cosine ends at learning_rate * final_scale
       "clip_norm": 1.0,
@@ -107,7 +107,7 @@ def tiny_language_model(
   config = language_model(paper, "tiny", algorithm=algorithm)
   config.network.model = "tiny-random"
   config.reward = "vowels"
-  config.data.update({"num_prompts": 64, "prompt_length": 64, "completion_length": 8})
+  config.data.update({"num_prompts": 64, "completion_length": 8})
   config.optimizer.learning_rate = learning_rate
   config.train.num_steps = 40
   config.eval.num_prompts = 64

@@ -109,16 +109,17 @@ def test_own_preferences_keep_their_soft_labels_and_match_ipo_and_copg(tmp_path)
   )
 
 
-def test_cached_reference_logps_equal_a_fresh_pass():
+def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
   task = language_task.make_task(_tiny())
-  drawn = task.reference_samples(task.train_prompts[:5], 2, seed=3)
-  again = task.reference_samples(task.train_prompts[:5], 2, seed=3)  # from the cache
-  flat = (drawn[name].reshape(10, -1) for name in ("tokens", "mask"))
-  prompts = tuple(np.repeat(x, 2, axis=0) for x in task.encode_prompts(task.train_prompts[:5]))
-  fresh = task.logps(task.model.params, prompts, *flat)
-  np.testing.assert_array_equal(drawn["logps"], again["logps"])
-  # Same program, same rows: only the padding of the last chunk differs.
-  np.testing.assert_allclose(fresh, drawn["logps"].ravel(), rtol=1e-5)
+  prompts = task.train_prompts[:5]
+  drawn = task.reference_samples(prompts, 2, seed=3)
+  logps = task.reference_logps(prompts, drawn["tokens"], drawn["mask"])
+  again = task.reference_logps(prompts, drawn["tokens"], drawn["mask"])  # from the cache
+  np.testing.assert_array_equal(logps, again)
+  # Float32 rounding of sums of eight terms of about four nats.
+  np.testing.assert_allclose(logps, drawn["own_logps"], atol=1e-4)
+  other = task.reference_samples(prompts, 2, seed=4)
+  assert not np.array_equal(other["tokens"], drawn["tokens"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""The notebooks run from top to bottom, at a tiny size, and are kept without outputs."""
+
+import ast
+import os
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "colabs").glob("*.ipynb"))
+
+
+def _code(notebook):
+  return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+  assert {path.stem for path in NOTEBOOKS} >= {"quickstart", "ipo", "copg"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, monkeypatch, tmp_path):
+  monkeypatch.setenv("BOOTSTRAX_NOTEBOOK_STEPS", "4")
+  # The notebook finds the packages as a user's would; the test process has its own device flags.
+  root = str(path.parent.parent)
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+  notebook = nbformat.read(path, as_version=4)
+  client = nbclient.NotebookClient(
+    notebook, timeout=300, resources={"metadata": {"path": tmp_path}}
+  )
+  client.execute()  # raises with the cell and its traceback
+  assert all(cell.execution_count for cell in _code(notebook))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_kept_bare(path):
+  notebook = nbformat.read(path, as_version=4)
+  nbformat.validate(notebook)
+  for cell in _code(notebook):
+    assert not cell.outputs and cell.execution_count is None, "strip the outputs before committing"
+    source = "\n".join(
+      line for line in cell.source.splitlines() if not line.lstrip().startswith("%")
+    )
+    source = source.replace("is None:\n", "is None: pass\n")  # a lone magic was its body
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.FunctionDef):
+        assert node.end_lineno - node.lineno < 5, f"{node.name}: move long functions into a module"
