@@ -91,8 +91,8 @@ class TransformerConfig:
       about a third more time. False keeps the products with weights of every layer and recomputes
       the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
       page faults of twice the memory.
-    scan_layers: compile one layer and loop over it, in place of L copies in a row, which compile
-      L times slower and run no faster.
+    scan_layers: compile one layer and loop over it, in place of L copies in a row, which take
+      longer to compile and run no faster.
   """
 
   vocab_size: int
