@@ -132,6 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(argv: list[str]) -> int:
   from experiments import presets
 
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())  # a reward or paper module beside the user; `python -m` has it
   overrides, rest = presets.split_overrides(argv)
   args = make_parser().parse_args(rest)
   if args.list:
