@@ -86,7 +86,7 @@ setuptools.setup(
   package_data={"": ["py.typed"], "experiments.data": ["*.txt"]},
   install_requires=_BASE,
   extras_require=_EXTRAS,
-  entry_points={"console_scripts": ["bootstrax = experiments.main:run"]},
+  entry_points={"console_scripts": ["bootstrax = experiments.main:main"]},
   classifiers=[
     "Development Status :: 3 - Alpha",
     "Intended Audience :: Science/Research",

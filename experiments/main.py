@@ -7,7 +7,6 @@ ml_collections are imported before the arguments have been understood.
 """
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import logging
@@ -32,45 +31,48 @@ file that cannot be read or written; 130 or 143 stopped by Ctrl-C or SIGTERM, st
 """
 
 
+def main() -> int:
+  """The console script: `run`, in a process that is its own."""
+  if not _debug(sys.argv):
+    _quiet_orbax()
+  return run()
+
+
 def run(argv: list[str] | None = None) -> int:
   """Runs one command and returns its exit code; `argv` is without the program's name."""
   argv = sys.argv[1:] if argv is None else argv
-  debug = "--debug" in argv or bool(os.environ.get("BOOTSTRAX_DEBUG"))
   try:
-    with contextlib.nullcontext() if debug else _quiet_orbax():
-      return _run(argv)
+    return _run(argv)
   except KeyboardInterrupt:
     print("\nstopped; nothing since the last checkpoint is kept", file=sys.stderr)
     return 130
   except Exception as error:
     code = _exit_code(error)
-    if code is None or debug:
+    if code is None or _debug(argv):
       raise
     hint = "" if _is_ours(error) else "\n(--debug shows where this came from)"
     print(f"error: {_message(error)}{hint}", file=sys.stderr)
     return code
 
 
-@contextlib.contextmanager
-def _quiet_orbax():
+def _debug(argv: list[str]) -> bool:
+  return "--debug" in argv or bool(os.environ.get("BOOTSTRAX_DEBUG"))
+
+
+def _quiet_orbax() -> None:
   """Drops what Orbax prints when a write fails, for it raises the error as well.
 
-  It logs the traceback once in each of its threads, and its callbacks find their loop closed.
+  It logs the traceback once in each of its threads, and its callbacks find their loop closed. Those
+  threads outlive the error, so this lasts as long as the process.
   """
-  logger, hook = logging.getLogger("absl"), sys.unraisablehook
-  level = logger.level
+  hook = sys.unraisablehook
 
   def filtered(unraisable):
     if "Event loop is closed" not in str(unraisable.exc_value):
       hook(unraisable)
 
-  logger.setLevel(logging.CRITICAL)
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   sys.unraisablehook = filtered
-  try:
-    yield
-  finally:
-    logger.setLevel(level)
-    sys.unraisablehook = hook
 
 
 def _is_ours(error: Exception) -> bool:
@@ -231,4 +233,4 @@ def _paper(name: str) -> Any:
 
 
 if __name__ == "__main__":
-  sys.exit(run())
+  sys.exit(main())

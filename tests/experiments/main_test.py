@@ -244,7 +244,7 @@ def limited(data):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
   return plain(data)
 fake_paper.Data.__next__ = limited
-sys.exit(main.run(sys.argv[1:]))
+sys.exit(main.main())
 """
   arguments = [f"--config={_PAPER}", f"--workdir={folder}", "--config.train.log_every=100"]
   done = subprocess.run(
