@@ -33,9 +33,11 @@ class Sequences(NamedTuple):
   Attributes:
     tokens: `[B, T]` int, completion tokens, right-padded (a bandit: T = 1, arm ids).
     mask: `[B, T]` 1 on completion tokens including EOS, 0 on padding.
-    prompt_tokens: `[B, P]` int, left-padded, so that each prompt ends where its completion
-      starts; None where there is no prompt.
-    prompt_mask: `[B, P]` 1 on prompt tokens, 0 on padding.
+    prompt_tokens: `[N, P]` int, left-padded, so that each prompt ends where its completions
+      start; None where there is no prompt. N divides B, and the B / N rows from n B / N on continue
+      prompt n: samples of one prompt share it, so that a model need not read it once for each.
+      `repeat_prompts` gives every row a prompt of its own.
+    prompt_mask: `[N, P]` 1 on prompt tokens, 0 on padding.
   """
 
   tokens: Any
@@ -210,11 +212,11 @@ def flatten_samples(
   Args:
     tokens: `[B, K, T]` int.
     mask: `[B, K, T]`.
-    prompt_tokens: `[B, P]` or None; each prompt is repeated K times.
+    prompt_tokens: `[B, P]` or None, shared by its K samples.
     prompt_mask: `[B, P]` or None.
 
   Returns:
-    `Sequences` with leading size B K.
+    `Sequences` of B K rows and B prompts.
 
   Raises:
     ValueError: if the shapes do not fit, or only one of the prompt fields is given.
@@ -230,10 +232,39 @@ def flatten_samples(
     checks.shape(
       "prompt_tokens", prompt_tokens, (batch_size, *jnp.shape(prompt_tokens)[1:]), "[B, P]"
     )
-    prompt_tokens = jnp.repeat(jnp.asarray(prompt_tokens), num_samples, axis=0)
-    prompt_mask = jnp.repeat(jnp.asarray(prompt_mask), num_samples, axis=0)
   flat = (batch_size * num_samples, length)
   return Sequences(jnp.reshape(tokens, flat), jnp.reshape(mask, flat), prompt_tokens, prompt_mask)
+
+
+def rows_per_prompt(batch: Sequences) -> int:
+  """Returns how many successive rows share each prompt; `ValueError` where that is no whole number.
+
+  Example:
+    >>> rows_per_prompt(Sequences(jnp.ones((6, 1)), jnp.ones((6, 1)), jnp.ones((2, 5))))
+    3
+  """
+  num_rows, num_prompts = len(batch.tokens), len(batch.prompt_tokens)
+  if not num_prompts or num_rows % num_prompts:
+    raise ValueError(
+      f"{num_prompts} prompts do not divide {num_rows} completions: give each prompt the same "
+      "number of completions, in successive rows"
+    )
+  return num_rows // num_prompts
+
+
+def repeat_prompts(batch: Sequences) -> Sequences:
+  """Returns the same sequences with a prompt for each row, for models that want them so.
+
+  Example:
+    >>> rows = repeat_prompts(Sequences(jnp.ones((4, 1)), jnp.ones((4, 1)), jnp.array([[7], [8]])))
+    >>> rows.prompt_tokens[:, 0]
+    Array([7, 7, 8, 8], dtype=int32)
+  """
+  if batch.prompt_tokens is None:
+    return batch
+  copy = functools.partial(jnp.repeat, repeats=rows_per_prompt(batch), axis=0)
+  prompts = (batch.prompt_tokens, batch.prompt_mask)
+  return Sequences(batch.tokens, batch.mask, *(None if x is None else copy(x) for x in prompts))
 
 
 def pair_log_ratios(

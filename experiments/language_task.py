@@ -61,30 +61,28 @@ class Task:
     limit = self.config.data.prompt_length
     return text.encode_prompts(self.model.tokenizer, prompts, max_length=limit, multiple=4)
 
-  def logps(self, params: Any, prompts: tuple, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns `[N]` summed log-probabilities of one completion `[N, T]` a prompt."""
-    size = self.config.data.sample_batch_size
+  def logps(self, params: Any, prompts: list[str], tokens: np.ndarray, mask: np.ndarray):
+    """Returns `[N, K]` summed log-probabilities of completions `[N, K, T]` of N prompts."""
     out = []
-    for chunk in _chunks(size, "log-probabilities", *prompts, tokens, mask):
+    for chunk in self._chunks("log-probabilities", *self.encode_prompts(prompts), tokens, mask):
       prompt_tokens, prompt_mask, chunk_tokens, chunk_mask = chunk
-      batch = sequences.Sequences(chunk_tokens, chunk_mask, prompt_tokens, prompt_mask)
+      batch = sequences.flatten_samples(chunk_tokens, chunk_mask, prompt_tokens, prompt_mask)
       out.append(_sequence_logps(params, batch, apply_fn=self.apply_fn))
-    return np.concatenate([np.asarray(x) for x in out])[: len(tokens)]
+    flat = np.concatenate([np.asarray(x) for x in out])
+    return flat.reshape(-1, tokens.shape[1])[: len(tokens)]
 
   def generate(
     self, params: Any, prompts: list[str], key: jax.Array, num_samples: int
   ) -> dict[str, np.ndarray]:
     """Samples K completions of each prompt.
 
-    Returns `tokens` and `mask` `[N, K, T]`, and `own_logps` `[N, K]`, the model's own summed
+    Returns `tokens` and `mask` `[N, K, T]`, and `logps` `[N, K]`, the model's own summed
     log-probabilities as the sampler saw them (a separate pass agrees to float32 rounding).
     """
-    data = self.config.data
-    rows = (np.repeat(x, num_samples, axis=0) for x in self.encode_prompts(prompts))
+    data, tokenizer = self.config.data, self.model.tokenizer
     drawn = []
-    for i, (chunk_tokens, chunk_mask) in enumerate(
-      _chunks(data.sample_batch_size, "sampling", *rows)
-    ):
+    chunks = self._chunks("sampling", *self.encode_prompts(prompts), num_samples=num_samples)
+    for i, (chunk_tokens, chunk_mask) in enumerate(chunks):
       samples = sampling.generate(
         params,
         chunk_tokens,
@@ -92,21 +90,34 @@ class Task:
         jax.random.fold_in(key, i),
         config=self.network,
         max_new_tokens=data.completion_length,
+        num_samples=num_samples,
         temperature=data.temperature,
         top_k=data.top_k,
         top_p=data.top_p,
-        eos_id=self.model.tokenizer.eos_id,
-        pad_id=self.model.tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
       )
       drawn.append(jax.device_get(samples))
-    count = len(prompts) * num_samples
-    tokens, mask, logps = (np.concatenate(x)[:count] for x in zip(*drawn, strict=True))
-    shape = (len(prompts), num_samples, data.completion_length)
-    return {
-      "tokens": tokens.reshape(shape),
-      "mask": mask.reshape(shape),
-      "own_logps": (logps * mask).sum(1).reshape(shape[:2]),
-    }
+    shape = (-1, num_samples, data.completion_length)
+    tokens, mask, logps = (
+      np.concatenate(x).reshape(shape)[: len(prompts)] for x in zip(*drawn, strict=True)
+    )
+    return {"tokens": tokens, "mask": mask, "logps": (logps * mask).sum(-1)}
+
+  def _chunks(self, what: str, *arrays: np.ndarray, num_samples: int | None = None):
+    """Yields slices of N prompts and their data, the last filled with its last row: one compile.
+
+    About `data.sample_batch_size` completions each; K is `num_samples`, or `arrays[-1].shape[1]`.
+    """
+    count, num_samples = len(arrays[0]), num_samples or arrays[-1].shape[1]
+    size = max(1, self.config.data.sample_batch_size // num_samples)
+    # Minutes on a CPU: a bar on a terminal, a line elsewhere.
+    starts = range(0, count, size)
+    if not sys.stderr.isatty() and len(starts) > 1:
+      print(f"{what}: {count * num_samples} completions", flush=True)
+    for start in tqdm.tqdm(starts, desc=what, leave=False, disable=None):
+      rows = np.minimum(np.arange(start, start + size), count - 1)
+      yield tuple(x[rows] for x in arrays)
 
   def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """Returns the text of each row of `[N, T]`, special tokens dropped."""
@@ -138,11 +149,7 @@ class Task:
     return self.cache.get(settings, make)
 
   def reference_logps(self, prompts: list[str], tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns `[N, K]` reference log-probabilities of completions `[N, K, T]`, kept in the cache.
-
-    Computed by the very pass that training makes, so that log-ratios start at zero exactly.
-    """
-    count, length = tokens.shape[1:]
+    """Returns the reference's `[N, K]` log-probabilities of completions, kept in the cache."""
     settings = {
       **self._model_settings(),
       "prompts": prompts,
@@ -150,10 +157,7 @@ class Task:
     }
 
     def make():
-      repeated = tuple(np.repeat(x, count, axis=0) for x in self.encode_prompts(prompts))
-      flat = (x.reshape(-1, length) for x in (tokens, mask))
-      logps = self.logps(self.model.params, repeated, *flat)
-      return {"logps": logps.reshape(-1, count)}
+      return {"logps": self.logps(self.model.params, prompts, tokens, mask)}
 
     return self.cache.get(settings, make)["logps"]
 
@@ -181,9 +185,8 @@ class Task:
       drawn, self.reward_fn.fingerprint, lambda: self.reward_fn(repeated, completions)
     )
     scores = scores.reshape(tokens.shape[:2]).astype(np.float32)
-    logps = self.reference_logps(self.train_prompts, tokens, mask)
     prompts, ones = self.encode_prompts(self.train_prompts), np.ones(len(tokens), np.float32)
-    return Samples(*prompts, tokens, mask, logps, scores, ones)
+    return Samples(*prompts, tokens, mask, drawn["logps"], scores, ones)
 
   def _own_samples(self) -> Samples:
     data = self.config.data
@@ -218,10 +221,10 @@ class Task:
     """Draws one completion a held-out prompt from policy and reference and scores both."""
     prompts, seed = self.test_prompts, self.config.seed + 1
     reference = self.reference_samples(prompts, 1, seed)
-    ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]
     drawn = self.generate(params, prompts, jax.random.key(seed), 1)
+    ref_logps = self.logps(self.model.params, prompts, drawn["tokens"], drawn["mask"])
     tokens, mask = drawn["tokens"][:, 0], drawn["mask"][:, 0]
-    ref_logps = self.logps(self.model.params, self.encode_prompts(prompts), tokens, mask)
+    ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]
     texts, ref_texts = self.decode(tokens, mask), self.decode(ref_tokens, ref_mask)
     return Comparison(
       prompts=prompts,
@@ -229,7 +232,7 @@ class Task:
       ref_texts=ref_texts,
       rewards=self.reward_fn(prompts, texts),
       ref_rewards=self.reward_fn(prompts, ref_texts),
-      log_ratios=drawn["own_logps"][:, 0] - ref_logps,
+      log_ratios=(drawn["logps"] - ref_logps)[:, 0],
       ids=_unpad(tokens, mask),
       ref_ids=_unpad(ref_tokens, ref_mask),
     )
@@ -255,17 +258,6 @@ class Comparison(NamedTuple):
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def _sequence_logps(params, batch, *, apply_fn):
   return sequences.sequence_logps(apply_fn(params, batch), batch.mask, reduction="sum")
-
-
-def _chunks(size: int, what: str, *arrays: np.ndarray):
-  """Yields slices of `size` rows; the last is filled by repeating its last row: one compile."""
-  # Minutes on a CPU: a bar on a terminal, a line elsewhere.
-  starts = range(0, len(arrays[0]), size)
-  if not sys.stderr.isatty() and len(starts) > 1:
-    print(f"{what}: {len(arrays[0])} completions", flush=True)
-  for start in tqdm.tqdm(starts, desc=what, leave=False, disable=None):
-    rows = np.minimum(np.arange(start, start + size), len(arrays[0]) - 1)
-    yield tuple(x[rows] for x in arrays)
 
 
 def _unpad(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:

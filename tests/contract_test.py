@@ -103,6 +103,7 @@ def _policy_params():
 
 def _policy(params, rows):
   """A recurrence-free policy: logits from the mean embedding of the prompt and the last token."""
+  rows = sequences.repeat_prompts(rows)
   embedded = params["embedding"][rows.tokens]
   weights = rows.prompt_mask[..., None]
   prompt = (params["embedding"][rows.prompt_tokens] * weights).sum(1, keepdims=True)

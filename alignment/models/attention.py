@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,48 @@ def attention_bias(mask: jax.Array) -> jax.Array:
   return jnp.where(allowed, 0.0, HIDDEN)
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
+class SharedPromptBias(NamedTuple):
+  """What is added to the scores where K completions of length T follow one prompt in a row.
+
+  Such a row holds P + K T tokens: the prompt, then the completions one after the other.
+
+  Attributes:
+    prompt: `[N, P, P]`, prompt tokens on their own prompt.
+    completion: `[N K, T, P + T]`, completion tokens on the prompt and their own completion.
+  """
+
+  prompt: jax.Array
+  completion: jax.Array
+
+
+def attend(
+  queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array | SharedPromptBias
+) -> jax.Array:
+  """Grouped-query attention; with a `SharedPromptBias`, of completions that share a prompt."""
+  if not isinstance(bias, SharedPromptBias):
+    return _attend(queries, keys, values, bias)
+  num_prompts, prompt_length = bias.prompt.shape[:2]
+  num_rows, length = bias.completion.shape[:2]
+  group = num_rows // num_prompts
+
+  def own(x):
+    """Completion part of `[N, ..., P + K T, head_dim]` as `[N K, ..., T, head_dim]`."""
+    split = x[..., prompt_length:, :].reshape(*x.shape[:-2], group, length, x.shape[-1])
+    return jnp.moveaxis(split, -3, 1).reshape(num_rows, *x.shape[1:-2], length, x.shape[-1])
+
+  def with_prompt(x):
+    prompts = jnp.repeat(x[..., :prompt_length, :], group, axis=0)
+    return jnp.concatenate([prompts, own(x)], axis=-2)
+
+  prompt_keys, prompt_values = (x[..., :prompt_length, :] for x in (keys, values))
+  of_prompt = _attend(queries[:, :prompt_length], prompt_keys, prompt_values, bias.prompt)
+  own_queries = queries[:, prompt_length:].reshape(num_rows, length, *queries.shape[2:])
+  of_completion = _attend(own_queries, with_prompt(keys), with_prompt(values), bias.completion)
+  of_completion = of_completion.reshape(num_prompts, group * length, *queries.shape[2:])
+  return jnp.concatenate([of_prompt, of_completion], axis=1)
+
+
+def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
   """Grouped-query attention.
 
   Args:

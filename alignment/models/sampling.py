@@ -66,8 +66,9 @@ def generate(
   top_p: float = 1.0,
   eos_id: int,
   pad_id: int,
+  num_samples: int = 1,
 ) -> Samples:
-  """Samples a completion of each prompt.
+  """Samples completions of each prompt; each prompt is read once, however many there are.
 
   Temperature divides the logits; top-k then keeps the k most probable tokens (and what ties with
   the last of them), top-p the smallest set of most probable tokens (ties too) whose share of what
@@ -86,9 +87,10 @@ def generate(
     top_p: in (0, 1]; 1 for no limit.
     eos_id: ends a completion; a negative id never does.
     pad_id: what `tokens` holds after the end.
+    num_samples: K completions of each prompt.
 
   Returns:
-    `Samples` of `[B, T]`.
+    `Samples` of `[B K, T]`; rows b K to b K + K - 1 continue prompt b.
 
   Raises:
     ValueError: for shapes that do not fit, a concrete id outside the vocabulary, a prompt and
@@ -96,6 +98,8 @@ def generate(
   """
   ids = (eos_id, pad_id)
   _check(prompt_tokens, prompt_mask, config, max_new_tokens, temperature, top_k, top_p, ids)
+  if num_samples < 1:
+    raise ValueError(f"num_samples must be at least 1, got {num_samples}")
   return _generate(
     params,
     prompt_tokens,
@@ -108,6 +112,7 @@ def generate(
     jnp.int32(pad_id),
     config=config,
     max_new_tokens=max_new_tokens,
+    num_samples=num_samples,
     greedy=temperature == 0,
     use_top_k=0 < top_k < config.vocab_size,
     use_top_p=top_p < 1,
@@ -115,7 +120,8 @@ def generate(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("config", "max_new_tokens", "greedy", "use_top_k", "use_top_p")
+  jax.jit,
+  static_argnames=("config", "max_new_tokens", "num_samples", "greedy", "use_top_k", "use_top_p"),
 )
 def _generate(
   params,
@@ -130,14 +136,20 @@ def _generate(
   *,
   config,
   max_new_tokens,
+  num_samples,
   greedy,
   use_top_k,
   use_top_p,
 ):
-  batch, prompt_length = prompt_tokens.shape
   decoder, logits, caches = start(
-    params, prompt_tokens, prompt_mask, config=config, max_new_tokens=max_new_tokens
+    params,
+    prompt_tokens,
+    prompt_mask,
+    config=config,
+    max_new_tokens=max_new_tokens,
+    num_samples=num_samples,
   )
+  batch, prompt_length = len(logits), prompt_tokens.shape[1]
 
   def pick(t, logits):
     """Returns the token at position t and its log-probability under the model, `[B]` each."""
@@ -211,8 +223,11 @@ def start(
   *,
   config: transformer.TransformerConfig,
   max_new_tokens: int,
+  num_samples: int = 1,
 ) -> tuple[Decoder, jax.Array, Caches]:
   """Reads the prompts: returns the decoder, the logits `[B, V]` of the first token, and the caches.
+
+  With `num_samples` K above 1, logits and caches have B K rows, K for each prompt.
 
   `start` and `decode` are a model as a source of logits. What is made of the logits (one model's
   draw, or a mixture of two models, each with its own caches) is the caller's.
@@ -221,7 +236,9 @@ def start(
   read: Any = transformer.Transformer(config).apply(
     {"params": params}, tokens, mask, method="hidden_states"
   )
-  hidden, (keys, values) = read
+  hidden, keys_values = read
+  copies = functools.partial(jnp.repeat, repeats=num_samples)
+  keys, values = (copies(x, axis=1) for x in keys_values)
   room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0)]
   layers = range(config.num_layers)
   caches = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in layers)
@@ -233,10 +250,10 @@ def start(
     ),
     embedding=params["embed"]["embedding"],
     head=(head * params["final_norm"]["scale"]).astype(config.dtype),
-    padding=jnp.sum(mask == 0, axis=-1, dtype=jnp.int32),
+    padding=copies(jnp.sum(mask == 0, axis=-1, dtype=jnp.int32), axis=0),
   )
   logits = jnp.einsum("bd,vd->bv", hidden[:, -1], head.astype(config.dtype))
-  return decoder, logits.astype(jnp.float32), caches
+  return decoder, copies(logits.astype(jnp.float32), axis=0), caches
 
 
 def decode(

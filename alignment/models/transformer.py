@@ -272,6 +272,41 @@ class Transformer(nn.Module):
     x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
     return self.final_norm(x), keys_values
 
+  def completion_states(
+    self, prompt: jax.Array, prompt_mask: jax.Array, tokens: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    """Hidden states of K completions that share each prompt, which is read once.
+
+    Args:
+      prompt: `[N, P]`, right-justified; prompt n is that of rows n K to n K + K - 1.
+      prompt_mask: `[N, P]`.
+      tokens: `[N K, T]`.
+      mask: `[N K, T]`.
+
+    Returns:
+      `[N K, T + 1, D]`: from the last prompt token on, what `hidden_states` gives for rows of
+      prompt and completion.
+    """
+    (num_prompts, prompt_length), (num_rows, length) = prompt.shape, tokens.shape
+    group = num_rows // num_prompts
+    row_mask = jnp.concatenate([jnp.repeat(prompt_mask, group, axis=0), mask], axis=1)
+
+    def pack(of_prompts, of_rows):
+      """`[N, P]` and `[N K, T]` as `[N, P + K T]`: one row a prompt, the completions behind it."""
+      return jnp.concatenate([of_prompts, of_rows.reshape(num_prompts, group * length)], axis=1)
+
+    positions = attention.positions_of(row_mask)
+    positions = pack(positions[::group, :prompt_length], positions[:, prompt_length:])
+    bias = attention.attention_bias(row_mask)
+    shared = attention.SharedPromptBias(
+      prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
+    )
+    rope = attention.rope_table(positions, self.config)
+    x, _ = self.layers(self.embed(pack(prompt, tokens)), rope, shared)
+    last = jnp.repeat(x[:, prompt_length - 1 : prompt_length], group, axis=0)
+    x = x[:, prompt_length:].reshape(num_rows, length, x.shape[-1])
+    return self.final_norm(jnp.concatenate([last, x], axis=1))
+
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
   """Returns fresh parameters (kernels and embedding normal with deviation 0.02, scales one)."""
@@ -330,12 +365,13 @@ def make_apply_fn(
 
   Returns:
     A function of `params` and `sequences.Sequences`. The prompt conditions the completion; its
-    padding may be on either side. Entries where `mask` is 0 are finite and meaningless. A prompt
+    padding may be on either side. A prompt of several rows is read once.
+    Entries where `mask` is 0 are finite and meaningless. A prompt
     row without any real token stands for a start token of id `prompt_tokens[b, -1]`.
 
   Raises:
-    ValueError: (the returned function) without a prompt, or when prompt and completion together
-      exceed `config.max_length`.
+    ValueError: (the returned function) without a prompt, when prompt and completion together
+      exceed `config.max_length`, or when the number of prompts does not divide that of rows.
   """
 
   def apply_fn(params: Params, batch: sequences.Sequences) -> jax.Array:
@@ -352,9 +388,18 @@ def make_apply_fn(
         f"({config.max_length}): shorten one of them"
       )
     # The last token of a completion predicts nothing.
-    tokens = jnp.concatenate([prompt, batch.tokens[:, :-1]], axis=1)
-    mask = jnp.concatenate([prompt_mask > 0, batch.mask[:, :-1] > 0], axis=1)
-    hidden = hidden_states(params, tokens, mask, config=config)[:, prompt_length - 1 :]
+    tokens, mask = batch.tokens[:, :-1], batch.mask[:, :-1] > 0
+    model, variables = Transformer(config), {"params": params}
+    hidden: Any
+    if sequences.rows_per_prompt(batch) == 1:
+      tokens = jnp.concatenate([prompt, tokens], axis=1)
+      mask = jnp.concatenate([prompt_mask > 0, mask], axis=1)
+      hidden, _ = model.apply(variables, tokens, mask, method="hidden_states")
+      hidden = hidden[:, prompt_length - 1 :]
+    else:
+      hidden = model.apply(
+        variables, prompt, prompt_mask > 0, tokens, mask, method="completion_states"
+      )
     embedding = output_embedding(params)
     return sequences.chunked_token_logps(hidden, embedding, batch.tokens, chunk_size=logps_chunk)
 

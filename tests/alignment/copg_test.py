@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax import test_util
 
-from alignment import copg, ipo, oracles
+from alignment import copg, ipo, oracles, sequences
 
 
 def _arm_batch(ref_logps, rewards, arms):
@@ -220,10 +220,11 @@ def test_ties_and_equal_rewards_pull_log_ratios_together():
   np.testing.assert_allclose(grad, [[1.0, -1.0]], rtol=1e-6)
 
 
-def test_prompts_are_repeated_in_the_order_of_their_samples():
+def test_samples_stay_with_their_prompts():
   seen = []
 
   def apply_fn(params, rows):
+    rows = sequences.repeat_prompts(rows)
     seen.append(rows)
     return params * (rows.tokens - rows.prompt_tokens[:, :1]).astype(float)
 

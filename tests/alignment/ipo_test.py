@@ -377,8 +377,8 @@ def test_prompt_tokens_of_neither_answer_count():
   value, _ = ipo.loss(-1.0, None, batch, None, apply_fn=apply_fn, config=ipo.Config(tau=0.5))
   np.testing.assert_allclose(value, 4, rtol=1e-6)  # as without the prompt
   (rows,) = seen
-  assert rows.tokens.shape == (2, 4) and rows.prompt_tokens.shape == (2, 2)
-  np.testing.assert_array_equal(rows.prompt_tokens, [[0, 1], [0, 1]])
+  assert rows.tokens.shape == (2, 4)
+  np.testing.assert_array_equal(rows.prompt_tokens, [[0, 1]])  # one prompt for both
 
 
 def test_shared_prefix_inside_both_answers_changes_nothing_under_sum():

@@ -135,7 +135,13 @@ def test_flatten_samples_keeps_prompts_beside_their_samples():
   tokens = jnp.arange(12).reshape(2, 3, 2)
   rows = sequences.flatten_samples(tokens, tokens > 0, jnp.array([[7], [8]]), jnp.ones((2, 1)))
   np.testing.assert_array_equal(rows.tokens, np.arange(12).reshape(6, 2))
-  np.testing.assert_array_equal(rows.prompt_tokens[:, 0], [7, 7, 7, 8, 8, 8])
+  assert sequences.rows_per_prompt(rows) == 3
+  repeated = sequences.repeat_prompts(rows)
+  np.testing.assert_array_equal(repeated.prompt_tokens[:, 0], [7, 7, 7, 8, 8, 8])
+  np.testing.assert_array_equal(repeated.prompt_mask, np.ones((6, 1)))
+  assert sequences.repeat_prompts(sequences.Sequences(tokens, tokens)).prompt_tokens is None
+  with pytest.raises(ValueError, match="2 prompts do not divide 5 completions"):
+    sequences.repeat_prompts(rows._replace(tokens=rows.tokens[:5]))
   with pytest.raises(ValueError, match="given together"):
     sequences.flatten_samples(tokens, tokens, jnp.ones((2, 1)))
   with pytest.raises(ValueError, match=r"\[B, K, T\]"):

@@ -118,7 +118,7 @@ def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
   again = task.reference_logps(prompts, drawn["tokens"], drawn["mask"])  # from the cache
   np.testing.assert_array_equal(logps, again)
   # Float32 rounding of sums of eight terms of about four nats.
-  np.testing.assert_allclose(logps, drawn["own_logps"], atol=1e-4)
+  np.testing.assert_allclose(logps, drawn["logps"], atol=1e-4)
   other = task.reference_samples(prompts, 2, seed=4)
   assert not np.array_equal(other["tokens"], drawn["tokens"])
 

@@ -107,6 +107,14 @@ def test_rows_are_independent(params, prompts):
   np.testing.assert_array_equal(generate(params, (tokens[:2], mask[:2])).tokens, want[:2])
 
 
+def test_several_samples_of_a_prompt_are_those_of_repeated_prompts(params, prompts):
+  got = generate(params, prompts, num_samples=2)
+  want = generate(params, [jnp.repeat(x, 2, axis=0) for x in prompts])
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+  assert (got.tokens[::2] != got.tokens[1::2]).any(1).all()  # not one sample twice
+
+
 def test_the_same_key_gives_the_same_and_another_another(params, prompts):
   np.testing.assert_array_equal(generate(params, prompts).tokens, generate(params, prompts).tokens)
   assert np.any(generate(params, prompts, seed=1).tokens != generate(params, prompts).tokens)
@@ -263,6 +271,11 @@ def test_bad_prompts_are_an_error(params, prompts):
     generate(params, (tokens.at[0, 0].set(29), mask))
   with pytest.raises(ValueError, match=r"got \[3, 5\] and \[3, 4\]"):
     generate(params, (tokens, mask[:, 1:]))
+
+
+def test_no_samples_are_an_error(params, prompts):
+  with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+    generate(params, prompts, num_samples=0)
 
 
 def test_bucket_length():
