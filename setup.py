@@ -40,6 +40,7 @@ _LM = [
 
 _TEST = [
   "pytest>=8",
+  "pytest-xdist>=3.6",
   "hypothesis>=6.100",
   "ruff==0.17.6",
   "mypy==2.4.1",

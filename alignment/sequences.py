@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignment import checks
+from alignment import checks, chunked_likelihood
 
 REDUCTIONS = ("sum", "mean")
 
@@ -331,8 +331,7 @@ def chunked_token_logps(
 
   Equal to `token_logps(hidden @ embedding.T, tokens)`, forward and backward. Slices of the
   vocabulary are scanned with a running log-sum-exp, and computed again in the backward pass.
-  (Slices of the rows would sum the big gradient, `[V, D]`, once for each slice instead of writing
-  it once.) Peak memory is `[B * T, chunk_size]`; matrix products accumulate in float32 or wider.
+  Peak memory is `[B * T, chunk_size]`; matrix products accumulate in float32 or wider.
 
   Positions that get a zero gradient (masked ones) hand on exactly zero, even from non-finite
   hidden states. Reverse-mode differentiation only.
@@ -364,82 +363,5 @@ def chunked_token_logps(
   chunk_size = min(chunk_size, embedding.shape[0])
   # Rows flattened to one axis: contracting a single axis is what matrix units and CPUs are fast at.
   rows = hidden.reshape(-1, hidden.shape[2])
-  logps = _row_logps(chunk_size, rows, embedding, jnp.asarray(tokens).reshape(-1))
+  logps = chunked_likelihood.row_logps(chunk_size, rows, embedding, jnp.asarray(tokens).reshape(-1))
   return logps.reshape(hidden.shape[:2])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_logps(chunk_size, rows, embedding, tokens):
-  """`[N]` log-probabilities of `tokens [N]` under softmax(rows [N, D] @ embedding [V, D]^T)."""
-  return _row_logps_forward(chunk_size, rows, embedding, tokens)[0]
-
-
-def _row_logps_forward(chunk_size, rows, embedding, tokens):
-  dtype = _accumulator(rows)
-
-  def add_slice(running, index):
-    highest, total = running
-    logits, _ = _slice_logits(chunk_size, rows, embedding, index)
-    new_highest = jnp.maximum(highest, jnp.max(logits, axis=1))
-    # exp(-inf - finite) = 0 on the first slice: nothing accumulated yet.
-    total = total * jnp.exp(highest - new_highest)
-    total += jnp.sum(jnp.exp(logits - new_highest[:, None]), axis=1)
-    return (new_highest, total), None
-
-  start = (jnp.full(rows.shape[:1], -jnp.inf, dtype), jnp.zeros(rows.shape[:1], dtype))
-  num_slices = -(-embedding.shape[0] // chunk_size)
-  (highest, total), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
-  log_normalisers = highest + jnp.log(total)
-  chosen = jnp.einsum("nd,nd->n", rows, embedding[tokens], preferred_element_type=dtype)
-  return chosen - log_normalisers, (rows, embedding, tokens, log_normalisers)
-
-
-def _row_logps_backward(chunk_size, residuals, cotangents):
-  rows, embedding, tokens, log_normalisers = residuals
-  dtype = _accumulator(rows)
-  # d log p_y / d logit_v = [v = y] - p_v. Where the cotangent is zero, so is the row: 0 * NaN.
-  live = (cotangents != 0)[:, None]
-  safe_rows = jnp.where(live, rows, 0)
-  vocabulary = embedding.shape[0]
-
-  def add_slice(grads, index):
-    row_grads, embedding_grads = grads
-    logits, slice_start = _slice_logits(chunk_size, rows, embedding, index)
-    ids = slice_start + jnp.arange(chunk_size)
-    first = index * chunk_size  # an overlapping last slice leaves out what was done before
-    chosen = (ids[None, :] == tokens[:, None]) & (ids >= first)
-    logit_grads = chosen - jnp.exp(logits - log_normalisers[:, None])
-    logit_grads = jnp.where(live, cotangents[:, None] * logit_grads, 0).astype(rows.dtype)
-    weights = jax.lax.dynamic_slice_in_dim(embedding, slice_start, chunk_size)
-    row_grads += jnp.dot(logit_grads, weights, preferred_element_type=dtype)
-    new = jnp.dot(logit_grads.T, safe_rows, preferred_element_type=dtype)
-    old = jax.lax.dynamic_slice_in_dim(embedding_grads, slice_start, chunk_size)
-    embedding_grads = jax.lax.dynamic_update_slice_in_dim(
-      embedding_grads, old + new.astype(old.dtype), slice_start, axis=0
-    )
-    return (row_grads, embedding_grads), None
-
-  start = (jnp.zeros(rows.shape, dtype), jnp.zeros(embedding.shape, embedding.dtype))
-  num_slices = -(-vocabulary // chunk_size)
-  (row_grads, embedding_grads), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
-  return row_grads.astype(rows.dtype), embedding_grads, None
-
-
-_row_logps.defvjp(_row_logps_forward, _row_logps_backward)
-
-
-def _slice_logits(chunk_size, rows, embedding, index):
-  """Returns the logits `[N, chunk_size]` of one slice, and the id at which the slice starts.
-
-  The last slice of a vocabulary that the chunk does not divide starts early enough to be whole;
-  entries that an earlier slice has covered are -inf. (Padding would copy the embedding.)
-  """
-  start = jnp.minimum(index * chunk_size, embedding.shape[0] - chunk_size)
-  weights = jax.lax.dynamic_slice_in_dim(embedding, start, chunk_size)
-  logits = jnp.dot(rows, weights.T, preferred_element_type=_accumulator(rows))
-  fresh = start + jnp.arange(chunk_size) >= index * chunk_size
-  return jnp.where(fresh, logits, -jnp.inf), start
-
-
-def _accumulator(rows):
-  return jnp.promote_types(rows.dtype, jnp.float32)

@@ -54,7 +54,9 @@ def language_model(
 ) -> ml_collections.ConfigDict:
   """Aligns a pretrained model on its own samples, scored by a reward function.
 
-  The defaults are the working point of `make demo`: 60 steps of 8 prompts on two CPU cores.
+  The defaults are the working point of `make demo`: 40 steps of 8 prompts on two CPU cores, little
+  more than one pass over the data. (A second pass learns the completions by heart: their margins
+  jump by 20 nats and the held-out reward does not follow.)
   """
   return _config(
     paper,
@@ -85,7 +87,7 @@ def language_model(
       "sample_batch_size": 64,
     },
     optimizer={
-      "learning_rate": 5e-5,
+      "learning_rate": 8e-5,
       "warmup_steps": 5,
       "final_scale": 0.0,  # the cosine ends at learning_rate * final_scale
       "clip_norm": 1.0,
@@ -94,9 +96,9 @@ def language_model(
       "weight_decay": 0.0,
     },
     sharding={"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
-    train={"num_steps": 60, "batch_size": 8, "log_every": 1},
-    eval={"every": 0, "num_prompts": 256, "batch_size": 64, "num_table_rows": 16},
-    checkpoint={"every": 30, "keep": 1},
+    train={"num_steps": 40, "batch_size": 8, "log_every": 1},
+    eval={"every": 20, "num_prompts": 256, "batch_size": 64, "num_table_rows": 16},
+    checkpoint={"every": 20, "keep": 1},
   )
 
 
@@ -109,7 +111,5 @@ def tiny_language_model(
   config.reward = "vowels"
   config.data.update({"num_prompts": 64, "completion_length": 8})
   config.optimizer.learning_rate = learning_rate
-  config.train.num_steps = 40
   config.eval.num_prompts = 64
-  config.checkpoint.every = 20
   return config

@@ -14,7 +14,7 @@ from experiments.configs import base
 
 PRESETS = {
   "sentiment": base.Preset(
-    "reward against KL of CoPG, IPO and DPO, SmolLM2-135M", "40 minutes", "one figure"
+    "reward against KL of CoPG, IPO and DPO, SmolLM2-135M", "20 minutes", "one figure"
   ),
   "tiny": base.Preset("the same on the random character model", "1 minute", "runs"),
 }
@@ -31,7 +31,7 @@ def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
       "algorithms": ("copg", "ipo", "dpo"),
       "eval": {"every": 10},
       "sharding": {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
-      "train": {"num_steps": 60, "log_every": 1},
-      "checkpoint": {"every": 30, "keep": 1},
+      "train": {"num_steps": 40, "log_every": 1},
+      "checkpoint": {"every": 20, "keep": 1},
     }
   )

@@ -1,0 +1,96 @@
+"""The log-likelihood over a large vocabulary, one slice of it at a time, and its gradient.
+
+What `sequences.chunked_token_logps` runs on flattened rows. A running log-sum-exp over slices of
+the vocabulary gives the normaliser; the backward pass computes the slices again (a slice that is
+the whole vocabulary is kept: it takes no more memory). Slices of the rows would sum the big
+gradient, `[V, D]`, once for each slice instead of writing it once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def row_logps(chunk_size, rows, embedding, tokens):
+  """`[N]` log-probabilities of `tokens [N]` under softmax(rows [N, D] @ embedding [V, D]^T)."""
+  return _forward(chunk_size, rows, embedding, tokens)[0]
+
+
+def _forward(chunk_size, rows, embedding, tokens):
+  dtype = _accumulator(rows)
+
+  def add_slice(running, index):
+    logits, _ = _slice_logits(chunk_size, rows, embedding, index)
+    return accumulate(running, logits), None
+
+  def accumulate(running, logits):
+    highest, total = running
+    new_highest = jnp.maximum(highest, jnp.max(logits, axis=1))
+    # exp(-inf - finite) = 0 on the first slice: nothing accumulated yet.
+    total = total * jnp.exp(highest - new_highest)
+    return new_highest, total + jnp.sum(jnp.exp(logits - new_highest[:, None]), axis=1)
+
+  start = (jnp.full(rows.shape[:1], -jnp.inf, dtype), jnp.zeros(rows.shape[:1], dtype))
+  if chunk_size == embedding.shape[0]:
+    whole, _ = _slice_logits(chunk_size, rows, embedding, 0)
+    highest, total = accumulate(start, whole)
+  else:
+    whole, num_slices = None, -(-embedding.shape[0] // chunk_size)
+    (highest, total), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
+  log_normalisers = highest + jnp.log(total)
+  chosen = jnp.einsum("nd,nd->n", rows, embedding[tokens], preferred_element_type=dtype)
+  return chosen - log_normalisers, (rows, embedding, tokens, log_normalisers, whole)
+
+
+def _backward(chunk_size, residuals, cotangents):
+  rows, embedding, tokens, log_normalisers, whole = residuals
+  dtype = _accumulator(rows)
+  # d log p_y / d logit_v = [v = y] - p_v. Where the cotangent is zero, so is the row: 0 * NaN.
+  live = (cotangents != 0)[:, None]
+  safe_rows = jnp.where(live, rows, 0)
+  vocabulary = embedding.shape[0]
+
+  def add_slice(grads, index):
+    row_grads, embedding_grads = grads
+    logits, slice_start = _slice_logits(chunk_size, rows, embedding, index)
+    logits = logits if whole is None else whole
+    ids = slice_start + jnp.arange(chunk_size)
+    first = index * chunk_size  # an overlapping last slice leaves out what was done before
+    chosen = (ids[None, :] == tokens[:, None]) & (ids >= first)
+    logit_grads = chosen - jnp.exp(logits - log_normalisers[:, None])
+    logit_grads = jnp.where(live, cotangents[:, None] * logit_grads, 0).astype(rows.dtype)
+    weights = jax.lax.dynamic_slice_in_dim(embedding, slice_start, chunk_size)
+    row_grads += jnp.dot(logit_grads, weights, preferred_element_type=dtype)
+    new = jnp.dot(logit_grads.T, safe_rows, preferred_element_type=dtype)
+    old = jax.lax.dynamic_slice_in_dim(embedding_grads, slice_start, chunk_size)
+    embedding_grads = jax.lax.dynamic_update_slice_in_dim(
+      embedding_grads, old + new.astype(old.dtype), slice_start, axis=0
+    )
+    return (row_grads, embedding_grads), None
+
+  start = (jnp.zeros(rows.shape, dtype), jnp.zeros(embedding.shape, embedding.dtype))
+  num_slices = -(-vocabulary // chunk_size)
+  (row_grads, embedding_grads), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
+  return row_grads.astype(rows.dtype), embedding_grads, None
+
+
+row_logps.defvjp(_forward, _backward)
+
+
+def _slice_logits(chunk_size, rows, embedding, index):
+  """Returns the logits `[N, chunk_size]` of one slice, and the id at which the slice starts.
+
+  The last slice of a vocabulary that the chunk does not divide starts early enough to be whole;
+  entries that an earlier slice has covered are -inf. (Padding would copy the embedding.)
+  """
+  start = jnp.minimum(index * chunk_size, embedding.shape[0] - chunk_size)
+  weights = jax.lax.dynamic_slice_in_dim(embedding, start, chunk_size)
+  logits = jnp.dot(rows, weights.T, preferred_element_type=_accumulator(rows))
+  fresh = start + jnp.arange(chunk_size) >= index * chunk_size
+  return jnp.where(fresh, logits, -jnp.inf), start
+
+
+def _accumulator(rows):
+  return jnp.promote_types(rows.dtype, jnp.float32)
