@@ -181,6 +181,31 @@ def copg_optimum(ref_logps: Array, rewards: Array, beta: Any) -> Array:
   return kl_regularised_optimum(ref_logps, rewards, beta)
 
 
+def dro_optimum(ref_logps: Array, rewards: Array, tau: Any) -> tuple[Array, Array]:
+  """Returns DRO's optimal log-probabilities `[..., A]` and value `[...]`.
+
+  The value is tau log E_ref[exp(r / tau)]. Both are unique where the data cover the
+  support of the reference, whatever they were drawn from.
+
+  Args:
+    ref_logps: `[..., A]`.
+    rewards: `[..., A]` expected rewards.
+    tau: positive.
+
+  Raises:
+    ValueError: if the shapes do not fit or `tau` is not positive.
+
+  Example:
+    >>> logps, value = dro_optimum(np.log(np.ones(3) / 3), np.array([1.0, 0.0, -1.0]), tau=1.0)
+    >>> np.exp(logps).round(4), value.round(4)
+    (array([0.6652, 0.2447, 0.09  ]), np.float64(0.309))
+
+  Reference: Richemond et al. 2024, https://arxiv.org/abs/2405.19107, theorem 1.
+  """
+  checks.positive("tau", tau)
+  return kl_regularised_optimum(ref_logps, rewards, tau), optimal_value(ref_logps, rewards, tau)
+
+
 def objective(logps: Array, ref_logps: Array, rewards: Array, temperature: Any) -> Array:
   """Returns J `[...]` = E_pi[R] - temperature KL(pi || ref).
 

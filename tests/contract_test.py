@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import sharding
-from alignment import copg, ipo, sequences
+from alignment import copg, dro, ipo, sequences
 from alignment.baselines import dpo
 
 
@@ -162,7 +162,24 @@ def _copg() -> Case:
   )  # fmt: skip
 
 
-BUILDERS: dict[str, Callable[[], Case]] = {"copg": _copg, "dpo": _dpo, "ipo": _ipo}
+def _policy_and_value(params, rows):
+  prompts = params.value["embedding"][rows.prompt_tokens] * rows.prompt_mask[..., None]
+  return _policy(params.policy, rows), jnp.tanh(prompts.sum(1)) @ params.value["head"]
+
+
+def _dro() -> Case:
+  rng = np.random.default_rng(2)
+  value = {"embedding": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), "head": jnp.ones(4) / 4}
+  batch = dro.Batch(
+    *_completions(rng, (8, 5)), jnp.asarray(rng.normal(size=8), jnp.float32), *_prompts(rng)
+  )
+  return Case(
+    dro, dro.Params(_policy_params(), value), batch, _policy_and_value, dro.Config(tau=0.5),
+    ("tau", 0.7), rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[[], Case]] = {"copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo}
 
 
 # --- helpers of the clauses ---
