@@ -3,8 +3,8 @@
 All take hyper-parameters positionally or by name, are batched over leading axes, and return
 arrays in the dtype of `ref_logps` (or of the first argument). NumPy inputs are computed with NumPy,
 so float64 works without touching JAX's settings; JAX inputs with JAX, so all but
-`ipo_dataset_optimum` can be traced. A sequence model is tabular too, once its completions are
-enumerated.
+`ipo_dataset_optimum` and `regularised_nash` (and what is made from it) can be traced. A sequence
+model is tabular too, once its completions are enumerated.
 
 Why they are exact: max over pi of E_pi[f] - tau KL(pi || ref) has the one solution
 ref exp(f / tau) / Z with value tau log Z, and the value lost by another policy is
@@ -20,7 +20,7 @@ import numpy as np
 import scipy.sparse.csgraph
 import scipy.special
 
-from alignment import checks
+from alignment import checks, nash_solvers
 
 Array = Any  # a NumPy array in gives a NumPy array out, a JAX array a JAX array
 
@@ -204,6 +204,113 @@ def dro_optimum(ref_logps: Array, rewards: Array, tau: Any) -> tuple[Array, Arra
   """
   checks.positive("tau", tau)
   return kl_regularised_optimum(ref_logps, rewards, tau), optimal_value(ref_logps, rewards, tau)
+
+
+def regularised_nash(
+  preferences: Array, ref_logps: Array, tau: Any, *, solver: str = "newton"
+) -> Array:
+  """Returns the log-probabilities of the Nash equilibrium of the regularised preference game.
+
+  Both players earn P(pi beats pi') - tau KL(pi || ref) + tau KL(pi' || ref); the one equilibrium
+  is symmetric and solves pi = ref exp(P(. beats pi) / tau), normalised. The two solvers share
+  nothing but that equation and agree to 1e-10, down to tau = 0.01: "newton" follows the solution
+  from a large tau down, "mirror_prox" is the extragradient method, whose error shrinks by about
+  1 - tau / 2 an iteration. (Damped iteration of the equation stalls for small tau.)
+
+  Args:
+    preferences: `[..., A, A]`, entry i, j is P(i beats j); entry j, i must be 1 minus it.
+    ref_logps: `[..., A]`; -inf outside the support, where the equilibrium never goes.
+    tau: positive.
+    solver: "newton" or "mirror_prox".
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: if the shapes do not fit, `preferences` are no preferences, `tau` is not positive
+      or `solver` is unknown.
+
+  Example:
+    >>> cycle = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])
+    >>> np.exp(regularised_nash(cycle, np.log([0.6, 0.3, 0.1]), 0.1)).round(4)
+    array([0.4927, 0.1541, 0.3531])
+
+  Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886, proposition 1.
+  """
+  checks.positive("tau", tau)
+  checks.choice("solver", solver, ("newton", "mirror_prox"))
+  xp, ref_logps = _arrays(ref_logps=ref_logps)
+  _check_preferences(preferences, np.exp(ref_logps))
+  matrix, reference = np.asarray(preferences, float), np.asarray(ref_logps, float)
+  batch_shape = np.broadcast_shapes(matrix.shape[:-2], reference.shape[:-1])
+  matrix = np.broadcast_to(matrix, (*batch_shape, *matrix.shape[-2:]))
+  reference = np.broadcast_to(reference, (*batch_shape, reference.shape[-1]))
+  temperatures = np.broadcast_to(np.asarray(tau, float), batch_shape)
+  solve = {"newton": nash_solvers.newton, "mirror_prox": nash_solvers.mirror_prox}[solver]
+  logps = np.full(reference.shape, -np.inf)
+  for index in np.ndindex(*batch_shape):
+    support = np.flatnonzero(reference[index] > -np.inf)
+    logps[index][support] = solve(
+      matrix[index][np.ix_(support, support)], reference[index][support], float(temperatures[index])
+    )
+  return xp.asarray(logps).astype(ref_logps.dtype)
+
+
+def regularised_exploitability(
+  logps: Array, preferences: Array, ref_logps: Array, tau: Any
+) -> Array:
+  """Returns what the best opponent gains against a policy in the regularised preference game.
+
+  max over pi' of P_tau(pi' beats pi) - 1/2 = tau log E_ref[exp(P(. beats pi) / tau)]
+  + tau KL(pi || ref) - 1/2: zero at `regularised_nash` and positive elsewhere. It needs no solver.
+
+  Args:
+    logps: `[..., A]` log-probabilities of the policy.
+    preferences: `[..., A, A]`.
+    ref_logps: `[..., A]`.
+    tau: positive.
+
+  Returns:
+    `[...]` in units of the preference.
+
+  Raises:
+    ValueError: if the shapes do not fit or `tau` is not positive.
+  """
+  checks.positive("tau", tau)
+  divergence = kl(logps, ref_logps)
+  xp, logps, ref_logps = _arrays(logps=logps, ref_logps=ref_logps)
+  wins = (xp.asarray(preferences) * xp.exp(logps)[..., None, :]).sum(-1)
+  best = optimal_value(ref_logps, wins, tau)
+  return (best + tau * divergence - 0.5).astype(logps.dtype)
+
+
+def nash_md_pg_fixed_point(preferences: Array, ref_logps: Array, tau: Any, beta: float) -> Array:
+  """Returns the log-probabilities where Nash-MD-PG stops: not the Nash equilibrium for beta > 0.
+
+  pi = ref exp(P(. beats mixture) / tau), normalised, against the mixture pi^(1 - beta) ref^beta,
+  which itself is the Nash equilibrium at the temperature tau / (1 - beta). Tabular Nash-MD with
+  the constant step eta = beta / tau stops there too. beta = 0 is self-play and gives
+  `regularised_nash`; beta = 1 the best response to the reference.
+
+  Args:
+    preferences: `[..., A, A]`.
+    ref_logps: `[..., A]`.
+    tau: positive.
+    beta: in [0, 1], weight of the reference in the mixture.
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: as `regularised_nash`, or if `beta` lies outside [0, 1].
+  """
+  checks.positive("tau", tau)
+  if not 0 <= beta <= 1:
+    raise ValueError(f"beta must lie in [0, 1], got {beta}: it is the weight of the reference")
+  xp, ref_logps = _arrays(ref_logps=ref_logps)
+  opponent = ref_logps if beta == 1 else regularised_nash(preferences, ref_logps, tau / (1 - beta))
+  wins = (xp.asarray(preferences) * xp.exp(opponent)[..., None, :]).sum(-1)
+  return kl_regularised_optimum(ref_logps, wins, tau)
 
 
 def objective(logps: Array, ref_logps: Array, rewards: Array, temperature: Any) -> Array:

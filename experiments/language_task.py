@@ -77,7 +77,9 @@ class Task:
     """Samples K completions of each prompt.
 
     Returns `tokens` and `mask` `[N, K, T]`, and `logps` `[N, K]`, the model's own summed
-    log-probabilities as the sampler saw them (a separate pass agrees to float32 rounding).
+    log-probabilities. In float32 they are the sampler's, which a separate pass equals but for
+    rounding; in bfloat16 rounding is tenths of a nat, so they come from the pass that training
+    makes.
     """
     data, tokenizer = self.config.data, self.model.tokenizer
     drawn = []
@@ -102,7 +104,11 @@ class Task:
     tokens, mask, logps = (
       np.concatenate(x).reshape(shape)[: len(prompts)] for x in zip(*drawn, strict=True)
     )
-    return {"tokens": tokens, "mask": mask, "logps": (logps * mask).sum(-1)}
+    if self.network.dtype == "float32":
+      logps = (logps * mask).sum(-1)
+    else:
+      logps = self.logps(params, prompts, tokens, mask)
+    return {"tokens": tokens, "mask": mask, "logps": logps}
 
   def _chunks(self, what: str, *arrays: np.ndarray, num_samples: int | None = None):
     """Yields slices of N prompts and their data, the last filled with its last row: one compile.
@@ -218,10 +224,14 @@ class Task:
   # --- evaluation -----------------------------------------------------------------------------
 
   def compare(self, params: Any) -> "Comparison":
-    """Draws one completion a held-out prompt from policy and reference and scores both."""
-    prompts, seed = self.test_prompts, self.config.seed + 1
-    reference = self.reference_samples(prompts, 1, seed)
-    drawn = self.generate(params, prompts, jax.random.key(seed), 1)
+    """Draws one completion a held-out prompt from policy and reference and scores both.
+
+    With keys of their own: on common random numbers two policies that hardly differ draw the same
+    texts, which are ties, and the win rate of the rest is that of another question.
+    """
+    prompts, seed = self.test_prompts, self.config.seed
+    reference = self.reference_samples(prompts, 1, seed + 1)
+    drawn = self.generate(params, prompts, jax.random.key(seed + 2), 1)
     ref_logps = self.logps(self.model.params, prompts, drawn["tokens"], drawn["mask"])
     tokens, mask = drawn["tokens"][:, 0], drawn["mask"][:, 0]
     ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]

@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import sharding
-from alignment import copg, dro, ipo, sequences
+from alignment import copg, dro, ipo, nash_md, sequences
 from alignment.baselines import dpo
 
 
@@ -179,7 +179,23 @@ def _dro() -> Case:
   )  # fmt: skip
 
 
-BUILDERS: dict[str, Callable[[], Case]] = {"copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo}
+def _nash_md() -> Case:
+  rng = np.random.default_rng(3)
+  tokens, mask, _ = _completions(rng, (8, 5))
+  batch = nash_md.Batch(
+    tokens, mask, jnp.asarray(rng.normal(-2, 1, (8, 5)), jnp.float32),
+    jnp.asarray(rng.uniform(size=8), jnp.float32), *_prompts(rng),
+  )  # fmt: skip
+  return Case(
+    nash_md, _policy_params(), batch, _policy, nash_md.Config(tau=0.1, ema_decay=0.9),
+    ("tau", 0.3), trees={"ema_params": jax.tree.map(lambda x: x + 0.1, _policy_params())},
+    rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[[], Case]] = {
+  "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "nash_md": _nash_md,
+}  # fmt: skip
 
 
 # --- helpers of the clauses ---

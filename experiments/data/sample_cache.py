@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 # Part of every key: raise it when the meaning of what is stored changes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def cache_key(**settings: Any) -> str:

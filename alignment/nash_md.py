@@ -1,0 +1,378 @@
+"""Nash-MD: Nash learning from preferences by mirror descent, tabular and as a policy gradient.
+
+Problem: a preference P(y beats y' | x), possibly cyclic, which no reward explains. Wanted is the
+policy that no other one beats: the Nash equilibrium of the game in which a policy earns
+P(pi beats pi') - tau KL(pi || ref) + tau KL(pi' || ref). It is unique and symmetric.
+
+Tabular: mirror descent that answers a geometric mixture of policy and reference,
+pi^mix = pi^(1 - eta tau) ref^(eta tau), normalised; then
+pi_next = pi^mix exp(eta P(. beats pi^mix)), normalised. With eta_t = 2 / (tau (t + 2)) the *last*
+policy converges: KL(pi* || pi_T) <= 8 / (tau^2 (T + 1)). Answering the policy itself
+(`opponent="self"`, online mirror descent, self-play) is known to converge on average.
+
+Deep (Nash-MD-PG): y from the policy, y' from the mixture pi^(1 - beta) ref^beta token by token, and
+the policy gradient grad log pi(y) (P(y beats y') - 1/2 - tau log-ratio(y)). beta = 0 is self-play,
+1 the best response to the reference. For beta > 0 it stops at `oracles.nash_md_pg_fixed_point`,
+near the equilibrium and not at it. In Nash-EMA-PG y' comes from a moving average of the parameters
+(`State.ema_params`).
+
+Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886 (ICML 2024).
+
+| paper | here |
+|---|---|
+| pi_t, mu | `logps`, `ref_logps` (tables of log-probabilities), `params` through `apply_fn` |
+| P(y > y') | `preferences` |
+| tau, eta | `tau`, `eta` |
+| beta (of the mixture) | `beta`, the weight of the reference |
+| beta (of Nash-EMA-PG) | `ema_decay` |
+
+Deviations: none in the tabular form. The policy gradient's KL term weighs each token's score with
+the log-ratios from that token on (the paper allows it: earlier tokens are known by then). Taking a
+token's own log-ratio alone, as some code does, is a biased gradient of the KL of sequences.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sharding
+from alignment import checks, sequences
+
+Metrics = dict[str, jax.Array]
+OPPONENTS = ("mixture", "self")
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["tau", "ema_decay"],
+  meta_fields=["num_microbatches"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyper-parameters of Nash-MD-PG.
+
+  Attributes:
+    tau: positive, in units of the preference per nat (0.008 is the paper's choice on TL;DR: not to
+      be compared with the beta of a reward).
+    ema_decay: in [0, 1]: `ema_params` moves by 1 - ema_decay of the way to `params` at each
+      update. 0 keeps it equal to `params`, 1 at the first ones.
+    num_microbatches: parts into which a batch is split to save memory; same result.
+  """
+
+  tau: Any = 0.008
+  ema_decay: Any = 0.0
+  num_microbatches: int = 1
+
+  def __post_init__(self):
+    checks.positive("tau", self.tau)
+    checks.probabilities("ema_decay", self.ema_decay)
+    checks.count("num_microbatches", self.num_microbatches)
+
+
+class Batch(NamedTuple):
+  """Completions that the policy has just drawn, each compared with one of the opponent's.
+
+  Attributes:
+    tokens: `[B, T]` int, y ~ pi, right-padded, without the prompt.
+    mask: `[B, T]` 1 on completion tokens including EOS.
+    ref_token_logps: `[B, T]` log ref(token | prefix) of each token, nats.
+    preferences: `[B]` P(y beats y'), or a sampled label 0 or 1.
+    prompt_tokens: `[B, P]` int, left-padded, or None.
+    prompt_mask: `[B, P]` or None.
+  """
+
+  tokens: Any
+  mask: Any
+  ref_token_logps: Any
+  preferences: Any
+  prompt_tokens: Any = None
+  prompt_mask: Any = None
+
+
+class State(NamedTuple):
+  """Everything that changes in training.
+
+  Attributes:
+    params: parameters of the policy, as `apply_fn` takes them.
+    ema_params: their moving average, the opponent of Nash-EMA-PG.
+    opt_state: state of the optimiser.
+    step: scalar int32, number of updates done.
+  """
+
+  params: Any
+  ema_params: Any
+  opt_state: Any
+  step: jax.Array
+
+
+# --- tabular ---
+
+
+def step_size(step: Any, *, tau: Any) -> Any:
+  """Returns eta_t = 2 / (tau (t + 2)), the schedule of the theorem; t counts from 0."""
+  return 2 / (tau * (step + 2))
+
+
+def nash_md_step(
+  logps: jax.Array,
+  preferences: jax.Array,
+  ref_logps: jax.Array,
+  *,
+  tau: Any,
+  eta: Any,
+  opponent: str = "mixture",
+) -> jax.Array:
+  """Returns the policy after one step of tabular mirror descent.
+
+  Args:
+    logps: `[..., A]` log-probabilities of the policy.
+    preferences: `[..., A, A]`, entry i, j is P(i beats j).
+    ref_logps: `[..., A]`.
+    tau: positive strength of the regulariser.
+    eta: step size, at most 1 / tau.
+    opponent: "mixture" answers pi^(1 - eta tau) ref^(eta tau) (Nash-MD), "self" the policy (online
+      mirror descent).
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: if the shapes do not fit, or a concrete `tau` or `eta` is out of range.
+
+  Example:
+    >>> cycle = jnp.array([[9, 10, 8], [8, 9, 10], [10, 8, 9]]) / 18  # 5/9 against 4/9
+    >>> policy, uniform = jnp.log(jnp.array([0.6, 0.3, 0.1])), jnp.log(jnp.ones(3) / 3)
+    >>> jnp.exp(nash_md_step(policy, cycle, uniform, tau=0.1, eta=5.0)).round(4)
+    Array([0.4909, 0.3088, 0.2003], dtype=float32)
+
+  Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886, section 4.
+  """
+  checks.positive("tau", tau)
+  checks.positive("eta", eta)
+  checks.choice("opponent", opponent, OPPONENTS)
+  _check_game(preferences, logps, ref_logps)
+  weight = eta * tau
+  checks.probabilities("eta * tau", weight)
+  mixture = jax.nn.log_softmax(_mix(jnp.asarray(logps), jnp.asarray(ref_logps), weight))
+  answered = mixture if opponent == "mixture" else jnp.asarray(logps)
+  wins = _wins(preferences, answered)
+  return jax.nn.log_softmax(mixture + eta * wins)
+
+
+def best_response(
+  opponent_logps: jax.Array, preferences: jax.Array, ref_logps: jax.Array, *, tau: Any
+) -> jax.Array:
+  """Returns the log-probabilities of argmax over pi of P(pi beats opponent) - tau KL(pi || ref).
+
+  They are those of ref exp(P(. beats opponent) / tau), normalised, `[..., A]`; arguments as in
+  `nash_md_step`.
+  """
+  checks.positive("tau", tau)
+  _check_game(preferences, opponent_logps, ref_logps)
+  wins = _wins(preferences, jnp.asarray(opponent_logps))
+  return jax.nn.log_softmax(jnp.asarray(ref_logps) + wins / tau)
+
+
+def geometric_mixture_logits(
+  policy_logits: jax.Array, ref_logits: jax.Array, *, beta: Any
+) -> jax.Array:
+  """Returns the logits of pi^(1 - beta) ref^beta, not normalised.
+
+  Args:
+    policy_logits: `[..., V]`, normalised or not.
+    ref_logits: `[..., V]`.
+    beta: in [0, 1], weight of the reference: 0 is the policy, 1 the reference. A side of weight 0
+      is ignored even where it is -inf; otherwise -inf on either side stays -inf.
+
+  Returns:
+    `[..., V]`.
+
+  Raises:
+    ValueError: if the shapes differ or a concrete `beta` lies outside [0, 1].
+
+  Example:
+    >>> geometric_mixture_logits(jnp.array([0.0, 2.0]), jnp.array([-jnp.inf, 4.0]), beta=0.25)
+    Array([-inf,  2.5], dtype=float32)
+
+  Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886, section 7.
+  """
+  checks.probabilities("beta", beta)
+  checks.same_shape(policy_logits=policy_logits, ref_logits=ref_logits)
+  return _mix(jnp.asarray(policy_logits), jnp.asarray(ref_logits), beta)
+
+
+def _mix(logits: jax.Array, ref_logits: jax.Array, beta: Any) -> jax.Array:
+  beta = jnp.asarray(beta, logits.dtype)
+  own = jnp.where(beta < 1, (1 - beta) * logits, 0)  # 0 * -inf is NaN
+  return own + jnp.where(beta > 0, beta * ref_logits, 0)
+
+
+def _wins(preferences: Any, logps: jax.Array) -> jax.Array:
+  """P(y beats pi) of each action, `[..., A]`."""
+  return jnp.einsum("...ij,...j->...i", jnp.asarray(preferences), jnp.exp(logps))
+
+
+def _check_game(preferences: Any, logps: Any, ref_logps: Any) -> None:
+  num_actions = jnp.shape(logps)[-1] if jnp.ndim(logps) else 0
+  if jnp.shape(ref_logps)[-1:] != (num_actions,) or jnp.shape(preferences)[-2:] != (
+    num_actions,
+    num_actions,
+  ):
+    raise ValueError(
+      "preferences, policy and reference must have shapes [..., A, A], [..., A] and [..., A], got "
+      f"{list(jnp.shape(preferences))}, {list(jnp.shape(logps))} and {list(jnp.shape(ref_logps))}"
+    )
+  checks.probabilities("preferences", preferences)
+
+
+# --- the policy gradient ---
+
+
+def nash_md_pg_loss(
+  token_logps: jax.Array,
+  ref_token_logps: jax.Array,
+  mask: jax.Array,
+  preferences: jax.Array,
+  *,
+  tau: Any,
+) -> jax.Array:
+  """Returns a loss of each sample whose gradient is minus Nash-MD-PG's.
+
+  Each token's score is weighted with P(y beats y') - 1/2 - tau times the log-ratios from that
+  token to the end. The weights carry no gradient; the level of the loss means nothing.
+
+  Args:
+    token_logps: `[B, T]` the policy's log-probability of each token of y ~ pi, nats.
+    ref_token_logps: `[B, T]` the reference's.
+    mask: `[B, T]` non-zero on completion tokens including EOS.
+    preferences: `[B]` P(y beats y') or a sampled label; 1/2 is subtracted, a baseline that is free.
+    tau: positive.
+
+  Returns:
+    `[B]` losses, not averaged; gradients reach `token_logps` only.
+
+  Raises:
+    ValueError: if the shapes do not fit or a concrete `tau` is not positive.
+
+  Example:
+    >>> loss = lambda logps: nash_md_pg_loss(
+    ...   logps, jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.ones(1), tau=0.1).sum()
+    >>> jax.grad(loss)(-jnp.ones((1, 2)))  # -(1/2 + 0.2) and -(1/2 + 0.1)
+    Array([[-0.7, -0.6]], dtype=float32)
+
+  Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886, section 7.
+  """
+  checks.positive("tau", tau)
+  checks.probabilities("preferences", preferences)
+  shape = checks.same_shape(token_logps=token_logps, ref_token_logps=ref_token_logps, mask=mask)
+  checks.shape("preferences", preferences, shape[:1], "[B]")
+  keep = jnp.asarray(mask, bool)
+  ratios = jnp.where(keep, jax.lax.stop_gradient(token_logps) - ref_token_logps, 0.0)
+  to_go = jax.lax.cumsum(ratios, axis=1, reverse=True)
+  weights = jax.lax.stop_gradient(jnp.asarray(preferences)[:, None] - 0.5 - tau * to_go)
+  return -jnp.sum(jnp.where(keep, weights * token_logps, 0.0), axis=1)
+
+
+def init(
+  params: Any, *, optimizer: optax.GradientTransformation, config: Config, ema_params: Any = None
+) -> State:
+  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+
+  Args:
+    params: parameters of the policy; kept in the state, not copied.
+    optimizer: the one that `update` will get.
+    config: unused; every algorithm's `init` takes it.
+    ema_params: where the moving average starts; a copy of `params` by default.
+  """
+  del config
+  if ema_params is None:
+    ema_params = jax.tree.map(jnp.copy, params)
+  return State(params, ema_params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def loss(
+  params: Any,
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  config: Config,
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+  """Returns the mean Nash-MD-PG loss of a batch.
+
+  Args:
+    params: parameters of the policy, the only input to differentiate; those that drew the batch.
+    state: unused; every algorithm's `loss` takes it.
+    batch: B completions of the policy with their preferences.
+    key: unused: nothing is random once the batch is drawn.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    config: hyper-parameters.
+
+  Returns:
+    The scalar loss, and `(metrics, ())`.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  del state, key
+  rows = sequences.Sequences(batch.tokens, batch.mask, batch.prompt_tokens, batch.prompt_mask)
+  logps = apply_fn(params, rows)
+  checks.shape("apply_fn(params, sequences)", logps, jnp.shape(batch.tokens), "[B, T]")
+  losses = nash_md_pg_loss(
+    logps, batch.ref_token_logps, batch.mask, batch.preferences, tau=config.tau
+  )
+  value = jnp.mean(losses)
+  ref_logps = sequences.sequence_logps(batch.ref_token_logps, batch.mask, reduction="sum")
+  log_ratios = sequences.log_ratios(logps, batch.mask, ref_logps, reduction="sum")
+  metrics = {
+    "loss": value,
+    "nash_md/preference": jnp.mean(batch.preferences),
+    "nash_md/kl": jnp.mean(log_ratios),
+    "nash_md/regularised_preference": jnp.mean(batch.preferences - config.tau * log_ratios),
+  }
+  return value, (metrics, ())
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update(
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, Metrics]:
+  """Returns the state after one gradient step, and metrics from before it.
+
+  Args:
+    state: not donated.
+    batch: B completions drawn from `state.params`, compared with the opponent's;
+      `config.num_microbatches` must divide B.
+    key: unused: nothing is random once the batch is drawn.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    config: hyper-parameters; a new `tau` or `ema_decay` does not compile again.
+
+  Returns:
+    The new state; metrics `loss` (its level means nothing), `grad_norm`, and means over the batch
+    of `nash_md/preference`, `nash_md/kl` (log-ratio of the policy's own samples: an estimate of
+    the KL) and `nash_md/regularised_preference`.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
+  (_, (metrics, _)), grads = grad_fn(
+    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema_params = optax.incremental_update(params, state.ema_params, 1 - config.ema_decay)
+  metrics["grad_norm"] = optax.global_norm(grads)
+  return State(params, ema_params, opt_state, state.step + 1), metrics

@@ -1,0 +1,379 @@
+"""Nash-MD against hand numbers, its theorems, exact gradients and its fixed points."""
+
+import autoregressive as ar
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alignment import nash_md, oracles, sequences
+
+CYCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])  # fixture N1
+REFERENCE = np.log([0.6, 0.3, 0.1])
+
+
+def random_game(rng, num_actions):
+  preferences = ar.preferences(rng, num_actions)
+  if rng.random() < 0.25:
+    upper = np.triu(preferences > 0.5, 1)
+    preferences = upper + np.tril(1 - upper.T, -1) + np.eye(num_actions) / 2
+  return preferences, np.log(rng.dirichlet(np.ones(num_actions)))
+
+
+def iterate(logps, preferences, ref_logps, num_steps, *, tau, eta=None, opponent="mixture"):
+  """All policies of tabular mirror descent, `[num_steps, ..., A]`."""
+
+  def body(logps, step):
+    size = nash_md.step_size(step, tau=tau) if eta is None else eta
+    logps = nash_md.nash_md_step(
+      logps, preferences, ref_logps, tau=tau, eta=size, opponent=opponent
+    )
+    return logps, logps
+
+  return jax.lax.scan(body, jnp.asarray(logps), jnp.arange(num_steps))[1]
+
+
+# --- oracles ---
+
+
+def test_the_equilibrium_of_the_published_fixture():
+  nash = np.exp(oracles.regularised_nash(CYCLE, REFERENCE, 0.1))
+  np.testing.assert_allclose(nash, [0.492747, 0.154147, 0.353106], atol=1e-6)
+
+
+def test_two_solvers_agree_on_random_games_down_to_small_tau():
+  rng = np.random.default_rng(0)
+  for _ in range(40):
+    preferences, ref_logps = random_game(rng, rng.integers(2, 8))
+    tau = 10 ** rng.uniform(-2, 0.5)
+    newton, prox = (
+      oracles.regularised_nash(preferences, ref_logps, tau, solver=solver)
+      for solver in ("newton", "mirror_prox")
+    )
+    np.testing.assert_allclose(np.exp(newton), np.exp(prox), atol=1e-10)
+    # ... and on the equation itself, in the logarithm.
+    implied = ref_logps + preferences @ np.exp(newton) / tau
+    implied -= np.log(np.sum(np.exp(implied - implied.max()))) + implied.max()
+    np.testing.assert_allclose(newton, implied, atol=1e-9)
+    exploitability = oracles.regularised_exploitability(newton, preferences, ref_logps, tau)
+    np.testing.assert_allclose(exploitability, 0, atol=1e-12)
+
+
+def test_exploitability_is_what_the_best_response_gains():
+  rng = np.random.default_rng(1)
+  preferences, ref_logps = random_game(rng, 5)
+  logps, tau = np.log(rng.dirichlet(np.ones(5))), 0.2
+  best = np.asarray(nash_md.best_response(logps, preferences, ref_logps, tau=tau), float)
+
+  def payoff(own, other):
+    return (
+      np.exp(own) @ preferences @ np.exp(other)
+      - tau * oracles.kl(own, ref_logps)
+      + tau * oracles.kl(other, ref_logps)
+    )
+
+  got = oracles.regularised_exploitability(logps, preferences, ref_logps, tau)
+  np.testing.assert_allclose(got, payoff(best, logps) - 0.5, atol=1e-6)  # a float32 best response
+  for _ in range(100):
+    assert payoff(np.log(rng.dirichlet(np.ones(5))), logps) - 0.5 <= got + 1e-12
+
+
+def test_outside_the_support_of_the_reference_nobody_plays():
+  ref_logps = np.log([0.6, 0.4, 1e-300]) + np.array([0, 0, -np.inf])
+  nash = oracles.regularised_nash(CYCLE, ref_logps, 0.5)
+  inner = oracles.regularised_nash(CYCLE[:2, :2], np.log([0.6, 0.4]), 0.5)
+  np.testing.assert_allclose(nash[:2], inner, atol=1e-12)
+  assert nash[2] == -np.inf
+
+
+def test_rater_types_have_the_worked_equilibrium():
+  """Section 2.4: three shares of raters; without a reference's pull (tau -> 0) P @ pi = 1/2."""
+  eps = 0.1
+  shares = np.array([1 / 3 - eps, 1 / 3 + eps / 2, 1 / 3 + eps / 2])
+  beats = [(1, 0), (0, 2), (2, 1)]  # type k says that the first is better; ties elsewhere
+  preferences = np.full((3, 3), 0.5)
+  for share, (winner, loser) in zip(shares, beats, strict=True):
+    preferences[winner, loser] += share / 2
+    preferences[loser, winner] -= share / 2
+  nash = np.array([1 / 3 + eps / 2, 1 / 3 + eps / 2, 1 / 3 - eps])
+  np.testing.assert_allclose(preferences @ nash, 0.5, atol=1e-12)
+  found = np.exp(oracles.regularised_nash(preferences, np.log(np.ones(3) / 3), 1e-4))
+  np.testing.assert_allclose(found, nash, atol=1e-2)  # tau is small, not zero
+
+
+# --- tabular ---
+
+
+def test_worked_step():
+  cycle = np.array([[9, 10, 8], [8, 9, 10], [10, 8, 9]]) / 18
+  logps, uniform = np.log([0.6, 0.3, 0.1]), np.log(np.ones(3) / 3)
+  mixture = jax.nn.softmax(nash_md.geometric_mixture_logits(logps, uniform, beta=0.5))
+  np.testing.assert_allclose(mixture, [0.4727, 0.3343, 0.1930], atol=5e-5)
+  np.testing.assert_allclose(cycle @ mixture, [0.508, 0.484, 0.508], atol=5e-4)
+  after = jnp.exp(nash_md.nash_md_step(logps, cycle, uniform, tau=0.1, eta=5.0))
+  np.testing.assert_allclose(after, [0.4909, 0.3088, 0.2003], atol=5e-5)
+
+
+def test_a_step_maximises_its_objective(x64):
+  """argmax of eta P(pi beats mixture) - KL(pi || mixture): step 2 of the paper's algorithm."""
+  rng = np.random.default_rng(0)
+  preferences, ref_logps = random_game(rng, 4)
+  logps, tau, eta = np.log(rng.dirichlet(np.ones(4))), 0.3, 1.5
+  mixture = jax.nn.log_softmax(nash_md.geometric_mixture_logits(logps, ref_logps, beta=eta * tau))
+  after = nash_md.nash_md_step(logps, preferences, ref_logps, tau=tau, eta=eta)
+  wins = preferences @ np.exp(mixture)
+  want = oracles.kl_regularised_optimum(np.asarray(mixture), eta * wins, 1.0)
+  np.testing.assert_allclose(after, want, atol=1e-12)
+
+
+def test_one_step_inequality_and_bound_of_the_theorem_on_random_games(x64):
+  rng = np.random.default_rng(0)
+  run = jax.jit(iterate, static_argnames=("num_steps",))
+  for num_actions in range(2, 7):
+    games = [random_game(rng, num_actions) for _ in range(40)]
+    preferences, ref_logps = (jnp.stack(x) for x in zip(*games, strict=True))
+    tau = jnp.asarray(10 ** rng.uniform(-2, 0.5, (40, 1)))
+    start = jnp.asarray(np.log(rng.dirichlet(np.ones(num_actions), 40)))
+    nash = oracles.regularised_nash(
+      np.asarray(preferences), np.asarray(ref_logps), np.asarray(tau[:, 0])
+    )
+    policies = np.asarray(run(start, preferences, ref_logps, num_steps=200, tau=tau))
+    policies = np.concatenate([np.asarray(start)[None], policies])
+    gaps = oracles.kl(np.broadcast_to(nash, policies.shape), policies)  # [201, 40]
+    steps, tau = np.arange(200)[:, None], np.asarray(tau)[:, 0]
+    eta = nash_md.step_size(steps, tau=tau)
+    assert (gaps[1:] <= (1 - eta * tau) * gaps[:-1] + 2 * eta**2 + 1e-9).all()
+    bound = 8 / (tau**2 * (steps + 2))  # KL_T <= 8 / (tau^2 (T + 1)) with T = steps + 1
+    assert (gaps[1:] <= bound).all()
+
+
+def test_distances_of_the_published_fixture(x64):
+  nash = oracles.regularised_nash(CYCLE, REFERENCE, 0.1)
+  policies = np.asarray(iterate(REFERENCE, CYCLE, REFERENCE, 10_000, tau=0.1))
+  for num_steps, distance in (
+    (1, 3.727e-1),
+    (10, 1.824e-2),
+    (100, 1.029e-4),
+    (1000, 1.059e-6),
+    (10_000, 1.077e-8),
+  ):
+    np.testing.assert_allclose(oracles.kl(nash, policies[num_steps - 1]), distance, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("eta", "distance"), [(0.1, 2.17e-5), (0.5, 5.71e-4), (1, 2.42e-3), (2, 1.08e-2), (5, 7.9e-2)]
+)
+def test_a_constant_step_stops_at_the_fixed_point_of_the_policy_gradient(x64, eta, distance):
+  """Identity 7, and the distances of section 2.3."""
+  last = iterate(REFERENCE, CYCLE, REFERENCE, 20_000, tau=0.1, eta=eta)[-1]
+  np.testing.assert_allclose(
+    last, oracles.nash_md_pg_fixed_point(CYCLE, REFERENCE, 0.1, 0.1 * eta), atol=1e-9
+  )
+  nash = oracles.regularised_nash(CYCLE, REFERENCE, 0.1)
+  np.testing.assert_allclose(oracles.kl(nash, np.asarray(last)), distance, rtol=5e-3)
+
+
+def test_self_play_has_the_equilibrium_as_its_fixed_point(x64):
+  last = iterate(REFERENCE, CYCLE, REFERENCE, 2000, tau=0.1, eta=0.5, opponent="self")[-1]
+  np.testing.assert_allclose(last, oracles.regularised_nash(CYCLE, REFERENCE, 0.1), atol=1e-9)
+
+
+def test_rock_paper_scissors_with_large_steps(x64):
+  """tau = .1, eta = 3: both last policies are far away, self-play's average is not."""
+  game = np.array([[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]])
+  nash = oracles.regularised_nash(game, REFERENCE, 0.1)
+  distances = {}
+  for opponent in nash_md.OPPONENTS:
+    policies = iterate(REFERENCE, game, REFERENCE, 20_000, tau=0.1, eta=3.0, opponent=opponent)
+    distances[opponent] = oracles.kl(nash, np.asarray(policies[-1]))
+    average = np.log(np.exp(np.asarray(policies)).mean(0))
+  np.testing.assert_allclose(distances["mixture"], 3.8e-2, rtol=0.02)
+  assert distances["self"] > 0.1
+  assert oracles.kl(nash, average) < 1e-3
+
+
+def test_the_mixture_of_the_fixed_point_is_the_equilibrium_of_a_larger_tau(x64):
+  """Identity 8."""
+  preferences, ref_logps = random_game(np.random.default_rng(3), 5)
+  tau, beta = 0.2, 0.4
+  fixed = oracles.nash_md_pg_fixed_point(preferences, ref_logps, tau, beta)
+  mixture = jax.nn.log_softmax(nash_md.geometric_mixture_logits(fixed, ref_logps, beta=beta))
+  nash = oracles.regularised_nash(preferences, ref_logps, tau / (1 - beta))
+  np.testing.assert_allclose(mixture, nash, atol=1e-10)
+  best = nash_md.best_response(ref_logps, preferences, ref_logps, tau=tau)
+  np.testing.assert_allclose(
+    best, oracles.nash_md_pg_fixed_point(preferences, ref_logps, tau, 1.0), atol=1e-12
+  )
+
+
+def test_a_side_of_weight_zero_is_ignored_and_infinities_stay():
+  policy, ref = jnp.array([0.0, -jnp.inf, 1.0]), jnp.array([-jnp.inf, 2.0, 3.0])
+  mix = nash_md.geometric_mixture_logits
+  np.testing.assert_array_equal(mix(policy, ref, beta=0.0), policy)
+  np.testing.assert_array_equal(mix(policy, ref, beta=1.0), ref)
+  np.testing.assert_array_equal(mix(policy, ref, beta=0.5), [-jnp.inf, -jnp.inf, 2])
+  np.testing.assert_array_equal(jax.jit(mix)(policy, ref, beta=0.0), policy)  # traced beta
+
+
+def test_token_mixture_equals_the_sequence_mixture_after_the_z_correction(x64):
+  """Identity 12: sampling token by token leaves out the normaliser of each prefix."""
+  rng = np.random.default_rng(0)
+  policy, ref = rng.normal(size=(2, ar.NUM_PREFIXES, 3)) * 1.5
+  beta = 0.3
+  logits = nash_md.geometric_mixture_logits(
+    jax.nn.log_softmax(policy), jax.nn.log_softmax(ref), beta=beta
+  )
+  log_z = jax.nn.logsumexp(logits, axis=-1)  # [7], one a prefix
+  rows = sequences.Sequences(ar.TOKENS, ar.MASK)
+  token = ar.all_logps(logits)
+
+  # The same look-up of prefixes, on a table whose every token scores log Z.
+  def scores(table):
+    tokens = ar.TOKENS
+    first, second = np.minimum(tokens[:, 0], 1), np.minimum(tokens[:, 1], 1)
+    prefixes = np.stack([0 * first, 1 + first, 3 + 2 * first + second], axis=1)
+    return jnp.sum(jnp.asarray(table)[prefixes] * rows.mask, axis=1)
+
+  corrected = jax.nn.log_softmax(token + scores(log_z))
+  exact = jax.nn.log_softmax((1 - beta) * ar.all_logps(policy) + beta * ar.all_logps(ref))
+  np.testing.assert_allclose(corrected, exact, atol=1e-12)
+  assert np.abs(np.exp(token) - np.exp(exact)).sum() > 1e-3  # the correction corrects something
+
+
+# --- the policy gradient ---
+
+
+def expected_loss(logits, behaviour_logps, ref, preferences, tau):
+  """The loss averaged over completions drawn from `behaviour_logps` (no gradient through them)."""
+  rows = sequences.Sequences(ar.TOKENS, ar.MASK)
+  losses = nash_md.nash_md_pg_loss(
+    ar.apply_fn(logits, rows), ar.apply_fn(ref, rows), ar.MASK, preferences, tau=tau
+  )
+  return jnp.sum(jax.lax.stop_gradient(jnp.exp(behaviour_logps)) * losses)
+
+
+def test_the_gradient_is_that_of_the_regularised_preference(x64):
+  """Enumerated, against the derivative of E[P] - tau KL of sequences; opponent held fixed."""
+  rng = np.random.default_rng(0)
+  logits, ref = jnp.asarray(rng.normal(size=(2, ar.NUM_PREFIXES, 3)))
+  wins, tau = rng.uniform(size=ar.NUM_COMPLETIONS), 0.3
+
+  def objective(logits):
+    logps = ar.all_logps(logits)
+    return jnp.sum(jnp.exp(logps) * (wins - tau * (logps - ar.all_logps(ref))))
+
+  got = jax.grad(expected_loss)(logits, ar.all_logps(logits), ref, wins, tau)
+  np.testing.assert_allclose(got, -jax.grad(objective)(logits), atol=1e-12)
+
+  def own_ratio_only(logits):  # the bias that section 2.5 warns of
+    rows = sequences.Sequences(ar.TOKENS, ar.MASK)
+    logps, ref_logps = ar.apply_fn(logits, rows), ar.apply_fn(ref, rows)
+    weights = (wins - 0.5)[:, None] - tau * (jax.lax.stop_gradient(logps) - ref_logps)
+    losses = -jnp.sum(ar.MASK * weights * logps, axis=1)
+    return jnp.sum(jax.lax.stop_gradient(jnp.exp(ar.all_logps(logits))) * losses)
+
+  assert np.abs(jax.grad(own_ratio_only)(logits) + jax.grad(objective)(logits)).max() > 1e-2
+
+
+def test_the_kl_gradient_is_zero_at_the_reference(x64):
+  ref = jnp.asarray(np.random.default_rng(0).normal(size=(ar.NUM_PREFIXES, 3)))
+  half = jnp.full(ar.NUM_COMPLETIONS, 0.5)
+  grad = jax.grad(expected_loss)(ref, ar.all_logps(ref), ref, half, 1.0)
+  np.testing.assert_allclose(grad, 0, atol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+def test_exact_gradient_steps_stop_at_the_fixed_point(x64, beta):
+  """The policy gradient on a bandit, opponent recomputed at each step: `nash_md_pg_fixed_point`."""
+  tau = 0.1
+
+  def body(logits, _):
+    logps = jax.nn.log_softmax(logits)
+    opponent = jax.nn.softmax(nash_md.geometric_mixture_logits(logps, REFERENCE, beta=beta))
+    wins = jnp.asarray(CYCLE) @ opponent
+
+    def loss(logits):
+      own = jax.nn.log_softmax(logits)[:, None]
+      losses = nash_md.nash_md_pg_loss(own, REFERENCE[:, None], jnp.ones((3, 1)), wins, tau=tau)
+      return jnp.sum(jnp.exp(logps) * losses)
+
+    return logits - 0.5 * jax.grad(loss)(logits), None
+
+  logits = jax.lax.scan(body, jnp.asarray(REFERENCE), None, length=40_000)[0]
+  want = oracles.nash_md_pg_fixed_point(CYCLE, REFERENCE, tau, beta)
+  np.testing.assert_allclose(jax.nn.log_softmax(logits), want, atol=1e-8)
+
+
+def test_sampled_gradients_agree_with_enumerated_ones(x64):
+  rng = np.random.default_rng(0)
+  logits, ref = jnp.asarray(rng.normal(size=(2, ar.NUM_PREFIXES, 3)))
+  wins, tau, size = rng.uniform(size=ar.NUM_COMPLETIONS), 0.3, 200_000
+  rows = rng.choice(ar.NUM_COMPLETIONS, size, p=np.exp(np.asarray(ar.all_logps(logits))))
+  batch = sequences.Sequences(ar.TOKENS, ar.MASK)
+
+  def each(logits):
+    return nash_md.nash_md_pg_loss(
+      ar.apply_fn(logits, batch), ar.apply_fn(ref, batch), ar.MASK, wins, tau=tau
+    )
+
+  grads = np.asarray(jax.jacobian(each)(logits)).reshape(ar.NUM_COMPLETIONS, -1)[rows]
+  want = jax.grad(expected_loss)(logits, ar.all_logps(logits), ref, wins, tau)
+  errors = (grads.mean(0) - np.asarray(want).ravel()) / (grads.std(0) / size**0.5 + 1e-12)
+  assert np.abs(errors).max() < 5  # standard errors, 21 of them
+
+
+def test_masked_tokens_count_nothing():
+  logps = jnp.array([[-1.0, -2.0, jnp.nan]])
+  loss = nash_md.nash_md_pg_loss(
+    logps, jnp.array([[-1.5, -1.0, -jnp.inf]]), jnp.array([[1.0, 1, 0]]), jnp.ones(1), tau=0.5
+  )
+  # To go: 0.5 - 1 = -0.5 and -1; weights 0.5 + 0.25 and 0.5 + 0.5.
+  np.testing.assert_allclose(loss, [0.75 * 1 + 1.0 * 2])
+
+
+def test_the_moving_average_follows():
+  config = nash_md.Config(tau=0.1, ema_decay=0.75)
+  optimizer = optax.sgd(0.1)
+  batch = nash_md.Batch(
+    jnp.array([[1]]), jnp.ones((1, 1)), jnp.full((1, 1), -1.0), jnp.array([1.0])
+  )
+  state = nash_md.init(jnp.zeros(3), optimizer=optimizer, config=config)
+  after, _ = nash_md.update(
+    state, batch, None, apply_fn=ar.arm_apply_fn, optimizer=optimizer, config=config
+  )
+  assert np.abs(after.params).max() > 0
+  np.testing.assert_allclose(after.ema_params, after.params / 4, rtol=1e-6)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+  ("call", "match"),
+  [
+    (lambda: nash_md.Config(tau=0.0), "tau"),
+    (lambda: nash_md.Config(ema_decay=1.5), "ema_decay"),
+    (lambda: nash_md.nash_md_step(REFERENCE, CYCLE, REFERENCE, tau=0.1, eta=11.0), "eta"),
+    (lambda: nash_md.nash_md_step(REFERENCE, CYCLE, REFERENCE[:2], tau=0.1, eta=1.0), "shapes"),
+    (
+      lambda: nash_md.nash_md_step(REFERENCE, CYCLE, REFERENCE, tau=0.1, eta=1.0, opponent="me"),
+      "opponent",
+    ),
+    (lambda: nash_md.geometric_mixture_logits(jnp.ones(2), jnp.ones(2), beta=-0.1), "beta"),
+    (lambda: nash_md.geometric_mixture_logits(jnp.ones(2), jnp.ones(3), beta=0.1), "ref_logits"),
+    (
+      lambda: nash_md.nash_md_pg_loss(
+        jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 1)), tau=0.1
+      ),
+      "preferences",
+    ),
+    (lambda: oracles.regularised_nash(CYCLE, REFERENCE, -1.0), "tau"),
+    (lambda: oracles.regularised_nash(CYCLE + 0.1, REFERENCE, 1.0), "preferences"),
+    (lambda: oracles.regularised_nash(CYCLE, REFERENCE, 1.0, solver="magic"), "solver"),
+    (lambda: oracles.nash_md_pg_fixed_point(CYCLE, REFERENCE, 0.1, 1.2), "beta"),
+  ],
+)
+def test_bad_input_names_the_argument(call, match):
+  with pytest.raises(ValueError, match=match):
+    call()
