@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Set-up steps share one environment: never run them side by side.
 .NOTPARALLEL:
-.PHONY: demo test lint test-slow benchmark weights wheel clean help
+.PHONY: demo test lint test-slow weights wheel clean help
 
 help:
 	@grep -E '^#   make' Makefile | cut -c4-

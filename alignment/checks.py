@@ -9,6 +9,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -55,6 +56,17 @@ def count(name: str, value: Any) -> None:
   """Raises `ValueError` unless `value` is an integer of at least 1."""
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
     raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def token_ids(name: str, value: Any, size: int) -> None:
+  """Raises if NumPy or Python `value` has an id outside [0, size); JAX arrays are not fetched."""
+  if isinstance(value, jax.Array):
+    return
+  ids = np.asarray(value)
+  if ids.size and not (ids.min() >= 0 and ids.max() < size):
+    raise ValueError(
+      f"{name} must lie in [0, {size}), got {ids.min()} to {ids.max()}: another model's tokenizer?"
+    )
 
 
 def same_shape(**arrays: Any) -> tuple[int, ...]:

@@ -54,8 +54,10 @@ def _backward(chunk_size, residuals, cotangents):
 
   def add_slice(grads, index):
     row_grads, embedding_grads = grads
-    logits, slice_start = _slice_logits(chunk_size, rows, embedding, index)
-    logits = logits if whole is None else whole
+    if whole is None:
+      logits, slice_start = _slice_logits(chunk_size, rows, embedding, index)
+    else:
+      logits, slice_start = whole, 0
     ids = slice_start + jnp.arange(chunk_size)
     first = index * chunk_size  # an overlapping last slice leaves out what was done before
     chosen = (ids[None, :] == tokens[:, None]) & (ids >= first)

@@ -163,7 +163,7 @@ def loss(
     batch: K scored completions of each of B prompts.
     key: unused: nothing is random.
     apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token;
-      it sees B K sequences.
+      it sees B K completions of B prompts.
     config: hyper-parameters.
 
   Returns:

@@ -12,7 +12,7 @@ Three conventions, each a known source of silent disagreement between implementa
 * cached reference log-probabilities (`ref_logps`) are always sums.
 
 For a vocabulary of 50,000 the logits `[B, T, V]` are usually the largest array of a training step:
-`chunked_token_logps` never makes them.
+`chunked_token_logps` makes them for a slice of the vocabulary at a time.
 """
 
 import functools
@@ -127,6 +127,7 @@ def token_logps(
   """
   logits = jnp.asarray(logits)
   checks.shape("tokens", tokens, logits.shape[:-1], "logits.shape[:-1]")
+  checks.token_ids("tokens", tokens, logits.shape[-1])
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   if mask is not None:
     checks.shape("mask", mask, logits.shape[:-1], "logits.shape[:-1]")
@@ -327,7 +328,7 @@ def _stack(chosen: jax.Array, rejected: jax.Array, length: int) -> jax.Array:
 def chunked_token_logps(
   hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, *, chunk_size: int
 ) -> jax.Array:
-  """Returns the log-probability of each token without ever making `[B, T, V]` logits.
+  """Returns the log-probability of each token, from logits of `chunk_size` entries at a time.
 
   Equal to `token_logps(hidden @ embedding.T, tokens)`, forward and backward. Slices of the
   vocabulary are scanned with a running log-sum-exp, and computed again in the backward pass.
@@ -341,6 +342,7 @@ def chunked_token_logps(
     embedding: `[V, D]` output embedding (the transpose of a head's kernel), used without bias.
     tokens: `[B, T]` int in [0, V).
     chunk_size: vocabulary entries per slice; need not divide V. A few thousand is a good choice.
+      From V on there is one slice, `[B * T, V]`, which the backward pass does not compute again.
 
   Returns:
     `[B, T]` nats, in float32 or wider.
@@ -360,6 +362,7 @@ def chunked_token_logps(
       f"{list(jnp.shape(hidden))} and {list(jnp.shape(embedding))}"
     )
   checks.shape("tokens", tokens, hidden.shape[:2], "[B, T]")
+  checks.token_ids("tokens", tokens, embedding.shape[0])
   chunk_size = min(chunk_size, embedding.shape[0])
   # Rows flattened to one axis: contracting a single axis is what matrix units and CPUs are fast at.
   rows = hidden.reshape(-1, hidden.shape[2])

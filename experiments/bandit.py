@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment import sequences
+from experiments import report
 
 
 class Sweep(NamedTuple):
@@ -87,6 +88,18 @@ def over_seeds(fn: Callable[..., Any], num_seeds: int) -> Callable[[jax.Array], 
 def stack(tree: Any, shape: tuple[int, ...]) -> Any:
   """Copies every leaf of `tree` along new leading axes `shape`."""
   return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, shape + jnp.shape(leaf)), tree)
+
+
+def sample_table(sweep: Sweep, num_draws: int = 20) -> report.Table:
+  """Arms drawn from each method's policy (mean over the seeds), a row for each setting."""
+  rng, rows = np.random.default_rng(0), []
+  for name, run in sweep.runs.items():
+    probs = np.asarray(jax.nn.softmax(run.params), float).mean(-2)
+    for setting in np.ndindex(*probs.shape[:-1]):
+      chances = probs[setting] / probs[setting].sum()
+      arms = np.array(arm_names(len(chances)))[rng.choice(len(chances), num_draws, p=chances)]
+      rows.append([name, ", ".join(map(str, setting)), " ".join(arms)])
+  return report.Table("Arms drawn from the trained policies", ["method", "setting", "arms"], rows)
 
 
 @functools.lru_cache

@@ -5,6 +5,7 @@ the model, its data and its comparison with the reference are a `language_task.T
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,7 @@ def build(
   """
   del workdir
   algorithm_config = algorithm.Config(**config.algorithm)
+  _check_sizes(config, algorithm_config.num_microbatches)
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   task = language_task.make_task(config)
 
@@ -117,6 +119,34 @@ def build(
     export=export,
     figures=lambda history, result: _figures(history, result),
   )
+
+
+def _check_sizes(config: Any, num_microbatches: int) -> None:
+  """Raises before minutes of sampling what the first step would find."""
+  size, data = config.train.batch_size, config.data
+  if size % num_microbatches:
+    raise ValueError(
+      f"algorithm.num_microbatches={num_microbatches} does not divide train.batch_size={size}: "
+      "choose a divisor"
+    )
+  mesh = training.make_mesh(config.sharding.mesh)
+  shards = math.prod(mesh.shape.get(axis, 1) for axis in sharding.DATA_AXES)
+  if size % shards:
+    raise ValueError(
+      f"train.batch_size={size} does not divide over the {shards} shards of sharding.mesh "
+      f"{dict(mesh.shape)}: choose a multiple"
+    )
+  if data.scored or data.preferences:
+    return
+  if data.num_samples < 2:
+    raise ValueError(
+      f"data.num_samples={data.num_samples}: completions of a prompt are compared, draw 2 or more"
+    )
+  if size > data.num_prompts:
+    raise ValueError(
+      f"train.batch_size={size} exceeds data.num_prompts={data.num_prompts}: lower the first or "
+      "raise the second"
+    )
 
 
 def _sample_table(comparison: language_task.Comparison, rows: int | None) -> report.Table:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tqdm
 
-from alignment import sequences
+from alignment import checks, sequences
 from alignment.models import sampling, transformer
 from experiments.data import pretrained, rewards, text
 
@@ -56,10 +56,14 @@ class Task:
 
   # --- reference log-probabilities and samples ------------------------------------------------
 
-  def encode_prompts(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+  def encode_prompts(
+    self, prompts: list[str], names: list[str] | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens and mask `[N, P]`, P the longest prompt rounded up."""
     limit = self.config.data.prompt_length
-    return text.encode_prompts(self.model.tokenizer, prompts, max_length=limit, multiple=4)
+    return text.encode_prompts(
+      self.model.tokenizer, prompts, max_length=limit, multiple=4, names=names
+    )
 
   def logps(self, params: Any, prompts: list[str], tokens: np.ndarray, mask: np.ndarray):
     """Returns `[N, K]` summed log-probabilities of completions `[N, K, T]` of N prompts."""
@@ -200,22 +204,26 @@ class Task:
       scored = text.load_scored(data.scored)
       prompts = [row.prompt for row in scored]
       completions = [row.completions for row in scored]
+      where = [row.where for row in scored]
+      labels = [f"completions[{i}]" for i in range(len(completions[0]))]
       scores = np.array([row.rewards for row in scored], np.float32)
       best_probs = np.ones(len(scored), np.float32)
     else:
       preferences = text.load_preferences(data.preferences)
       prompts = [row.prompt for row in preferences]
       completions = [(row.chosen, row.rejected) for row in preferences]
+      where, labels = [row.where for row in preferences], ["chosen", "rejected"]
       # A hard label as rewards: on these CoPG is IPO with tau = beta (proposition 3).
       scores = np.tile(np.array([0.25, -0.25], np.float32), (len(preferences), 1))
       best_probs = np.array([row.chosen_prob for row in preferences], np.float32)
     shape = (*scores.shape, data.completion_length)
-    encoded = self.encode_prompts(prompts)
+    encoded = self.encode_prompts(prompts, [f"{place}: prompt" for place in where])
     tokens, mask = text.encode_completions(
       self.model.tokenizer,
       [completion for group in completions for completion in group],
       max_length=data.completion_length,
       multiple=data.completion_length,
+      names=[f"{place}: {label}" for place in where for label in labels],
     )
     tokens, mask = tokens.reshape(shape), mask.reshape(shape)
     logps = self.reference_logps(prompts, tokens, mask)
@@ -280,19 +288,29 @@ def make_task(config: Any) -> Task:
   network = dataclasses.replace(
     model.config, dtype=config.network.dtype, remat=config.network.remat
   )
+  for name in ("num_prompts", "prompt_length", "completion_length", "sample_batch_size"):
+    checks.count(f"data.{name}", config.data[name])
+  checks.count("network.logps_chunk", config.network.logps_chunk)
   longest = config.data.prompt_length + config.data.completion_length
   if longest > network.max_length:
     raise ValueError(
       f"data.prompt_length + data.completion_length = {longest} exceeds the context of "
       f"{config.network.model} ({network.max_length} tokens): shorten one of them"
     )
-  prompts = text.load_prompts(config.data.prompts or None)
-  train, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
-  if len(train) < config.data.num_prompts:
+  if config.data.scored and config.data.preferences:
     raise ValueError(
-      f"data.num_prompts={config.data.num_prompts} and eval.num_prompts={config.eval.num_prompts} "
-      f"ask for more than the {len(prompts)} prompts there are: lower one of them"
+      f"data.scored={config.data.scored} and data.preferences={config.data.preferences} are both "
+      "given: a run trains on one of them"
     )
+  prompts = text.load_prompts(config.data.prompts or None)
+  needed = 1 if config.data.scored or config.data.preferences else config.data.num_prompts
+  if not 0 < config.eval.num_prompts <= len(prompts) - needed:
+    raise ValueError(
+      f"eval.num_prompts={config.eval.num_prompts} held-out prompts and data.num_prompts={needed} "
+      f"to train on ask for more than the {len(prompts)} there are in "
+      f"{config.data.prompts or 'the package'}: lower one of them"
+    )
+  train, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
   return Task(
     config=config,
     model=model,

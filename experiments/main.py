@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import signal
 import sys
 from typing import Any
 
@@ -35,6 +36,8 @@ def main() -> int:
   """The console script: `run`, in a process that is its own."""
   if not _debug(sys.argv):
     _quiet_orbax()
+  # Between two steps the loop listens itself; anywhere else a signal unwinds, so that files close.
+  signal.signal(signal.SIGTERM, _terminate)
   return run()
 
 
@@ -43,9 +46,9 @@ def run(argv: list[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
   try:
     return _run(argv)
-  except KeyboardInterrupt:
-    print("\nstopped; nothing since the last checkpoint is kept", file=sys.stderr)
-    return 130
+  except KeyboardInterrupt as error:
+    print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+    return 143 if isinstance(error, _Terminated) else 130
   except Exception as error:
     code = _exit_code(error)
     if code is None or _debug(argv):
@@ -53,6 +56,14 @@ def run(argv: list[str] | None = None) -> int:
     hint = "" if _is_ours(error) else "\n(--debug shows where this came from)"
     print(f"error: {_message(error)}{hint}", file=sys.stderr)
     return code
+
+
+class _Terminated(KeyboardInterrupt):
+  """SIGTERM, treated like Ctrl-C."""
+
+
+def _terminate(*unused: Any) -> None:
+  raise _Terminated
 
 
 def _debug(argv: list[str]) -> bool:
@@ -148,17 +159,16 @@ def _run(argv: list[str]) -> int:
   config: Any = None
   if args.config is not None:
     config = presets.override(presets.resolve(args.config), overrides)
-  elif overrides:
-    raise ValueError("--config.x.y overrides need --config")
   if args.show:
-    shown = config if config is not None else presets.from_workdir(args.workdir)
-    print(presets.as_arguments(shown))
+    if config is None:
+      config = presets.override(presets.from_workdir(args.workdir), overrides)
+    print(presets.as_arguments(config))
     return 0
   workdir = pathlib.Path(args.workdir or f"runs/{config.paper}-{config.get('preset') or 'custom'}")
-  return _start(args, config, workdir)
+  return _start(args, config, workdir, overrides)
 
 
-def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path) -> int:
+def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrides: Any) -> int:
   """Brings JAX up and runs the mode."""
   import jax
   from absl import flags
@@ -186,10 +196,11 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path) -> int:
     if outcome.status == "interrupted":
       return 128 + outcome.signal
     if outcome.result is not None:
-      print(outcome.result)
+      print(_as_text(outcome.result))
     print(f"report: {workdir / 'report.html'}")
     return 0
-  saved = run_folder.read_config(workdir)
+  # Overrides of a run's own config: another mesh, or fewer prompts. Nothing is trained with them.
+  saved = presets.override(run_folder.read_config(workdir), overrides)
   if config is not None:
     run_folder.claim(config, workdir)  # refuses another run's folder
     saved = config
@@ -214,10 +225,18 @@ def _evaluate(args: argparse.Namespace, experiment: Any, config: Any, workdir: p
     print(report.as_text(found))
     run_folder.write_json(path, {"step": restored.step, **vars(found)})
   else:
-    print(found)
+    print(_as_text(found))
     run_folder.write_json(path, {"step": restored.step, "result": found.to_json()})
   print(f"step {restored.step}, written to {path}")
   return 0
+
+
+def _as_text(result: Any) -> str:
+  """The headline numbers, and the pass criteria where the paper has some."""
+  from experiments import report
+
+  checks = [row for table in result.tables if table.columns == report.CHECKS for row in table.rows]
+  return "\n".join([str(result), *(f"{passed}  {criterion}" for criterion, passed in checks)])
 
 
 def _paper(name: str) -> Any:

@@ -43,9 +43,12 @@ class Figure:
   figure: mpl_figure.Figure
 
 
+CHECKS = ["criterion", "result"]  # the columns of a table of pass criteria
+
+
 def checks_table(title: str, checks: Sequence[tuple[str, bool]]) -> Table:
   """Returns criteria as a table of pass and fail."""
-  return Table(title, ["criterion", "result"], [[n, "pass" if ok else "fail"] for n, ok in checks])
+  return Table(title, CHECKS, [[n, "pass" if ok else "fail"] for n, ok in checks])
 
 
 def subplots(

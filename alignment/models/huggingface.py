@@ -380,7 +380,7 @@ def _check_replaceable(folder: pathlib.Path) -> None:
 
 
 def _sync(path: pathlib.Path) -> None:
-  with open(path, "rb") as file:
+  with open(path, "rb+") as file:  # Windows refuses to sync a file that is open for reading
     os.fsync(file.fileno())
 
 

@@ -1,8 +1,9 @@
 """Sampling completions from a `transformer`: prefill, then one token at a time with a cache.
 
-The whole of it is one compiled program per shape `(B, P, max_new_tokens)`; temperature, top-k,
-top-p and the ids are ordinary arguments, so a new value compiles nothing (only switching greedy,
-top-k or top-p on or off does). `bucket_length` rounds prompt lengths up to a few shapes.
+The whole of it is one compiled program per shape `(B, P, max_new_tokens, num_samples)`;
+temperature, top-k, top-p and the ids are ordinary arguments, so a new value compiles nothing (only
+switching greedy, top-k or top-p on or off does). `bucket_length` rounds prompt lengths up to a few
+shapes.
 
 What makes it fast on a CPU, each measured:
 * every layer has its own cache array in the loop's carry, so that a step writes one slot in place
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignment import checks
 from alignment.models import attention, transformer
 
 
@@ -30,7 +32,7 @@ class Samples(NamedTuple):
   """Sampled completions, in the form that `sequences.Sequences` wants them.
 
   Attributes:
-    tokens: `[B, T]` int32, `pad_id` after the end.
+    tokens: `[B, T]` int32 (`[B K, T]` for K samples of a prompt), `pad_id` after the end.
     mask: `[B, T]` float32, 1 on sampled tokens including EOS.
     logps: `[B, T]` float32, the model's own log-probability of each token in nats (temperature 1,
       nothing cut off), as `transformer.make_apply_fn` would give it; 0 after the end.
@@ -400,9 +402,4 @@ def _check(prompt_tokens, prompt_mask, config, max_new_tokens, temperature, top_
       f"eos_id ({eos_id}) and pad_id ({pad_id}) must lie below vocab_size ({config.vocab_size})"
     )
   if not isinstance(prompt_tokens, jax.core.Tracer):
-    tokens = np.asarray(prompt_tokens)
-    if tokens.size and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
-      raise ValueError(
-        f"prompt_tokens must lie in [0, {config.vocab_size}), got {tokens.min()} to "
-        f"{tokens.max()}: another model's tokenizer?"
-      )
+    checks.token_ids("prompt_tokens", np.asarray(prompt_tokens), config.vocab_size)

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from alignment import sequences
+from alignment import checks, sequences
 from alignment.models import attention
 
 Params = dict[str, Any]
@@ -357,7 +357,7 @@ def make_apply_fn(
 
   The same arguments give the same function object, so that a jitted `update` which holds it as a
   static argument compiles once. Only completion positions reach the head, and it
-  takes `logps_chunk` entries of the vocabulary at a time: logits `[B, T, V]` never exist.
+  takes `logps_chunk` entries of the vocabulary at a time.
 
   Args:
     config: the shape of the model.
@@ -370,8 +370,9 @@ def make_apply_fn(
     row without any real token stands for a start token of id `prompt_tokens[b, -1]`.
 
   Raises:
-    ValueError: (the returned function) without a prompt, when prompt and completion together
-      exceed `config.max_length`, or when the number of prompts does not divide that of rows.
+    ValueError: (the returned function) without a prompt, where shapes do not fit, when prompt and
+      completion together exceed `config.max_length`, when the number of prompts does not divide
+      that of rows, or for a NumPy id outside the vocabulary.
   """
 
   def apply_fn(params: Params, batch: sequences.Sequences) -> jax.Array:
@@ -380,6 +381,10 @@ def make_apply_fn(
         "prompt_tokens is missing: a decoder predicts a token from those before it, so give at "
         "least one prompt token (the start or end-of-text id will do) with its prompt_mask"
       )
+    checks.same_shape(tokens=batch.tokens, mask=batch.mask)
+    checks.same_shape(prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask)
+    for name in ("tokens", "prompt_tokens"):
+      checks.token_ids(name, getattr(batch, name), config.vocab_size)
     prompt, prompt_mask = attention.justify_right(batch.prompt_tokens, batch.prompt_mask)
     prompt_length, length = prompt.shape[1], batch.tokens.shape[1]
     if prompt_length + length > config.max_length:

@@ -39,7 +39,6 @@ def bandit(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collecti
     paper,
     preset,
     algorithm=algorithm,
-    network={"num_actions": 3},
     data={"name": paper + "_bandit", "num_seeds": 10, "batch_size": 9},
     optimizer={"learning_rate": 1e-2},
     sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
@@ -97,7 +96,7 @@ def language_model(
     },
     sharding={"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
     train={"num_steps": 40, "batch_size": 8, "log_every": 1},
-    eval={"every": 20, "num_prompts": 256, "batch_size": 64, "num_table_rows": 16},
+    eval={"every": 20, "num_prompts": 256, "num_table_rows": 16},
     checkpoint={"every": 20, "keep": 1},
   )
 

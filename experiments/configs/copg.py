@@ -54,7 +54,7 @@ def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
     # Batch 128, Adam 1e-6, 10 % warm-up (no decay is stated), two epochs of the 93 k prompts.
     config.optimizer.update({"learning_rate": 1e-6, "warmup_steps": 145, "final_scale": 1.0})
     config.train.update({"num_steps": 1450, "batch_size": 128})
-    config.eval.update({"every": 50, "num_prompts": 1024, "batch_size": 128})
+    config.eval.update({"every": 50, "num_prompts": 1024})
     config.sharding.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
     config.checkpoint.every = 100
   return config

@@ -14,14 +14,14 @@ from experiments.configs import base
 
 PRESETS = {
   "sentiment": base.Preset(
-    "reward against KL of CoPG, IPO and DPO, SmolLM2-135M", "20 minutes", "one figure"
+    "reward against KL of CoPG, IPO and DPO, SmolLM2-135M", "30 minutes", "one figure"
   ),
   "tiny": base.Preset("the same on the random character model", "1 minute", "runs"),
 }
 
 
 def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
-  """Returns the config of one preset; `evaluations` are spread evenly over each run."""
+  """Returns the config of one preset; its sections replace those of the runs."""
   base.check_preset(preset, PRESETS)
   return ml_collections.ConfigDict(
     {

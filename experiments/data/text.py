@@ -46,6 +46,7 @@ class Scored:
   prompt: str
   completions: tuple[str, ...]
   rewards: tuple[float, ...]
+  where: str = dataclasses.field(default="", compare=False)  # file and line, for errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Preference:
   chosen: str
   rejected: str
   chosen_prob: float = 1.0
+  where: str = dataclasses.field(default="", compare=False)  # file and line, for errors
 
 
 class Pairs(NamedTuple):
@@ -218,6 +220,7 @@ def load_scored(path: _Path) -> list[Scored]:
         prompt,
         tuple(_text(text, f"completions[{i}]", where) for i, text in enumerate(texts)),
         tuple(_number(reward, f"rewards[{i}]", where) for i, reward in enumerate(rewards)),
+        where,
       )
     )
   if not scored:
@@ -245,7 +248,7 @@ def load_preferences(path: _Path) -> list[Preference]:
     if chosen == rejected:
       identical.append(where.rpartition(" ")[2])
     else:
-      preferences.append(Preference(prompt, chosen, rejected, chosen_prob))
+      preferences.append(Preference(prompt, chosen, rejected, chosen_prob, where))
   if identical:
     more = ", ..." if len(identical) > 10 else ""
     warnings.warn(
@@ -312,6 +315,7 @@ def encode_prompts(
   max_length: int,
   multiple: int = 8,
   truncate: str | None = None,
+  names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokenises prompts, padded on the left so that their ends meet the completions.
 
@@ -322,6 +326,8 @@ def encode_prompts(
     max_length: largest number of tokens of a prompt.
     multiple: P is rounded up to it (never past `max_length`): fewer shapes to compile for.
     truncate: None refuses a longer prompt; "left" drops its beginning.
+    names: N words for the prompts in errors, such as file and line; by default their place and
+      how they begin.
 
   Returns:
     tokens `[N, P]` int32 and mask `[N, P]` float32.
@@ -335,7 +341,7 @@ def encode_prompts(
     rows = [row[-max_length:] for row in rows]
   elif truncate is not None:
     raise ValueError(f"truncate is {truncate!r}; choose None or 'left'")
-  return _pad(rows, "prompt", tokenizer, max_length, multiple, left=True)
+  return _pad(rows, "prompt", _names("prompt", prompts, names), tokenizer, max_length, multiple)
 
 
 def encode_completions(
@@ -345,6 +351,7 @@ def encode_completions(
   max_length: int,
   multiple: int = 8,
   truncate: str | None = None,
+  names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokenises completions, each ended by EOS and padded on the right.
 
@@ -355,41 +362,51 @@ def encode_completions(
     tokens `[N, T]` int32 and mask `[N, T]` float32, 1 up to and including EOS.
   """
   rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-  for n, row in enumerate(rows):
+  labels = _names("completion", texts, names)
+  for label, row in zip(labels, rows, strict=True):
     if len(row) == 1:
-      raise ValueError(f"completion {n} ({texts[n]!r}) has no tokens; remove it")
+      raise ValueError(f"{label} has no tokens; remove it")
   if truncate == "right":
     rows = [row[:max_length] for row in rows]
   elif truncate is not None:
     raise ValueError(f"truncate is {truncate!r}; choose None or 'right'")
-  return _pad(rows, "completion", tokenizer, max_length, multiple, left=False)
+  return _pad(rows, "completion", labels, tokenizer, max_length, multiple)
+
+
+def _names(what: str, texts: Sequence[str], names: Sequence[str] | None) -> list[str]:
+  if names is not None:
+    return list(names)
+  return [
+    f"{what} {n} ({text if len(text) < 40 else text[:36] + '...'!r})"
+    for n, text in enumerate(texts)
+  ]
 
 
 def _pad(
   rows: list[list[int]],
   what: str,
+  names: Sequence[str],
   tokenizer: Any,
   max_length: int,
   multiple: int,
-  *,
-  left: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
+  left = what == "prompt"
   if max_length < 1 or multiple < 1:
     raise ValueError(f"max_length ({max_length}) and multiple ({multiple}) must be positive")
   if not rows:
     raise ValueError(f"no {what}s to tokenise: the data set is empty")
-  for n, row in enumerate(rows):
+  for name, row in zip(names, rows, strict=True):
     if not row:
-      raise ValueError(f"{what} {n} has no tokens; remove it")
+      raise ValueError(f"{name} has no tokens; remove it")
     if len(row) > max_length:
       raise ValueError(
-        f"{what} {n} has {len(row)} tokens, more than max_length={max_length}; raise "
-        f"data.{what}_length, shorten it, or pass truncate={'left' if left else 'right'!r}"
+        f"{name} has {len(row)} tokens, more than max_length={max_length}; shorten it or raise "
+        f"data.{what}_length (in Python also: truncate={'left' if left else 'right'!r})"
       )
     if min(row) < 0 or max(row) >= tokenizer.vocab_size:
       outside = next(i for i in row if not 0 <= i < tokenizer.vocab_size)
       raise ValueError(
-        f"{what} {n} has token {outside}, outside the vocabulary of {tokenizer.vocab_size}; "
+        f"{name} has token {outside}, outside the vocabulary of {tokenizer.vocab_size}; "
         "the tokenizer belongs to another model"
       )
   width = min(max_length, -(-max(map(len, rows)) // multiple) * multiple)

@@ -174,6 +174,7 @@ def _bandit(config: Any) -> training.Experiment:
     headline="copg/regret",
     maximise=False,
     evaluate=lambda sweep: _judge(sweep, beta),
+    sample=bandit.sample_table,
     figures=lambda history, result: _figures(history, beta, num_seeds),
   )
 

@@ -55,7 +55,7 @@ def exact_probs(tau: float) -> np.ndarray:
 def _bandit(config: Any) -> training.Experiment:
   taus = tuple(float(tau) for tau in config.algorithm.tau)
   num_seeds, batch_size = config.data.num_seeds, config.data.batch_size
-  num_steps, num_arms = config.train.inner_steps, config.network.num_actions
+  num_steps, num_arms = config.train.inner_steps, 3
   optimizer = optax.adam(config.optimizer.learning_rate)
   pairs = jnp.asarray(_padded_pairs())
   exact = jnp.asarray(np.stack([exact_probs(tau) for tau in taus], axis=1))  # [datasets, taus, A]
@@ -119,6 +119,7 @@ def _bandit(config: Any) -> training.Experiment:
     headline="ipo/error",
     maximise=False,
     evaluate=lambda sweep: _judge(sweep, taus),
+    sample=bandit.sample_table,
     figures=lambda history, result: _figures(history, taus, num_steps, num_seeds),
   )
 

