@@ -146,8 +146,9 @@ def nash_md_step(
   Example:
     >>> cycle = jnp.array([[9, 10, 8], [8, 9, 10], [10, 8, 9]]) / 18  # 5/9 against 4/9
     >>> policy, uniform = jnp.log(jnp.array([0.6, 0.3, 0.1])), jnp.log(jnp.ones(3) / 3)
-    >>> jnp.exp(nash_md_step(policy, cycle, uniform, tau=0.1, eta=5.0)).round(4)
-    Array([0.4909, 0.3088, 0.2003], dtype=float32)
+    >>> after = jnp.exp(nash_md_step(policy, cycle, uniform, tau=0.1, eta=5.0))
+    >>> [round(float(prob), 3) for prob in after]
+    [0.491, 0.309, 0.2]
 
   Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886, section 4.
   """

@@ -39,6 +39,7 @@ def bandit(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collecti
     paper,
     preset,
     algorithm=algorithm,
+    network={},  # a table of logits
     data={"name": paper + "_bandit", "num_seeds": 10, "batch_size": 9},
     optimizer={"learning_rate": 1e-2},
     sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},

@@ -181,14 +181,14 @@ def test_self_play_has_the_equilibrium_as_its_fixed_point(x64):
 
 def test_rock_paper_scissors_with_large_steps(x64):
   """tau = .1, eta = 3: both last policies are far away, self-play's average is not."""
-  game = np.array([[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]])
+  game = np.array([[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]])
   nash = oracles.regularised_nash(game, REFERENCE, 0.1)
   distances = {}
   for opponent in nash_md.OPPONENTS:
     policies = iterate(REFERENCE, game, REFERENCE, 20_000, tau=0.1, eta=3.0, opponent=opponent)
     distances[opponent] = oracles.kl(nash, np.asarray(policies[-1]))
     average = np.log(np.exp(np.asarray(policies)).mean(0))
-  np.testing.assert_allclose(distances["mixture"], 3.8e-2, rtol=0.02)
+  np.testing.assert_allclose(distances["mixture"], 3.82e-2, rtol=2e-3)
   assert distances["self"] > 0.1
   assert oracles.kl(nash, average) < 1e-3
 

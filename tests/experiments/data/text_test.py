@@ -318,7 +318,7 @@ def test_truncation_is_explicit():
 
 def test_bad_tokens():
   small = types.SimpleNamespace(encode=_Letters().encode, vocab_size=10, eos_id=9, pad_id=0)
-  with pytest.raises(ValueError, match="prompt 1 has token 11, outside the vocabulary of 10"):
+  with pytest.raises(ValueError, match=r"prompt 1 .* has token 11, outside the vocabulary of 10"):
     text.encode_prompts(small, ["a", "bk"], max_length=4)
   with pytest.raises(ValueError, match=r"prompt 0 .* has no tokens"):
     text.encode_prompts(small, ["123"], max_length=4)
