@@ -24,8 +24,8 @@ examples:
   bootstrax --config=copg:sentiment --show          print the config, run nothing
   bootstrax --mode=eval --workdir=runs/bandit       the config is read from the workdir
 
-The same command continues an interrupted run, exactly. SIGTERM and Ctrl-C save and stop; a second
-one kills at once.
+The same command continues an interrupted run, exactly. SIGTERM and Ctrl-C save and stop between two
+steps (elsewhere they stop at once, and the last checkpoint counts); a second one kills at once.
 
 exit code: 0 done; 1 the run had to stop (a loss is not finite, the data ended); 2 bad input, or a
 file that cannot be read or written; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.

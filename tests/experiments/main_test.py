@@ -78,7 +78,9 @@ def test_a_run_can_be_evaluated_and_sampled_from_its_folder_alone(tmp_path, caps
     [*arguments, "--config.optimizer.learning_rate=0.2", "--config.train.num_steps", "6"]
   )
   assert code == 0
-  assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert f"report: {folder / 'report.html'}" in printed
+  assert "pass  error is finite" in printed and "fail  never" in printed
   assert (folder / "model" / "kernel.npy").exists()
   config = json.loads((folder / "config.json").read_text())
   assert config["optimizer"]["learning_rate"] == 0.2
@@ -92,9 +94,33 @@ def test_a_run_can_be_evaluated_and_sampled_from_its_folder_alone(tmp_path, caps
   assert main.run(["--mode=sample", f"--workdir={folder}"]) == 0
   assert "weight: 7" in capsys.readouterr().out
   assert len(json.loads((folder / "sample-step6.json").read_text())["rows"]) == fake_paper.DIM
+  # The run's own config, on one device in place of all.
+  one = ["--config.sharding.mesh.data=1"]
+  assert main.run(["--mode=eval", f"--workdir={folder}", *one]) == 0
+  assert "--config.sharding.mesh.data=1" in _shown(capsys, folder, *one)
   # Looking changes nothing of the run.
   assert (folder / "metrics.jsonl").read_text() == record
   assert (folder / "report.html").read_text() == html
+
+
+def _shown(capsys, folder, *arguments):
+  capsys.readouterr()
+  assert main.run(["--mode=eval", f"--workdir={folder}", "--show", *arguments]) == 0
+  return capsys.readouterr().out
+
+
+def test_sigterm_outside_of_the_loop_is_said_and_has_its_exit_code():
+  script = (
+    "import os, signal, sys\nfrom experiments import main\n"
+    "main._run = lambda argv: os.kill(os.getpid(), signal.SIGTERM)\n"
+    "sys.exit(main.main())"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True, env=_environment(), timeout=60
+  )
+  assert done.returncode == 143
+  assert "the same command continues from the last checkpoint" in done.stderr
+  assert "Traceback" not in done.stderr
 
 
 def test_show_prints_the_config_as_arguments(capsys):
