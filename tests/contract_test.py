@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 import sharding
 from alignment import copg, dro, ipo, nash_md, sequences
-from alignment.baselines import dpo
+from alignment.baselines import dpo, rloo
 
 
 class Init(Protocol):
@@ -193,8 +193,17 @@ def _nash_md() -> Case:
   )  # fmt: skip
 
 
+def _rloo() -> Case:
+  batch = rloo.Batch(*_copg().batch)
+  return Case(
+    rloo, _policy_params(), batch, _policy, rloo.Config(beta=0.1), ("beta", 0.2),
+    rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "nash_md": _nash_md,
+  "rloo": _rloo,
 }  # fmt: skip
 
 
