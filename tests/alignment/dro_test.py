@@ -94,8 +94,9 @@ def test_the_policy_loss_is_blind_to_the_value_and_the_other_way_round():
 # --- the theorems ---
 
 
-@pytest.mark.parametrize("num_arms", range(2, 8))
-@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize(
+  ("num_arms", "rescale"), [*((num_arms, True) for num_arms in range(2, 8)), (5, False)]
+)
 def test_update_reaches_policy_and_value_on_off_policy_bandits(x64, num_arms, rescale):
   rng = np.random.default_rng(num_arms)
   ref_logps = np.log(rng.dirichlet(np.full(num_arms, 2.0), 1))
