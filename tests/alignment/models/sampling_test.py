@@ -1,13 +1,14 @@
 """Sampling: the distribution is the model's, and padding, bucket and neighbours change nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignment import sequences
+from alignment import nash_md, sequences
 from alignment.models import sampling, transformer
 
 CONFIG = transformer.TransformerConfig(
@@ -24,12 +25,17 @@ NEVER = -1  # an EOS id that no token has
 LENGTH = 7
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def far_params(config, seed=1):
+  """Parameters large enough for a distribution far from uniform."""
+  fresh = transformer.init_params(config, jax.random.key(0))
+  keys = iter(jax.random.split(jax.random.key(seed), 99))
+  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), fresh)
+
+
 @pytest.fixture(scope="module")
 def params():
-  """Parameters large enough for a distribution far from uniform."""
-  fresh = transformer.init_params(CONFIG, jax.random.key(0))
-  keys = iter(jax.random.split(jax.random.key(1), 99))
-  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), fresh)
+  return far_params(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +69,7 @@ def teacher_forced(params, prompts, samples, config=CONFIG):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logps_equal_a_teacher_forced_pass(changes, temperature, prompts):
   config = dataclasses.replace(CONFIG, **changes)
-  fresh = transformer.init_params(config, jax.random.key(0))
-  keys = iter(jax.random.split(jax.random.key(1), 99))
-  params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), fresh)
+  params = far_params(config)
   samples = generate(params, prompts, config=config, temperature=temperature, top_k=20, top_p=0.9)
   want = teacher_forced(params, prompts, samples, config)
   assert np.abs(want).max() > 0.1
@@ -298,3 +302,42 @@ def test_bucket_length():
   assert [sampling.bucket_length(n, 16) for n in (1, 16, 17)] == [16, 16, 32]
   with pytest.raises(ValueError, match="multiple"):
     sampling.bucket_length(3, 0)
+
+
+def mix(params, other, prompts, beta, **kwargs):
+  kwargs = {"ref_params": other, "mixture_fn": nash_md.geometric_mixture_logits} | kwargs
+  return generate(params, prompts, beta=beta, **kwargs)
+
+
+def test_a_mixture_at_its_ends_is_one_of_its_models(params, prompts):
+  other = far_params(CONFIG, seed=5)
+  for beta, alone in ((0.0, params), (1.0, other)):
+    mixed, plain = mix(params, other, prompts, beta), generate(alone, prompts)
+    np.testing.assert_array_equal(mixed.tokens, plain.tokens)
+    np.testing.assert_allclose(mixed.logps, plain.logps, atol=1e-6)
+  assert not np.array_equal(generate(params, prompts).tokens, generate(other, prompts).tokens)
+
+
+def test_logps_of_a_mixture_are_those_of_every_token_of_it(params, prompts):
+  """Both caches are right: a teacher-forced pass of both models, mixed at each position."""
+  other, beta = far_params(CONFIG, seed=5), 0.3
+  samples = mix(params, other, prompts, beta, num_samples=2)
+  tokens, mask = (jnp.repeat(x, 2, axis=0) for x in prompts)
+  tokens = jnp.concatenate([tokens, samples.tokens], axis=1)
+  mask = jnp.concatenate([mask, samples.mask.astype(int)], axis=1)
+  both = [transformer.logits(p, tokens, mask, config=CONFIG) for p in (params, other)]
+  mixed = nash_md.geometric_mixture_logits(*both, beta=beta)[:, prompts[0].shape[1] - 1 : -1]
+  np.testing.assert_allclose(samples.logps, sequences.token_logps(mixed, samples.tokens), atol=1e-5)
+
+
+def test_a_new_weight_of_the_mixture_compiles_nothing(params, prompts):
+  other = far_params(CONFIG, seed=5)
+  mix(params, other, prompts, 0.5)
+  compiled = sampling._generate._cache_size()
+  mix(params, other, prompts, 0.125)
+  assert sampling._generate._cache_size() == compiled
+
+
+def test_half_a_mixture_is_refused(params, prompts):
+  with pytest.raises(ValueError, match="ref_params and mixture_fn"):
+    generate(params, prompts, ref_params=params)
