@@ -5,10 +5,14 @@ import pathlib
 
 # Before JAX is imported: the device count is read once, at the first use of a backend.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-  ).strip()
+# Most of a test's time is compilation, and a third of that goes with LLVM's optimiser. To test what
+# users run: XLA_FLAGS=--xla_backend_optimization_level=3 make test
+for _flag, _value in (
+  ("--xla_force_host_platform_device_count", 8),
+  ("--xla_backend_optimization_level", 0),
+):
+  if _flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"

@@ -308,12 +308,14 @@ class Transformer(nn.Module):
     return self.final_norm(jnp.concatenate([last, x], axis=1))
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
   """Returns fresh parameters (kernels and embedding normal with deviation 0.02, scales one)."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   return Transformer(config).init(key, tokens, jnp.ones((1, 1)))["params"]
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def hidden_states(
   params: Params, tokens: jax.Array, mask: jax.Array, *, config: TransformerConfig
 ) -> jax.Array:
@@ -335,6 +337,7 @@ def hidden_states(
   return Transformer(config).apply({"params": params}, tokens, mask, method="hidden_states")[0]
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def logits(
   params: Params, tokens: jax.Array, mask: jax.Array, *, config: TransformerConfig
 ) -> jax.Array:

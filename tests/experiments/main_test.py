@@ -39,7 +39,8 @@ def _command(*arguments):
 
 def _environment(devices=1):
   path = os.pathsep.join([str(_ROOT), str(pathlib.Path(_PAPER).parent)])
-  flags = f"--xla_force_host_platform_device_count={devices}"
+  # The last of two equal flags counts; the others stay, so that the same program is compiled.
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
   return {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags}
 
 

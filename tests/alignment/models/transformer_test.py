@@ -1,6 +1,7 @@
 """The decoder against a slow NumPy restatement; what padding, layout and mesh may not change."""
 
 import dataclasses
+import functools
 import math
 
 import chex
@@ -29,6 +30,7 @@ SCALING = transformer.RopeScaling(
 )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "seed"))
 def make_params(config, seed=0):
   """Parameters large enough that attention and the norms matter."""
   params = transformer.init_params(config, jax.random.key(seed))
