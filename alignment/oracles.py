@@ -206,6 +206,50 @@ def dro_optimum(ref_logps: Array, rewards: Array, tau: Any) -> tuple[Array, Arra
   return kl_regularised_optimum(ref_logps, rewards, tau), optimal_value(ref_logps, rewards, tau)
 
 
+def srpo_optimum(
+  preferences: Array, ref_logps: Array, revision_ref_logps: Array, beta: Any
+) -> tuple[Array, Array]:
+  """Returns SRPO's saddle point: log-probabilities of the answer and of its rewrite.
+
+  pi'(y2 | y1) = ref'(y2 | y1) exp(P(y2 beats y1) / beta) / Z(y1), and pi = ref / Z, normalised.
+  What the data were drawn from appears nowhere, and neither does alpha.
+
+  Args:
+    preferences: `[..., A, A]`, entry i, j is P(i beats j); entry j, i must be 1 minus it.
+    ref_logps: `[..., A]` of the reference that answers.
+    revision_ref_logps: `[..., A, A]`, entry y1, y2 is log ref'(y2 | y1).
+    beta: positive.
+
+  Returns:
+    `[..., A]` log pi and `[..., A, A]` log pi', the row being what is rewritten.
+
+  Raises:
+    ValueError: if the shapes do not fit, `preferences` are no preferences or `beta` is not
+      positive.
+
+  Example:
+    >>> robust = np.array([[0.5, 0.99, 0.3], [0.01, 0.5, 0.25], [0.7, 0.75, 0.5]])
+    >>> uniform = np.log(np.ones((3, 3)) / 3)
+    >>> np.exp(srpo_optimum(robust, uniform[0], uniform, beta=0.1)[0]).round(3)
+    array([0.126, 0.007, 0.867])
+
+  Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660, section 3.
+  """
+  checks.positive("beta", beta)
+  xp, ref_logps, revision_ref_logps = _arrays(
+    ref_logps=ref_logps, revision_ref_logps=revision_ref_logps
+  )
+  _check_preferences(preferences, xp.exp(ref_logps))
+  if revision_ref_logps.shape[-2:] != np.shape(preferences)[-2:]:
+    raise ValueError(
+      f"revision_ref_logps must have shape [..., A, A], got {list(revision_ref_logps.shape)}"
+    )
+  improved = revision_ref_logps + xp.swapaxes(xp.asarray(preferences), -1, -2) / beta
+  normaliser = _logsumexp(xp, improved)
+  rewrite = (improved - normaliser).astype(ref_logps.dtype)
+  return _normalise(xp, ref_logps - normaliser[..., 0], ref_logps.dtype), rewrite
+
+
 def regularised_nash(
   preferences: Array, ref_logps: Array, tau: Any, *, solver: str = "newton"
 ) -> Array:

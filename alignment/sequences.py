@@ -289,16 +289,15 @@ def pair_log_ratios(
     ValueError: if the shapes of the batch do not fit, or `reduction` is unknown.
   """
   batch_size = _num_pairs(batch)
-  length = max(jnp.shape(batch.chosen_tokens)[1], jnp.shape(batch.rejected_tokens)[1])
   sequences = flatten_samples(
-    _stack(batch.chosen_tokens, batch.rejected_tokens, length),
-    _stack(batch.chosen_mask, batch.rejected_mask, length),
+    stack_padded(batch.chosen_tokens, batch.rejected_tokens, side="right"),
+    stack_padded(batch.chosen_mask, batch.rejected_mask, side="right"),
     batch.prompt_tokens,
     batch.prompt_mask,
   )
   ref_logps = jnp.stack([batch.chosen_ref_logps, batch.rejected_ref_logps], axis=1).reshape(-1)
   logps = apply_fn(params, sequences)
-  checks.shape("apply_fn(params, sequences)", logps, (2 * batch_size, length), "[2 B, T]")
+  checks.shape("apply_fn(params, sequences)", logps, jnp.shape(sequences.tokens), "[2 B, T]")
   ratios = log_ratios(logps, sequences.mask, ref_logps, reduction=reduction)
   chosen, rejected = ratios.reshape(batch_size, 2).T
   return chosen, rejected
@@ -318,11 +317,25 @@ def _num_pairs(batch: PreferenceBatch) -> int:
   return batch_size
 
 
-def _stack(chosen: jax.Array, rejected: jax.Array, length: int) -> jax.Array:
-  """Returns `[B, 2, T]`, the shorter of the two padded with zeros (masked: its mask is too)."""
-  widths = [((0, 0), (0, length - jnp.shape(array)[1])) for array in (chosen, rejected)]
-  padded = [jnp.pad(array, width) for array, width in zip((chosen, rejected), widths, strict=True)]
-  return jnp.stack(padded, axis=1)
+def stack_padded(*arrays: jax.Array, side: str) -> jax.Array:
+  """Returns `[B, n, T]` of n arrays `[B, T_i]`, padded with zeros to the longest.
+
+  Padding of tokens is masked where their mask is padded likewise.
+
+  Args:
+    *arrays: `[B, T_i]` each.
+    side: where the padding goes, "left" (prompts) or "right" (completions).
+
+  Example:
+    >>> stack_padded(jnp.ones((1, 1), int), jnp.ones((1, 2), int), side="left")
+    Array([[[0, 1],
+            [1, 1]]], dtype=int32)
+  """
+  checks.choice("side", side, ("left", "right"))
+  length = max(jnp.shape(array)[1] for array in arrays)
+  missing = [length - jnp.shape(array)[1] for array in arrays]
+  widths = [((0, 0), (n, 0) if side == "left" else (0, n)) for n in missing]
+  return jnp.stack([jnp.pad(x, width) for x, width in zip(arrays, widths, strict=True)], axis=1)
 
 
 def chunked_token_logps(

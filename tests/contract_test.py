@@ -23,8 +23,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import sharding
-from alignment import copg, dro, ipo, nash_md, sequences
-from alignment.baselines import dpo, rloo
+from alignment import copg, dro, ipo, nash_md, sequences, srpo
+from alignment.baselines import dpo, kto, online_ipo, rloo
 
 
 class Init(Protocol):
@@ -201,9 +201,42 @@ def _rloo() -> Case:
   )  # fmt: skip
 
 
+def _srpo() -> Case:
+  rng = np.random.default_rng(4)
+  chosen, rejected = _completions(rng, (8, 5)), _completions(rng, (8, 4))
+  batch = srpo.Batch(
+    *chosen[:2], *rejected[:2], jnp.asarray(rng.normal(-6, 1, (8, 6)), jnp.float32),
+    *_prompts(rng), *_prompts(rng), *_prompts(rng), jnp.asarray(rng.uniform(size=8), jnp.float32),
+  )  # fmt: skip
+  return Case(
+    srpo, _policy_params(), batch, _policy, srpo.Config(beta=0.1), ("alpha", 0.3),
+    rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
+def _online_ipo() -> Case:
+  batch = online_ipo.Batch(*_preferences())
+  return Case(
+    online_ipo, _policy_params(), batch, _policy, online_ipo.Config(tau=0.5), ("tau", 2.0),
+    rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
+def _kto() -> Case:
+  rng = np.random.default_rng(5)
+  batch = kto.Batch(
+    *_completions(rng, (8, 5)), jnp.asarray(rng.integers(0, 2, 8)), *_completions(rng, (8, 5)),
+    *_prompts(rng),
+  )  # fmt: skip
+  return Case(
+    kto, _policy_params(), batch, _policy, kto.Config(beta=0.3), ("beta", 0.1),
+    couples_examples=True, rules=_POLICY_RULES,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
-  "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "nash_md": _nash_md,
-  "rloo": _rloo,
+  "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "kto": _kto, "nash_md": _nash_md,
+  "online_ipo": _online_ipo, "rloo": _rloo, "srpo": _srpo,
 }  # fmt: skip
 
 

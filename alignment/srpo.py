@@ -1,0 +1,433 @@
+"""SRPO: Self-Improving Robust Preference Optimization, an answer and its own best rewrite.
+
+Problem: labelled pairs of completions, whose preferences need not come from rewards. Two policies
+play against each other: pi(y | x) answers, pi'(y2 | y1, x) rewrites an answer it has seen,
+
+  min over pi, max over pi' of  E[P(y2 beats y1)] - beta KL(pi' || ref') + beta KL(pi || ref).
+
+pi' becomes the best rewrite near ref'; pi prefers what leaves the least to improve. The solution
+does not depend on who wrote the data, which the optimum of IPO does, and needs no game in training:
+both conditions of the saddle point are equations between log-ratios, regressed like IPO's margin.
+With r(y) the log-ratio of pi and r(y2 | y1) that of pi',
+
+  improvement:  P(y2 beats y1) - 1/2  =  beta (r(y2 | y1) - r(y1 | y1)),
+  generative:   2 P(y2 beats y1) - 1  =  beta (r(y2 | y1) + r(y2) - r(y1 | y2) - r(y1)).
+
+One network is both policies: they differ in the prompt. At inference the answer can be revised as
+often as one likes.
+
+Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660 (ICLR 2025).
+
+| paper | here |
+|---|---|
+| pi, pi_dagger | `params` through `apply_fn`, behind `prompt_tokens` or behind `given_*_tokens` |
+| pi_ref of both | `ref_logps` |
+| y_w, y_l | `chosen`, `rejected` |
+| y_w given y_l | `chosen_given_rejected`: the prompt holds the rejected answer |
+| beta, alpha | `beta`, `alpha` |
+
+Deviations: soft labels. The paper's normalisation of the generative part relative to the other is
+not known to us; a factor only renames alpha, and the optimum is the same for every alpha strictly
+between 0 and 1 (at 0 it is not unique, at 1 pi never trains).
+"""
+
+import dataclasses
+import functools
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sharding
+from alignment import checks, sequences
+
+Metrics = dict[str, jax.Array]
+
+# Order of the last axis of `Batch.ref_logps`: answer given what the prompt holds.
+SCORED = (
+  "chosen",
+  "rejected",
+  "chosen_given_rejected",
+  "rejected_given_rejected",
+  "chosen_given_chosen",
+  "rejected_given_chosen",
+)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["beta", "alpha"],
+  meta_fields=["num_microbatches"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyper-parameters of SRPO.
+
+  Attributes:
+    beta: positive, in units of the preference per nat; larger keeps both policies closer to their
+      references.
+    alpha: strictly between 0 and 1, the weight of the improvement loss.
+    num_microbatches: parts into which a batch is split to save memory; same result.
+  """
+
+  beta: Any = 0.1
+  alpha: Any = 0.5
+  num_microbatches: int = 1
+
+  def __post_init__(self):
+    checks.positive("beta", self.beta)
+    _check_alpha(self.alpha)
+    checks.count("num_microbatches", self.num_microbatches)
+
+
+class Batch(NamedTuple):
+  """Labelled pairs, with the prompt as it is and with either answer in it to be revised.
+
+  Attributes:
+    chosen_tokens: `[B, T]` int, the preferred completion y_w, without the prompt.
+    chosen_mask: `[B, T]` 1 on completion tokens including EOS.
+    rejected_tokens: `[B, T]` the other completion y_l, perhaps padded to another T.
+    rejected_mask: `[B, T]`.
+    ref_logps: `[B, 6]` the reference's log-probabilities in the order of `SCORED`, nats, summed
+      over completion tokens.
+    prompt_tokens: `[B, P]` int, left-padded, the prompt of pi.
+    prompt_mask: `[B, P]`.
+    given_chosen_tokens: `[B, R]` int, left-padded, the prompt of pi' that shows y_w.
+    given_chosen_mask: `[B, R]`.
+    given_rejected_tokens: `[B, R]` the one that shows y_l, perhaps of another length.
+    given_rejected_mask: `[B, R]`.
+    chosen_probs: `[B]` or scalar, P(y_w beats y_l); 1 for hard labels.
+  """
+
+  chosen_tokens: Any
+  chosen_mask: Any
+  rejected_tokens: Any
+  rejected_mask: Any
+  ref_logps: Any
+  prompt_tokens: Any
+  prompt_mask: Any
+  given_chosen_tokens: Any
+  given_chosen_mask: Any
+  given_rejected_tokens: Any
+  given_rejected_mask: Any
+  chosen_probs: Any = 1.0
+
+
+class State(NamedTuple):
+  """Everything that changes in training.
+
+  Attributes:
+    params: parameters of both policies, as `apply_fn` takes them.
+    opt_state: state of the optimiser.
+    step: scalar int32, number of updates done.
+  """
+
+  params: Any
+  opt_state: Any
+  step: jax.Array
+
+
+def srpo_improvement_loss(
+  chosen_given_rejected: jax.Array,
+  rejected_given_rejected: jax.Array,
+  chosen_given_chosen: jax.Array,
+  rejected_given_chosen: jax.Array,
+  *,
+  beta: Any,
+  chosen_probs: Any = 1.0,
+) -> jax.Array:
+  """Returns the regression that fits the rewriting policy, for each pair.
+
+  loss = (q - 1/2 - beta (r(w | l) - r(l | l)))^2 + (q - 1/2 - beta (r(w | w) - r(l | w)))^2: the
+  rewrite that was preferred is pushed above keeping the answer, the other one below it.
+
+  Args:
+    chosen_given_rejected: `[B]` log-ratio r(w | l) of the chosen answer, the rejected one in the
+      prompt; nats, summed over completion tokens.
+    rejected_given_rejected: `[B]` r(l | l).
+    chosen_given_chosen: `[B]` r(w | w).
+    rejected_given_chosen: `[B]` r(l | w).
+    beta: positive; larger keeps the policy closer to the reference.
+    chosen_probs: `[B]` or scalar q = P(y_w beats y_l), 1 for hard labels.
+
+  Returns:
+    `[B]` non-negative losses, not averaged; gradients reach all four inputs.
+
+  Raises:
+    ValueError: if the shapes differ, or a concrete `beta` or `chosen_probs` is out of range.
+
+  Example:
+    >>> srpo_improvement_loss(jnp.array([5.0]), *jnp.zeros((3, 1)), beta=0.1)
+    Array([0.25], dtype=float32)
+
+  Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660, section 4.
+  """
+  _check(
+    beta,
+    chosen_probs,
+    chosen_given_rejected=chosen_given_rejected,
+    rejected_given_rejected=rejected_given_rejected,
+    chosen_given_chosen=chosen_given_chosen,
+    rejected_given_chosen=rejected_given_chosen,
+  )
+  target = jnp.asarray(chosen_probs) - 0.5
+  improving = jnp.asarray(chosen_given_rejected) - rejected_given_rejected
+  keeping = jnp.asarray(chosen_given_chosen) - rejected_given_chosen
+  return (target - beta * improving) ** 2 + (target - beta * keeping) ** 2
+
+
+def srpo_generative_loss(
+  chosen: jax.Array,
+  rejected: jax.Array,
+  chosen_given_rejected: jax.Array,
+  rejected_given_chosen: jax.Array,
+  *,
+  beta: Any,
+  chosen_probs: Any = 1.0,
+) -> jax.Array:
+  """Returns the regression that ties the answering policy to the rewriting one, for each pair.
+
+  loss = (2 q - 1 - beta (r(w | l) + r(w) - r(l | w) - r(l)))^2.
+
+  Args:
+    chosen: `[B]` log-ratio r(w) of the chosen answer under the plain prompt; nats, summed.
+    rejected: `[B]` r(l).
+    chosen_given_rejected: `[B]` r(w | l), the rejected answer in the prompt.
+    rejected_given_chosen: `[B]` r(l | w).
+    beta: positive; larger keeps the policy closer to the reference.
+    chosen_probs: `[B]` or scalar q = P(y_w beats y_l), 1 for hard labels.
+
+  Returns:
+    `[B]` non-negative losses, not averaged; gradients reach all four inputs.
+
+  Raises:
+    ValueError: if the shapes differ, or a concrete `beta` or `chosen_probs` is out of range.
+
+  Example:
+    >>> srpo_generative_loss(jnp.array([5.0]), *jnp.zeros((3, 1)), beta=0.1)
+    Array([0.25], dtype=float32)
+
+  Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660, section 4.
+  """
+  _check(
+    beta,
+    chosen_probs,
+    chosen=chosen,
+    rejected=rejected,
+    chosen_given_rejected=chosen_given_rejected,
+    rejected_given_chosen=rejected_given_chosen,
+  )
+  margin = jnp.asarray(chosen_given_rejected) + chosen - rejected_given_chosen - rejected
+  return (2 * jnp.asarray(chosen_probs) - 1 - beta * margin) ** 2
+
+
+def srpo_loss(
+  chosen: jax.Array,
+  rejected: jax.Array,
+  chosen_given_rejected: jax.Array,
+  rejected_given_rejected: jax.Array,
+  chosen_given_chosen: jax.Array,
+  rejected_given_chosen: jax.Array,
+  *,
+  beta: Any,
+  alpha: Any,
+  chosen_probs: Any = 1.0,
+) -> jax.Array:
+  """Returns (1 - alpha) generative + alpha improvement loss of each pair.
+
+  Args:
+    chosen: `[B]` log-ratio of the chosen answer under the plain prompt; nats, summed over
+      completion tokens. The others likewise, in the order of `SCORED`.
+    rejected: `[B]`.
+    chosen_given_rejected: `[B]` the chosen answer, the rejected one in the prompt.
+    rejected_given_rejected: `[B]`.
+    chosen_given_chosen: `[B]`.
+    rejected_given_chosen: `[B]`.
+    beta: positive; larger keeps the policy closer to the reference.
+    alpha: strictly between 0 and 1, the weight of the improvement loss.
+    chosen_probs: `[B]` or scalar P(y_w beats y_l), 1 for hard labels.
+
+  Returns:
+    `[B]` non-negative losses, not averaged; gradients reach all inputs.
+
+  Raises:
+    ValueError: if the shapes differ, or a concrete `beta`, `alpha` or `chosen_probs` is out of
+      range.
+
+  Example:
+    >>> srpo_loss(*jnp.zeros((6, 1)), beta=0.1, alpha=0.5)  # 1/2 of 1 and 1/2 of (1/4 + 1/4)
+    Array([0.75], dtype=float32)
+
+  Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660, section 4.
+  """
+  _check_alpha(alpha)
+  generative = srpo_generative_loss(
+    chosen,
+    rejected,
+    chosen_given_rejected,
+    rejected_given_chosen,
+    beta=beta,
+    chosen_probs=chosen_probs,
+  )
+  improvement = srpo_improvement_loss(
+    chosen_given_rejected,
+    rejected_given_rejected,
+    chosen_given_chosen,
+    rejected_given_chosen,
+    beta=beta,
+    chosen_probs=chosen_probs,
+  )
+  return (1 - alpha) * generative + alpha * improvement
+
+
+def _check(beta: Any, chosen_probs: Any, **log_ratios: Any) -> None:
+  checks.positive("beta", beta)
+  checks.probabilities("chosen_probs", chosen_probs)
+  shape = checks.same_shape(**log_ratios)
+  if jnp.ndim(chosen_probs):
+    checks.shape("chosen_probs", chosen_probs, shape, "[B]")
+
+
+def _check_alpha(alpha: Any) -> None:
+  checks.positive("alpha", alpha)
+  if isinstance(alpha, numbers.Real | np.ndarray) and not np.all(np.asarray(alpha) < 1):
+    raise ValueError(f"alpha must be less than 1, got {alpha}: at 1 pi is not trained")
+
+
+def six_sequences(batch: Batch) -> sequences.Sequences:
+  """Returns both answers behind the three prompts of each pair, as one batch of 6 B sequences.
+
+  Rows 6 b to 6 b + 5 are those of pair b in the order of `SCORED`; there are 3 B prompts, each
+  followed by both answers, so that a model reads it once.
+
+  Args:
+    batch: B labelled pairs.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  batch_size = jnp.shape(batch.chosen_tokens)[0]
+  for name in ("chosen", "rejected", "prompt", "given_chosen", "given_rejected"):
+    tokens, mask = f"{name}_tokens", f"{name}_mask"
+    if jnp.ndim(getattr(batch, tokens)) != 2 or len(getattr(batch, tokens)) != batch_size:
+      raise ValueError(
+        f"{tokens} must have shape [{batch_size}, ...] with two axes, got "
+        f"{list(jnp.shape(getattr(batch, tokens)))}"
+      )
+    checks.same_shape(**{tokens: getattr(batch, tokens), mask: getattr(batch, mask)})
+
+  def answers(*arrays):
+    both = sequences.stack_padded(*arrays, side="right")
+    return jnp.repeat(both[:, None], 3, axis=1).reshape(6 * batch_size, -1)
+
+  def prompts(*arrays):
+    return sequences.stack_padded(*arrays, side="left").reshape(3 * batch_size, -1)
+
+  return sequences.Sequences(
+    answers(batch.chosen_tokens, batch.rejected_tokens),
+    answers(batch.chosen_mask, batch.rejected_mask),
+    prompts(batch.prompt_tokens, batch.given_rejected_tokens, batch.given_chosen_tokens),
+    prompts(batch.prompt_mask, batch.given_rejected_mask, batch.given_chosen_mask),
+  )
+
+
+def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
+  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+
+  Args:
+    params: parameters of the policies; kept in the state, not copied.
+    optimizer: the one that `update` will get.
+    config: unused; every algorithm's `init` takes it.
+  """
+  del config
+  return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def loss(
+  params: Any,
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  config: Config,
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+  """Returns the mean SRPO loss of a batch.
+
+  Args:
+    params: parameters of the policies, the only input to differentiate.
+    state: unused; every algorithm's `loss` takes it.
+    batch: B labelled pairs.
+    key: unused: nothing is random.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token;
+      called once, with 6 B sequences behind 3 B prompts.
+    config: hyper-parameters.
+
+  Returns:
+    The scalar loss, and `(metrics, ())`.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  del state, key
+  rows = six_sequences(batch)
+  batch_size = jnp.shape(batch.chosen_tokens)[0]
+  checks.shape("ref_logps", batch.ref_logps, (batch_size, len(SCORED)), "[B, 6]")
+  logps = apply_fn(params, rows)
+  checks.shape("apply_fn(params, sequences)", logps, jnp.shape(rows.tokens), "[6 B, T]")
+  ref_logps = jnp.reshape(batch.ref_logps, -1)
+  flat = sequences.log_ratios(logps, rows.mask, ref_logps, reduction="sum")
+  ratios = dict(zip(SCORED, flat.reshape(batch_size, len(SCORED)).T, strict=True))
+  value = jnp.mean(
+    srpo_loss(**ratios, beta=config.beta, alpha=config.alpha, chosen_probs=batch.chosen_probs)
+  )
+  margin = ratios["chosen"] - ratios["rejected"]
+  improvement = ratios["chosen_given_rejected"] - ratios["rejected_given_rejected"]
+  metrics = {
+    "loss": value,
+    "srpo/margin": jnp.mean(margin),
+    "srpo/accuracy": jnp.mean((margin > 0).astype(value.dtype)),
+    "srpo/improvement": jnp.mean(improvement),
+  }
+  return value, (metrics, ())
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update(
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, Metrics]:
+  """Returns the state after one gradient step, and metrics from before it.
+
+  Args:
+    state: not donated.
+    batch: B labelled pairs; `config.num_microbatches` must divide B.
+    key: unused: nothing is random.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    config: hyper-parameters; a new `beta` or `alpha` does not compile again.
+
+  Returns:
+    The new state; metrics `loss`, `grad_norm`, `srpo/margin` (mean of r(w) - r(l)),
+    `srpo/accuracy` (share of pairs with a positive one) and `srpo/improvement` (mean of
+    r(w | l) - r(l | l)).
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
+  (_, (metrics, _)), grads = grad_fn(
+    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics["grad_norm"] = optax.global_norm(grads)
+  return State(params, opt_state, state.step + 1), metrics
