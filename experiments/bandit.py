@@ -22,10 +22,12 @@ class Sweep(NamedTuple):
 
   runs: the state of each method, leaves `[..., num_seeds, ...]`.
   step: `[]` int32, counts steps of the loop (scans), not optimisation steps.
+  averages: of each method, what its last scan observed on average; `()` where nothing is.
   """
 
   runs: dict[str, Any]
   step: jax.Array
+  averages: Any = ()
 
 
 def apply_fn(params: jax.Array, completions: sequences.Sequences) -> jax.Array:
@@ -33,15 +35,27 @@ def apply_fn(params: jax.Array, completions: sequences.Sequences) -> jax.Array:
   return jax.nn.log_softmax(params)[completions.tokens]
 
 
+def contextual_apply_fn(params: jax.Array, completions: sequences.Sequences) -> jax.Array:
+  """The same with contexts: `params [C, A]`, the row chosen by the last prompt token."""
+  rows = sequences.repeat_prompts(completions)
+  return jax.nn.log_softmax(params)[rows.prompt_tokens[:, -1:], rows.tokens]
+
+
 def scan_updates(
-  update: Callable[..., Any], draw: Callable[..., Any], num_steps: int
+  update: Callable[..., Any],
+  draw: Callable[..., Any],
+  num_steps: int,
+  observe: Callable[[Any], Any] = lambda state: (),
 ) -> Callable[..., Any]:
   """Returns `run(state, data, key, config)`: `num_steps` updates in one scan.
+
+  It gives the state, the last loss, and the mean over the scan of what `observe` sees in the state.
 
   Args:
     update: `(state, batch, key, config) -> (state, metrics)`.
     draw: `(data, keys) -> batches`, all batches of the scan with a leading axis of `num_steps`.
     num_steps: updates per call.
+    observe: `state -> pytree` of arrays.
   """
 
   def run(state, data, key, config):
@@ -51,10 +65,11 @@ def scan_updates(
     def body(state, inputs):
       batch, key = inputs
       state, metrics = update(state, batch, key, config=config)
-      return state, metrics["loss"]
+      return state, (metrics["loss"], observe(state))
 
-    state, losses = jax.lax.scan(body, state, (batches, jax.random.split(update_key, num_steps)))
-    return state, losses[-1]
+    keys = jax.random.split(update_key, num_steps)
+    state, (losses, observed) = jax.lax.scan(body, state, (batches, keys))
+    return state, losses[-1], jax.tree.map(lambda leaf: leaf.mean(0), observed)
 
   return run
 
@@ -90,11 +105,19 @@ def stack(tree: Any, shape: tuple[int, ...]) -> Any:
   return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, shape + jnp.shape(leaf)), tree)
 
 
-def sample_table(sweep: Sweep, num_draws: int = 20) -> report.Table:
-  """Arms drawn from each method's policy (mean over the seeds), a row for each setting."""
+def sample_table(
+  sweep: Sweep, num_draws: int = 20, logits_of: Callable[[Any], Any] = lambda params: params
+) -> report.Table:
+  """Arms drawn from each method's policy (mean over the seeds), a row for each setting.
+
+  Args:
+    sweep: a run.
+    num_draws: arms in a row.
+    logits_of: from the parameters to the logits `[..., num_seeds, A]` of the policy.
+  """
   rng, rows = np.random.default_rng(0), []
   for name, run in sweep.runs.items():
-    probs = np.asarray(jax.nn.softmax(run.params), float).mean(-2)
+    probs = np.asarray(jax.nn.softmax(logits_of(run.params)), float).mean(-2)
     for setting in np.ndindex(*probs.shape[:-1]):
       chances = probs[setting] / probs[setting].sum()
       arms = np.array(arm_names(len(chances)))[rng.choice(len(chances), num_draws, p=chances)]

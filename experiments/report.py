@@ -75,6 +75,11 @@ def subplots(
   return figure, axes
 
 
+def legend_below(figure: mpl_figure.Figure, axis: Any) -> None:
+  """Puts the legend of `axis` under all panels, where it hides nothing."""
+  figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+
+
 def _layout() -> layout_engine.LayoutEngine:
   return layout_engine.ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06)  # inches: room for titles
 

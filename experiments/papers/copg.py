@@ -157,7 +157,7 @@ def _bandit(config: Any) -> training.Experiment:
       run = bandit.scan_updates(functools.partial(update_one, name), draw, num_steps)
       method_config = ipo_config if name == "ipo" else copg_config
       keys = jax.random.split(key, num_seeds)  # all methods see the same batches
-      runs[name], losses = jax.vmap(run, in_axes=(0, 0, 0, None))(
+      runs[name], losses, _ = jax.vmap(run, in_axes=(0, 0, 0, None))(
         sweep.runs[name], data, keys, method_config
       )
       regrets = regret(runs[name].params, beta)

@@ -99,7 +99,7 @@ def _bandit(config: Any) -> training.Experiment:
       over_datasets = jax.vmap(over_taus, in_axes=(0, 0, 0, None))
       # Both methods see the same pairs in the same order.
       keys = jax.random.split(key, shape)
-      runs[name], losses = over_datasets(sweep.runs[name], pairs, keys, configs[name])
+      runs[name], losses, _ = over_datasets(sweep.runs[name], pairs, keys, configs[name])
       probs = jax.nn.softmax(runs[name].params)
       if name == "ipo":
         metrics["loss"] = losses.mean()
