@@ -161,7 +161,7 @@ def test_weak_coupling_is_ipo_against_the_reference():
 
 def test_update_reaches_the_closed_form_for_every_alpha_and_behaviour(x64):
   rng = np.random.default_rng(3)
-  for num_actions, alpha in ((2, 0.2), (4, 0.5), (7, 0.8)):
+  for num_actions, alpha in ((2, 0.2), (7, 0.8)):
     preferences, ref_logps, revision = random_problem(rng, num_actions)
     want, want_rewrite = oracles.srpo_optimum(preferences, ref_logps, revision, 0.5)
     for counts in (np.ones(num_actions, int), rng.integers(1, 4, num_actions)):
