@@ -176,6 +176,85 @@ def ipo_loss(
   return (margins - (2 * chosen_probs - 1) / (2 * tau)) ** 2
 
 
+def psi_po_loss(
+  first_log_ratios: jax.Array,
+  second_log_ratios: jax.Array,
+  first_targets: jax.Array,
+  second_targets: jax.Array,
+  *,
+  tau: Any,
+) -> jax.Array:
+  """Returns the Psi-PO loss of pairs y, y' ~ mu whose scores g are known (`psi_po_target`).
+
+  loss = (h - (g(y) - g(y')) / tau)^2: the root-finding form, for any Psi. With the identity and
+  both completions from one mu it differs from `ipo_label_loss` and `ipo_loss`, which need no g, by
+  a constant on average.
+
+  Args:
+    first_log_ratios: `[B]` log pi(y|x) - log ref(y|x), nats, summed over completion tokens.
+    second_log_ratios: `[B]` the same for y'.
+    first_targets: `[B]` g(y).
+    second_targets: `[B]` g(y').
+    tau: positive; larger keeps the policy closer to the reference.
+
+  Returns:
+    `[B]` non-negative losses, not averaged; gradients reach the log-ratios.
+
+  Raises:
+    ValueError: if the shapes differ, or a concrete `tau` is not positive.
+
+  Example:
+    >>> psi_po_loss(jnp.ones(1), jnp.zeros(1), jnp.array([0.75]), jnp.array([0.25]), tau=0.25)
+    Array([1.], dtype=float32)
+
+  Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 13.
+  """
+  checks.positive("tau", tau)
+  checks.same_shape(
+    first_log_ratios=first_log_ratios,
+    second_log_ratios=second_log_ratios,
+    first_targets=first_targets,
+    second_targets=second_targets,
+  )
+  margins = jnp.asarray(first_log_ratios) - jnp.asarray(second_log_ratios)
+  return (margins - (jnp.asarray(first_targets) - jnp.asarray(second_targets)) / tau) ** 2
+
+
+def ipo_label_loss(
+  first_log_ratios: jax.Array, second_log_ratios: jax.Array, labels: jax.Array, *, tau: Any
+) -> jax.Array:
+  """Returns (h - I / tau)^2 of pairs in random order, I = 1 where the first one wins, else 0.
+
+  Unbiased for IPO only where y and y' are drawn alike and stand in random order; `ipo_loss` takes
+  each pair in both orders and has less variance.
+
+  Args:
+    first_log_ratios: `[B]` log pi(y|x) - log ref(y|x), nats, summed over completion tokens.
+    second_log_ratios: `[B]` the same for y'.
+    labels: `[B]` I.
+    tau: positive; larger keeps the policy closer to the reference.
+
+  Returns:
+    `[B]` non-negative losses, not averaged; gradients reach the log-ratios.
+
+  Raises:
+    ValueError: if the shapes differ, or a concrete `tau` or `labels` is out of range.
+
+  Example:
+    >>> ipo_label_loss(jnp.array([4.0, 4.0]), jnp.zeros(2), jnp.array([1, 0]), tau=0.25)
+    Array([ 0., 16.], dtype=float32)
+
+  Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 16.
+  """
+  checks.positive("tau", tau)
+  checks.probabilities("labels", labels)
+  checks.same_shape(
+    first_log_ratios=first_log_ratios, second_log_ratios=second_log_ratios, labels=labels
+  )
+  margins = jnp.asarray(first_log_ratios) - jnp.asarray(second_log_ratios)
+  return (margins - jnp.asarray(labels) / tau) ** 2
+
+
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
   """Returns the first state; `params` should be the reference's (log-ratios start at zero).
 

@@ -155,14 +155,17 @@ def test_optimum_depends_on_the_behaviour_policy_unless_there_are_two_arms():
 
 @jax.jit
 def _population_losses(logits, ref_logps, mu, preferences, tau):
-  """Equations 13, 16 and 17 of the paper, restated with loops over all pairs."""
+  """Equations 13, 16 and 17 of the paper, with loops over all pairs."""
   ratios = logits - jax.nn.logsumexp(logits) - ref_logps
   scores = preferences @ mu
   root, labels, pairs = 0.0, 0.0, 0.0
   for y, other in itertools.product(range(len(mu)), repeat=2):
-    weight, h, p = mu[y] * mu[other], ratios[y] - ratios[other], preferences[y, other]
-    root += weight * (h - (scores[y] - scores[other]) / tau) ** 2
-    labels += weight * (p * (h - 1 / tau) ** 2 + (1 - p) * h**2)
+    weight, p = mu[y] * mu[other], preferences[y, other]
+    root += weight * ipo.psi_po_loss(ratios[y], ratios[other], scores[y], scores[other], tau=tau)
+    labels += weight * sum(
+      chance * ipo.ipo_label_loss(ratios[y], ratios[other], jnp.asarray(label), tau=tau)
+      for label, chance in ((1.0, p), (0.0, 1 - p))
+    )
     won = ipo.ipo_loss(ratios[y], ratios[other], tau=tau)
     lost = ipo.ipo_loss(ratios[other], ratios[y], tau=tau)
     pairs += weight * (p * won + (1 - p) * lost)
