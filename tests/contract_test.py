@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import sharding
-from alignment import copg, dro, ipo, nash_md, sequences, srpo
+from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo
 
 
@@ -234,9 +234,27 @@ def _kto() -> Case:
   )  # fmt: skip
 
 
+def _scalar(params, rows):
+  rows = sequences.repeat_prompts(rows)
+  text = jnp.concatenate([rows.prompt_tokens, rows.tokens], axis=1)
+  weights = jnp.concatenate([rows.prompt_mask, rows.mask], axis=1)
+  places = jnp.arange(1.0, 1 + text.shape[1]) / 4  # what comes later counts more
+  return (params["embedding"][text] * (weights * places)[..., None]).sum((1, 2)) * params["head"]
+
+
+def _reward_model() -> Case:
+  pairs = _preferences()
+  batch = reward_model.Batch(
+    *pairs[:2], *pairs[3:5], *_prompts(np.random.default_rng(6)), pairs.chosen_probs
+  )
+  params = {"embedding": _policy_params()["embedding"] / 4, "head": jnp.float32(0.5)}
+  config = reward_model.Config(centring=0.1)
+  return Case(reward_model, params, batch, _scalar, config, ("centring", 0.2), rules=_POLICY_RULES)
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "kto": _kto, "nash_md": _nash_md,
-  "online_ipo": _online_ipo, "rloo": _rloo, "srpo": _srpo,
+  "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo, "srpo": _srpo,
 }  # fmt: skip
 
 

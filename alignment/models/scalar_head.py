@@ -1,0 +1,108 @@
+"""A decoder that says a number: values, rewards and preferences of `transformer`'s family.
+
+Parameters are the decoder's, its output embedding aside, with `scalar_head/kernel` `[D]` and
+`scalar_head/bias` `[]`. The number is read at the last real token, after the final norm: the last
+prompt token for the value of a prompt, the last completion token (EOS) for a reward.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignment import checks, sequences
+from alignment.models import attention, transformer
+
+
+def from_decoder(params: transformer.Params) -> transformer.Params:
+  """Returns the parameters of a scalar model that starts from a decoder's body and says zero.
+
+  The body is shared, not copied; an untied head is left out.
+  """
+  body = {name: value for name, value in params.items() if name != "head"}
+  width = params["embed"]["embedding"].shape[1]
+  # Zero: the first number of every input is 0, and its gradient is that of a linear probe.
+  return body | {"scalar_head": {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def scalars(
+  params: transformer.Params,
+  tokens: jax.Array,
+  mask: jax.Array,
+  *,
+  config: transformer.TransformerConfig,
+) -> jax.Array:
+  """Returns a number for each row, read at its last real token.
+
+  Args:
+    params: as in the module docstring.
+    tokens: `[B, T]` int ids.
+    mask: `[B, T]` non-zero on real tokens, wherever they are; padding between them is skipped.
+    config: the shape of the model.
+
+  Returns:
+    `[B]` float32; of a row without any real token it is finite and means nothing.
+
+  Raises:
+    ValueError: if shapes differ or T exceeds `config.max_length`.
+  """
+  tokens, mask = attention.justify_right(tokens, mask)
+  body = {name: value for name, value in params.items() if name != "scalar_head"}
+  if not config.tied_head:
+    # Never used: Flax wants the parameters that its module declares.
+    shape = (config.width, config.vocab_size)
+    body["head"] = {"kernel": jnp.zeros(shape, config.param_dtype)}
+  hidden = transformer.hidden_states(body, tokens, mask, config=config)[:, -1]
+  head = params["scalar_head"]
+  return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
+
+
+@functools.cache
+def make_apply_fn(
+  config: transformer.TransformerConfig,
+) -> Callable[[Any, sequences.Sequences], jax.Array]:
+  """Returns `apply_fn(params, Sequences) -> [B]`, read at the last completion token.
+
+  The same config gives the same function object; see `transformer.make_apply_fn`.
+  """
+
+  def apply_fn(params: Any, batch: sequences.Sequences) -> jax.Array:
+    batch = _with_checked_ids(sequences.repeat_prompts(batch), config)
+    tokens, mask = batch.tokens, jnp.asarray(batch.mask) > 0
+    if batch.prompt_tokens is not None:
+      tokens = jnp.concatenate([batch.prompt_tokens, tokens], axis=1)
+      mask = jnp.concatenate([jnp.asarray(batch.prompt_mask) > 0, mask], axis=1)
+    return scalars(params, tokens, mask, config=config)
+
+  return apply_fn
+
+
+@functools.cache
+def make_policy_and_value_fn(
+  config: transformer.TransformerConfig, *, logps_chunk: int = 8192
+) -> Callable[[Any, sequences.Sequences], tuple[jax.Array, jax.Array]]:
+  """Returns what `dro` wants: `apply_fn(params, Sequences) -> ([B, T], [B])`.
+
+  `params.policy` are those of a decoder, `params.value` those of a scalar model of the same shape;
+  the value is read at the last prompt token, once for each prompt.
+  """
+  policy_fn = transformer.make_apply_fn(config, logps_chunk=logps_chunk)
+
+  def apply_fn(params: Any, batch: sequences.Sequences) -> tuple[jax.Array, jax.Array]:
+    logps = policy_fn(params.policy, batch)  # also checks that there is a prompt
+    values = scalars(params.value, batch.prompt_tokens, batch.prompt_mask, config=config)
+    return logps, jnp.repeat(values, sequences.rows_per_prompt(batch))
+
+  return apply_fn
+
+
+def _with_checked_ids(
+  batch: sequences.Sequences, config: transformer.TransformerConfig
+) -> sequences.Sequences:
+  for name in ("tokens", "prompt_tokens"):
+    if getattr(batch, name) is not None:
+      checks.token_ids(name, getattr(batch, name), config.vocab_size)
+  return batch
