@@ -239,11 +239,18 @@ def srpo_optimum(
   xp, ref_logps, revision_ref_logps = _arrays(
     ref_logps=ref_logps, revision_ref_logps=revision_ref_logps
   )
-  _check_preferences(preferences, xp.exp(ref_logps))
+  _check_preferences(preferences, xp.exp(ref_logps), name="exp(ref_logps)")
   if revision_ref_logps.shape[-2:] != np.shape(preferences)[-2:]:
     raise ValueError(
       f"revision_ref_logps must have shape [..., A, A], got {list(revision_ref_logps.shape)}"
     )
+  if not isinstance(revision_ref_logps, jax.core.Tracer):
+    sums = np.exp(revision_ref_logps).sum(-1)
+    if not np.allclose(sums, 1, atol=1e-4):  # float32 inputs, rounded by whoever made them
+      raise ValueError(
+        "revision_ref_logps must be normalised over its last axis, the rewrite (rows are what is "
+        f"rewritten); exp sums to {sums}"
+      )
   improved = revision_ref_logps + xp.swapaxes(xp.asarray(preferences), -1, -2) / beta
   normaliser = _logsumexp(xp, improved)
   rewrite = (improved - normaliser).astype(ref_logps.dtype)
@@ -284,7 +291,7 @@ def regularised_nash(
   checks.positive("tau", tau)
   checks.choice("solver", solver, ("newton", "mirror_prox"))
   xp, ref_logps = _arrays(ref_logps=ref_logps)
-  _check_preferences(preferences, np.exp(ref_logps))
+  _check_preferences(preferences, np.exp(ref_logps), name="exp(ref_logps)")
   matrix, reference = np.asarray(preferences, float), np.asarray(ref_logps, float)
   batch_shape = np.broadcast_shapes(matrix.shape[:-2], reference.shape[:-1])
   matrix = np.broadcast_to(matrix, (*batch_shape, *matrix.shape[-2:]))
@@ -465,18 +472,20 @@ def _normalise(xp: Any, logits: Array, dtype: Any) -> Array:
   return (logits - _logsumexp(xp, logits)).astype(dtype)
 
 
-def _check_preferences(preferences: Any, behaviour_probs: Any) -> None:
+def _check_preferences(
+  preferences: Any, behaviour_probs: Any, name: str = "behaviour_probs"
+) -> None:
   num_actions = np.shape(behaviour_probs)[-1] if np.ndim(behaviour_probs) else 0
   if np.ndim(preferences) < 2 or np.shape(preferences)[-2:] != (num_actions, num_actions):
     raise ValueError(
-      "preferences and behaviour_probs must have shapes [..., A, A] and [..., A], got "
+      f"preferences and {name} must have shapes [..., A, A] and [..., A], got "
       f"{list(np.shape(preferences))} and {list(np.shape(behaviour_probs))}"
     )
   if isinstance(preferences, jax.core.Tracer) or isinstance(behaviour_probs, jax.core.Tracer):
     return
   matrix, probs = np.asarray(preferences, float), np.asarray(behaviour_probs, float)
   checks.probabilities("preferences", matrix)
-  checks.probabilities("behaviour_probs", probs)
+  checks.probabilities(name, probs)
   # 1e-4: float32 inputs, rounded by whoever made them.
   if not np.allclose(matrix + np.swapaxes(matrix, -1, -2), 1, atol=1e-4):
     raise ValueError(
@@ -484,4 +493,4 @@ def _check_preferences(preferences: Any, behaviour_probs: Any) -> None:
       f"diagonal, got {preferences}"
     )
   if not np.allclose(probs.sum(-1), 1, atol=1e-4):
-    raise ValueError(f"behaviour_probs must sum to 1, got {behaviour_probs}")
+    raise ValueError(f"{name} must sum to 1, got {behaviour_probs}")

@@ -22,16 +22,20 @@ of Stiennon et al. 2020, https://arxiv.org/abs/2009.01325.
 
 Deviations: the paper reads a preference off one token of a rater's answer and leaves its symmetry
 to the training data. `centring` (off by default) adds c (r(y_w) + r(y_l))^2, which settles the
-constant that a Bradley-Terry reward leaves open.
+constant that a Bradley-Terry reward leaves open; with c large it shrinks differences too. Between
+the two completions of "pairwise" stands what the first one ends with, its EOS: one cut without EOS
+runs into the second.
 """
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import sharding
@@ -63,8 +67,12 @@ class Config:
 
   def __post_init__(self):
     checks.choice("kind", self.kind, KINDS)
-    if not isinstance(self.centring, int | float) or self.centring != 0:
-      checks.positive("centring", self.centring)
+    if isinstance(self.centring, numbers.Real | np.ndarray):
+      centring = np.asarray(self.centring, float)
+      if not np.all(centring >= 0):
+        raise ValueError(f"centring must not be negative, got {self.centring}")
+      if self.kind == "pairwise" and np.any(centring):
+        raise ValueError(f"centring={self.centring} is for kind='bradley_terry': leave it at 0")
     checks.count("num_microbatches", self.num_microbatches)
 
 
@@ -147,7 +155,7 @@ def antisymmetric_logits(forward: jax.Array, backward: jax.Array) -> jax.Array:
 
 
 def preference_probs(params: Any, batch: Batch, *, apply_fn: ApplyFn, config: Config) -> jax.Array:
-  """Returns `[B]` P(chosen beats rejected) under the model: a `preference_fn` for Nash-MD.
+  """Returns `[B]` P(chosen beats rejected) under the model, what `nash_md.Batch` wants.
 
   Args:
     params: parameters of the model.
@@ -163,6 +171,7 @@ def preference_probs(params: Any, batch: Batch, *, apply_fn: ApplyFn, config: Co
 
 def _logits(params, batch: Batch, *, apply_fn: ApplyFn, config: Config):
   """Log-odds `[B]` that chosen beats rejected, and the network's two numbers a pair `[B, 2]`."""
+  sequences.check_rows(batch, "chosen", "rejected", "prompt")
   tokens = sequences.stack_padded(batch.chosen_tokens, batch.rejected_tokens, side="right")
   mask = sequences.stack_padded(batch.chosen_mask, batch.rejected_mask, side="right")
   if config.kind == "bradley_terry":
@@ -171,8 +180,9 @@ def _logits(params, batch: Batch, *, apply_fn: ApplyFn, config: Config):
     # The other completion ends the prompt: f(x, chosen, rejected), then f(x, rejected, chosen).
     # The padding between the prompt and it is masked like any other.
     def join(prompt, answers):
-      prompt = jnp.repeat(jnp.asarray(prompt)[:, None], 2, axis=1)
-      return jnp.concatenate([prompt, answers], axis=2).reshape(2 * len(answers), -1)
+      prompt = prompt[:, None].repeat(2, axis=1)
+      joined = sequences.array_module(prompt, answers).concatenate([prompt, answers], axis=2)
+      return joined.reshape(2 * len(answers), -1)
 
     swapped = sequences.flatten_samples(tokens[:, ::-1], mask[:, ::-1])
     rows = swapped._replace(

@@ -15,12 +15,12 @@ For a vocabulary of 50,000 the logits `[B, T, V]` are usually the largest array 
 `chunked_token_logps` makes them for a slice of the vocabulary at a time.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignment import checks, chunked_likelihood
 
@@ -234,7 +234,8 @@ def flatten_samples(
       "prompt_tokens", prompt_tokens, (batch_size, *jnp.shape(prompt_tokens)[1:]), "[B, P]"
     )
   flat = (batch_size * num_samples, length)
-  return Sequences(jnp.reshape(tokens, flat), jnp.reshape(mask, flat), prompt_tokens, prompt_mask)
+  tokens, mask = (array_module(x).reshape(x, flat) for x in (tokens, mask))
+  return Sequences(tokens, mask, prompt_tokens, prompt_mask)
 
 
 def rows_per_prompt(batch: Sequences) -> int:
@@ -263,9 +264,12 @@ def repeat_prompts(batch: Sequences) -> Sequences:
   """
   if batch.prompt_tokens is None:
     return batch
-  copy = functools.partial(jnp.repeat, repeats=rows_per_prompt(batch), axis=0)
-  prompts = (batch.prompt_tokens, batch.prompt_mask)
-  return Sequences(batch.tokens, batch.mask, *(None if x is None else copy(x) for x in prompts))
+  count = rows_per_prompt(batch)
+  prompts = (
+    None if x is None else array_module(x).repeat(x, count, axis=0)
+    for x in (batch.prompt_tokens, batch.prompt_mask)
+  )
+  return Sequences(batch.tokens, batch.mask, *prompts)
 
 
 def pair_log_ratios(
@@ -305,15 +309,9 @@ def pair_log_ratios(
 
 def _num_pairs(batch: PreferenceBatch) -> int:
   """Returns B; raises `ValueError` where the fields of the batch do not fit each other."""
-  if jnp.ndim(batch.chosen_tokens) != 2 or jnp.ndim(batch.rejected_tokens) != 2:
-    shapes = [list(jnp.shape(batch.chosen_tokens)), list(jnp.shape(batch.rejected_tokens))]
-    raise ValueError(f"chosen_tokens and rejected_tokens must have shape [B, T], got {shapes}")
-  checks.same_shape(chosen_tokens=batch.chosen_tokens, chosen_mask=batch.chosen_mask)
-  checks.same_shape(rejected_tokens=batch.rejected_tokens, rejected_mask=batch.rejected_mask)
-  batch_size = jnp.shape(batch.chosen_tokens)[0]
-  for name in ("rejected_tokens", "chosen_ref_logps", "rejected_ref_logps"):
-    array = getattr(batch, name)
-    checks.shape(name, array, (batch_size, *jnp.shape(array)[1:2]), "[B, ...]")
+  batch_size = check_rows(batch, "chosen", "rejected")
+  for name in ("chosen_ref_logps", "rejected_ref_logps"):
+    checks.shape(name, getattr(batch, name), (batch_size,), "[B]")
   return batch_size
 
 
@@ -332,10 +330,35 @@ def stack_padded(*arrays: jax.Array, side: str) -> jax.Array:
             [1, 1]]], dtype=int32)
   """
   checks.choice("side", side, ("left", "right"))
+  xp = array_module(*arrays)
   length = max(jnp.shape(array)[1] for array in arrays)
   missing = [length - jnp.shape(array)[1] for array in arrays]
   widths = [((0, 0), (n, 0) if side == "left" else (0, n)) for n in missing]
-  return jnp.stack([jnp.pad(x, width) for x, width in zip(arrays, widths, strict=True)], axis=1)
+  return xp.stack([xp.pad(x, width) for x, width in zip(arrays, widths, strict=True)], axis=1)
+
+
+def array_module(*arrays: Any) -> Any:
+  """Returns NumPy where all arrays are NumPy's (ids can be checked there), else jax.numpy."""
+  return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
+
+
+def check_rows(batch: Any, *names: str) -> int:
+  """Returns B; raises `ValueError` unless every `<name>_tokens` and `_mask` are `[B, ...]` alike.
+
+  Args:
+    batch: a `NamedTuple` with these fields.
+    *names: prefixes of its fields, such as "chosen".
+  """
+  size = np.shape(getattr(batch, f"{names[0]}_tokens"))[:1]
+  for name in names:
+    tokens, mask = (getattr(batch, f"{name}_{kind}") for kind in ("tokens", "mask"))
+    if np.ndim(tokens) != 2 or np.shape(tokens)[:1] != size:
+      raise ValueError(
+        f"{name}_tokens must have two axes, the first one as long as that of {names[0]}_tokens "
+        f"{list(size)}, got {list(np.shape(tokens))}"
+      )
+    checks.same_shape(**{f"{name}_tokens": tokens, f"{name}_mask": mask})
+  return size[0]
 
 
 def chunked_token_logps(

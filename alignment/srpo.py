@@ -309,19 +309,13 @@ def six_sequences(batch: Batch) -> sequences.Sequences:
   Raises:
     ValueError: if the shapes of the batch do not fit.
   """
-  batch_size = jnp.shape(batch.chosen_tokens)[0]
-  for name in ("chosen", "rejected", "prompt", "given_chosen", "given_rejected"):
-    tokens, mask = f"{name}_tokens", f"{name}_mask"
-    if jnp.ndim(getattr(batch, tokens)) != 2 or len(getattr(batch, tokens)) != batch_size:
-      raise ValueError(
-        f"{tokens} must have shape [{batch_size}, ...] with two axes, got "
-        f"{list(jnp.shape(getattr(batch, tokens)))}"
-      )
-    checks.same_shape(**{tokens: getattr(batch, tokens), mask: getattr(batch, mask)})
+  batch_size = sequences.check_rows(
+    batch, "chosen", "rejected", "prompt", "given_chosen", "given_rejected"
+  )
 
   def answers(*arrays):
     both = sequences.stack_padded(*arrays, side="right")
-    return jnp.repeat(both[:, None], 3, axis=1).reshape(6 * batch_size, -1)
+    return both[:, None].repeat(3, axis=1).reshape(6 * batch_size, -1)
 
   def prompts(*arrays):
     return sequences.stack_padded(*arrays, side="left").reshape(3 * batch_size, -1)

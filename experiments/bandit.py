@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import sequences
+from alignment import checks, sequences
 from experiments import report
 
 
@@ -95,9 +95,33 @@ class NoData:
     self._step = state["step"]
 
 
-def over_seeds(fn: Callable[..., Any], num_seeds: int) -> Callable[[jax.Array], Any]:
-  """Returns `key -> fn(key)` stacked over `num_seeds` independent keys."""
-  return lambda key: jax.vmap(fn)(jax.random.split(key, num_seeds))
+def positives(config: Any, name: str) -> tuple[float, ...]:
+  """Returns the field `name` of a config, a number or several, as floats.
+
+  Raises:
+    ValueError: if there is none, or one is not positive and finite.
+  """
+  field = functools.reduce(getattr, name.split("."), config)
+  values = tuple(float(value) for value in np.atleast_1d(np.asarray(field, float)))
+  if not values:
+    raise ValueError(f"config.{name} is empty: give at least one number, such as (0.5, 1.0)")
+  for value in values:
+    checks.positive(f"config.{name}", value)
+  return values
+
+
+def check_counts(config: Any, **least: int) -> None:
+  """Raises ValueError where `train.inner_steps` or a named field of `data` is too small."""
+  sizes = {"train.inner_steps": (config.train.inner_steps, 1)}
+  sizes |= {f"data.{name}": (config.data[name], bound) for name, bound in least.items()}
+  for name, (value, bound) in sizes.items():
+    if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+      raise ValueError(f"config.{name}={value!r}: give an integer of at least {bound}")
+
+
+def triple(probs: np.ndarray) -> str:
+  """Returns probabilities as a cell of a table: three decimals each."""
+  return "  ".join(f"{p:.3f}" for p in probs)
 
 
 def stack(tree: Any, shape: tuple[int, ...]) -> Any:

@@ -201,20 +201,20 @@ def loss(
   del state, key
   prompt = (batch.prompt_tokens, batch.prompt_mask)
 
-  def ratios(params, tokens, mask, ref_logps):
+  def ratios(params, prefix):
+    tokens, mask, ref_logps = (
+      getattr(batch, f"{prefix}{name}") for name in ("tokens", "mask", "ref_logps")
+    )
+    checks.same_shape(**{f"{prefix}tokens": tokens, f"{prefix}mask": mask})
+    checks.shape(f"{prefix}ref_logps", ref_logps, jnp.shape(tokens)[:1], "[B]")
     logps = apply_fn(params, sequences.Sequences(tokens, mask, *prompt))
     checks.shape("apply_fn(params, sequences)", logps, jnp.shape(tokens), "[B, T]")
     return sequences.log_ratios(logps, mask, ref_logps, reduction="sum")
 
   # A pass of its own: it needs no gradient, and so no backward half.
-  mismatched = ratios(
-    jax.lax.stop_gradient(params),
-    batch.mismatched_tokens,
-    batch.mismatched_mask,
-    batch.mismatched_ref_logps,
-  )
+  mismatched = ratios(jax.lax.stop_gradient(params), "mismatched_")
   kl = jnp.maximum(jnp.mean(mismatched), 0.0)
-  log_ratios = ratios(params, batch.tokens, batch.mask, batch.ref_logps)
+  log_ratios = ratios(params, "")
   losses = kto_loss(
     log_ratios,
     batch.labels,

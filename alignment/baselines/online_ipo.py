@@ -130,7 +130,11 @@ def online_ipo_loss(
   Reference: Calandriello et al. 2024, https://arxiv.org/abs/2403.08635, section 4.
   """
   checks.probabilities("preferences", preferences)
-  checks.shape("preferences", preferences, jnp.shape(first_log_ratios), "[B]")
+  checks.same_shape(
+    first_log_ratios=first_log_ratios,
+    second_log_ratios=second_log_ratios,
+    preferences=preferences,
+  )
   return ipo.ipo_loss(first_log_ratios, second_log_ratios, tau=tau, chosen_probs=preferences)
 
 
@@ -172,6 +176,9 @@ def loss(
     ValueError: if the shapes of the batch do not fit.
   """
   del state, key
+  batch_size = sequences.check_rows(batch, "first", "second")
+  for name in ("first_ref_logps", "second_ref_logps"):
+    checks.shape(name, getattr(batch, name), (batch_size,), "[B]")
   pairs = sequences.PreferenceBatch(*batch)  # the same fields, told apart by a label there
   first, second = sequences.pair_log_ratios(params, pairs, apply_fn=apply_fn, reduction="sum")
   value = jnp.mean(online_ipo_loss(first, second, batch.preferences, tau=config.tau))

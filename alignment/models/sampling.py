@@ -73,7 +73,7 @@ def generate(
   num_samples: int = 1,
   ref_params: transformer.Params | None = None,
   mixture_fn: Callable[..., jax.Array] | None = None,
-  beta: float = 0.0,
+  beta: float | None = None,
 ) -> Samples:
   """Samples completions of each prompt; each prompt is read once, however many there are.
 
@@ -101,7 +101,7 @@ def generate(
     ref_params: of a second model of the same shape, or None.
     mixture_fn: `mixture_fn(logits, ref_logits, beta=beta) -> logits`, `[B, V]` each, such as
       `nash_md.geometric_mixture_logits`; a static argument.
-    beta: what `mixture_fn` gets; a new value compiles nothing.
+    beta: in [0, 1], what `mixture_fn` gets; a new value compiles nothing.
 
   Returns:
     `Samples` of `[B K, T]`; rows b K to b K + K - 1 continue prompt b.
@@ -114,11 +114,16 @@ def generate(
   _check(prompt_tokens, prompt_mask, config, max_new_tokens, temperature, top_k, top_p, ids)
   if num_samples < 1:
     raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-  if (ref_params is None) != (mixture_fn is None):
-    raise ValueError("ref_params and mixture_fn must be given together, or neither")
+  if len({value is None for value in (ref_params, mixture_fn, beta)}) > 1:
+    raise ValueError(
+      f"ref_params, mixture_fn and beta must be given together, or none of them: beta is {beta}"
+    )
+  if beta is not None:
+    checks.shape("beta", beta, (), "[]")
+    checks.probabilities("beta", beta)
   return _generate(
     (params,) if ref_params is None else (params, ref_params),
-    jnp.float32(beta),
+    jnp.float32(0 if beta is None else beta),
     prompt_tokens,
     prompt_mask,
     key,

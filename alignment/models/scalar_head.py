@@ -11,9 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+import sharding
 from alignment import checks, sequences
 from alignment.models import attention, transformer
+
+SHARDING_RULES: sharding.Rules = (
+  ("scalar_head/", PartitionSpec()),
+  *transformer.SHARDING_RULES,
+)
 
 
 def from_decoder(params: transformer.Params) -> transformer.Params:
@@ -49,12 +56,12 @@ def scalars(
   Raises:
     ValueError: if shapes differ or T exceeds `config.max_length`.
   """
+  if tokens.ndim != 2 or tokens.shape != mask.shape:
+    raise ValueError(
+      f"tokens and mask must both be [B, T], got {list(tokens.shape)} and {list(mask.shape)}"
+    )
   tokens, mask = attention.justify_right(tokens, mask)
   body = {name: value for name, value in params.items() if name != "scalar_head"}
-  if not config.tied_head:
-    # Never used: Flax wants the parameters that its module declares.
-    shape = (config.width, config.vocab_size)
-    body["head"] = {"kernel": jnp.zeros(shape, config.param_dtype)}
   hidden = transformer.hidden_states(body, tokens, mask, config=config)[:, -1]
   head = params["scalar_head"]
   return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
@@ -70,7 +77,12 @@ def make_apply_fn(
   """
 
   def apply_fn(params: Any, batch: sequences.Sequences) -> jax.Array:
-    batch = _with_checked_ids(sequences.repeat_prompts(batch), config)
+    checks.same_shape(tokens=batch.tokens, mask=batch.mask)
+    checks.token_ids("tokens", batch.tokens, config.vocab_size)
+    if batch.prompt_tokens is not None:
+      checks.same_shape(prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask)
+      checks.token_ids("prompt_tokens", batch.prompt_tokens, config.vocab_size)
+    batch = sequences.repeat_prompts(batch)
     tokens, mask = batch.tokens, jnp.asarray(batch.mask) > 0
     if batch.prompt_tokens is not None:
       tokens = jnp.concatenate([batch.prompt_tokens, tokens], axis=1)
@@ -97,12 +109,3 @@ def make_policy_and_value_fn(
     return logps, jnp.repeat(values, sequences.rows_per_prompt(batch))
 
   return apply_fn
-
-
-def _with_checked_ids(
-  batch: sequences.Sequences, config: transformer.TransformerConfig
-) -> sequences.Sequences:
-  for name in ("tokens", "prompt_tokens"):
-    if getattr(batch, name) is not None:
-      checks.token_ids(name, getattr(batch, name), config.vocab_size)
-  return batch

@@ -1,7 +1,7 @@
 r"""DRO, Richemond et al. 2024, https://arxiv.org/abs/2405.19107.
 
 `bandit` is three prompts with five completions each (the paper has no such experiment): the value
-is what makes one scored completion a prompt enough. Beside DRO-V, what the paper's ablations vary:
+is what lets every scored completion be used alone. Beside DRO-V, what the paper's ablations vary:
 one value for all prompts, no value, DRO-P over a batch; and KTO.
 
 Command:   python -m experiments.main --config=dro:bandit --workdir=runs/dro-bandit

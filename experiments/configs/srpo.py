@@ -1,7 +1,7 @@
 r"""SRPO, Choi et al. 2024, https://arxiv.org/abs/2406.01660.
 
-`bandit` is a three-armed bandit of our own design in the spirit of the paper's (whose constants are
-not published): who wrote the data decides what IPO and DPO call best, and does not move SRPO. With
+`bandit` is a three-armed bandit of our own design in the spirit of the paper's (whose constants we
+do not know): who wrote the data decides what IPO and DPO call best, and does not move SRPO. With
 it, in closed form on ten ordered arms, what revising an answer up to five times brings.
 
 Command:   python -m experiments.main --config=srpo:bandit --workdir=runs/srpo-bandit

@@ -101,7 +101,8 @@ def regret(logits: jax.Array, beta: float) -> jax.Array:
 
 
 def _bandit(config: Any) -> training.Experiment:
-  beta, batch_size = float(config.algorithm.beta), config.data.batch_size
+  bandit.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
+  (beta,), batch_size = bandit.positives(config, "algorithm.beta"), config.data.batch_size
   num_seeds, num_steps = config.data.num_seeds, config.train.inner_steps
   num_pairs = config.data.num_pairs
   if batch_size * num_steps > num_pairs:

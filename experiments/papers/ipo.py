@@ -53,7 +53,8 @@ def exact_probs(tau: float) -> np.ndarray:
 
 
 def _bandit(config: Any) -> training.Experiment:
-  taus = tuple(float(tau) for tau in config.algorithm.tau)
+  taus = bandit.positives(config, "algorithm.tau")
+  bandit.check_counts(config, num_seeds=2, batch_size=1)
   num_seeds, batch_size = config.data.num_seeds, config.data.batch_size
   num_steps, num_arms = config.train.inner_steps, 3
   optimizer = optax.adam(config.optimizer.learning_rate)
@@ -142,7 +143,7 @@ def _judge(sweep: bandit.Sweep, taus: tuple[float, ...]) -> evaluation.Result:
       elif dataset == "D3'":
         passed = float(dpo_mean[2]) < 0.005
         checks.append((f"DPO on D3', tau {tau}: P(c) below 0.005", passed))
-      rows.append([dataset, tau, *(_triple(p) for p in (exact, mean, dpo_mean))])
+      rows.append([dataset, tau, *(bandit.triple(p) for p in (exact, mean, dpo_mean))])
   return evaluation.Result(
     metrics={"criteria_passed": evaluation.fraction_passed(checks)},
     tables=[
@@ -154,10 +155,6 @@ def _judge(sweep: bandit.Sweep, taus: tuple[float, ...]) -> evaluation.Result:
       ),
     ],
   )
-
-
-def _triple(probs: np.ndarray) -> str:
-  return "  ".join(f"{p:.3f}" for p in probs)
 
 
 def _figures(history, taus, num_steps, num_seeds) -> list[report.Figure]:

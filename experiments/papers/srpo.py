@@ -44,6 +44,10 @@ class _Data(NamedTuple):
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   del workdir
+  # Two seeds: a standard error is part of a criterion.
+  bandit.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
+  for name in ("beta", "ipo_tau", "dpo_beta"):
+    bandit.positives(config, f"algorithm.{name}")
   algorithm, num_seeds = config.algorithm, config.data.num_seeds
   num_pairs, batch_size = config.data.num_pairs, config.data.batch_size
   num_steps = config.train.inner_steps
@@ -208,8 +212,8 @@ def _judge(sweep: bandit.Sweep, algorithm: Any) -> evaluation.Result:
       (f"SRPO, data {behaviour}: within 0.01 or 3 standard errors of its optimum", near)
     )
     for name, mean in means.items():
-      closed = _triple(exact[name][i]) if name in exact else ""
-      rows.append([behaviour, NAMES[name], closed, _triple(mean[i])])
+      closed = bandit.triple(exact[name][i]) if name in exact else ""
+      rows.append([behaviour, NAMES[name], closed, bandit.triple(mean[i])])
   checks.append(("SRPO prefers arm c on all data", best["srpo"] == [2, 2, 2]))
   checks.append(("IPO's favourite depends on who wrote the data", len(set(best["ipo"])) > 1))
   revised = {beta: revision_win_rates(beta) for beta in REVISION_BETAS}
@@ -236,10 +240,6 @@ def _judge(sweep: bandit.Sweep, algorithm: Any) -> evaluation.Result:
       ),
     ],
   )
-
-
-def _triple(probs: np.ndarray) -> str:
-  return "  ".join(f"{p:.3f}" for p in probs)
 
 
 def _behaviour_figure(history, algorithm, num_steps) -> report.Figure:

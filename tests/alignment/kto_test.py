@@ -105,6 +105,13 @@ def test_often_bad_arms_vanish_and_the_others_do_not(x64):
 
 
 def test_bad_input_is_named():
+  batch = _batch(np.random.default_rng(0))
+  for field in ("mismatched_mask", "mismatched_ref_logps"):
+    with pytest.raises(ValueError, match=field):
+      kto.loss(
+        jnp.zeros(4), None, batch._replace(**{field: np.zeros((2, 2))}), None,
+        apply_fn=ar.arm_apply_fn, config=kto.Config(),
+      )  # fmt: skip
   with pytest.raises(ValueError, match="num_microbatches must be 1, got 2"):
     kto.Config(num_microbatches=2)
   with pytest.raises(ValueError, match="desirable_weight must be positive"):

@@ -89,5 +89,13 @@ def test_bad_input_is_named():
     online_ipo.Config(tau=0)
   with pytest.raises(ValueError, match="preferences must be probabilities"):
     online_ipo.online_ipo_loss(np.zeros(1), np.zeros(1), np.array([1.5]), tau=1.0)
-  with pytest.raises(ValueError, match="preferences"):
-    online_ipo.online_ipo_loss(np.zeros(2), np.zeros(2), np.zeros(3), tau=1.0)
+  with pytest.raises(ValueError, match="second_log_ratios"):
+    online_ipo.online_ipo_loss(np.zeros(2), np.zeros(3), np.zeros(2), tau=1.0)
+  arms, ones, zeros = np.zeros((2, 1), int), np.ones((2, 1)), np.zeros(2)
+  good = online_ipo.Batch(arms, ones, zeros, arms, ones, zeros, zeros)
+  for field in ("second_mask", "first_ref_logps"):
+    with pytest.raises(ValueError, match=field):
+      online_ipo.loss(
+        jnp.zeros(3), None, good._replace(**{field: np.zeros((3, 3))}), None,
+        apply_fn=ar.arm_apply_fn, config=online_ipo.Config(),
+      )  # fmt: skip

@@ -111,8 +111,18 @@ def test_exchanging_the_answers_exchanges_the_probability(kind):
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match="kind must be one of"):
     reward_model.Config(kind="elo")
-  with pytest.raises(ValueError, match="centring"):
+  with pytest.raises(ValueError, match="centring must not be negative"):
     reward_model.Config(centring=-1.0)
+  with pytest.raises(ValueError, match="is for kind='bradley_terry'"):
+    reward_model.Config(kind="pairwise", centring=0.1)
+  good = every_pair(np.full((2, 2), 0.5), np.ones(2, int))
+  for kind in reward_model.KINDS:
+    for field in ("chosen_mask", "rejected_tokens", "prompt_mask"):
+      with pytest.raises(ValueError, match=field):
+        reward_model.loss(
+          jnp.zeros(2), None, good._replace(**{field: np.ones((4, 3), int)}), None,
+          apply_fn=arm_rewards, config=reward_model.Config(kind=kind),
+        )  # fmt: skip
   with pytest.raises(ValueError, match="chosen_probs"):
     reward_model.preference_loss(np.zeros(2), chosen_probs=np.array([0.5, 1.5]))
   with pytest.raises(ValueError, match=r"apply_fn\(params, sequences\)"):

@@ -250,6 +250,10 @@ def test_bad_input_is_named():
       )  # fmt: skip
   with pytest.raises(ValueError, match="revision_ref_logps"):
     oracles.srpo_optimum(ROBUST, np.log(np.ones(3) / 3), np.zeros(3), 0.1)
+  with pytest.raises(ValueError, match="must be normalised over its last axis"):
+    oracles.srpo_optimum(ROBUST, np.log(np.ones(3) / 3), np.zeros((3, 3)), 0.1)
+  with pytest.raises(ValueError, match=r"exp\(ref_logps\) must sum to 1"):
+    oracles.srpo_optimum(ROBUST, np.log(np.ones(3) / 2), np.log(np.ones((3, 3)) / 3), 0.1)
 
 
 def test_ipo_and_the_generative_half_differ_by_the_rewrites():

@@ -339,5 +339,10 @@ def test_a_new_weight_of_the_mixture_compiles_nothing(params, prompts):
 
 
 def test_half_a_mixture_is_refused(params, prompts):
-  with pytest.raises(ValueError, match="ref_params and mixture_fn"):
+  with pytest.raises(ValueError, match="ref_params, mixture_fn and beta"):
     generate(params, prompts, ref_params=params)
+  with pytest.raises(ValueError, match="ref_params, mixture_fn and beta"):
+    generate(params, prompts, beta=0.5)
+  for beta in (1.5, -0.1, float("nan")):
+    with pytest.raises(ValueError, match="beta must be probabilities"):
+      mix(params, params, prompts, beta)

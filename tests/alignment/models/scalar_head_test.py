@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sharding
 from alignment import dro, sequences
 from alignment.models import scalar_head, transformer
 
@@ -79,7 +80,24 @@ def test_a_reward_reads_the_completion_and_a_value_only_the_prompt(params):
   np.testing.assert_array_equal(other, values)
 
 
-def test_bad_ids_are_named(params):
-  rows = sequences.Sequences(np.array([[99]]), np.ones((1, 1)), np.array([[1]]), np.ones((1, 1)))
-  with pytest.raises(ValueError, match="tokens"):
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"tokens": np.array([[99]])}, "tokens must lie"),
+    ({"prompt_tokens": np.array([[-1]])}, "prompt_tokens must lie"),
+    ({"mask": np.ones((1, 2))}, "mask"),
+    ({"prompt_mask": np.ones((1, 3))}, "prompt_mask"),
+  ],
+)
+def test_bad_input_is_named(params, changes, match):
+  one = np.array([[1]])
+  rows = sequences.Sequences(one, np.ones((1, 1)), one, np.ones((1, 1)))._replace(**changes)
+  with pytest.raises(ValueError, match=match):
     scalar_head.make_apply_fn(CONFIG)(params, rows)
+  with pytest.raises(ValueError, match=r"must both be \[B, T\]"):
+    scalar_head.scalars(params, jnp.ones((2, 5), int), jnp.ones((2, 3)), config=CONFIG)
+
+
+def test_the_rules_of_the_decoder_know_the_head(params):
+  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+  sharding.infer_shardings(params, scalar_head.SHARDING_RULES, mesh)
