@@ -12,15 +12,25 @@ import pytest
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "colabs").glob("*.ipynb"))
 
 
+# Ten to twenty seconds each. The others run with the slow tests, in continuous integration too.
+_ALWAYS = {"quickstart", "ipo", "copg"}
+
+
 def _code(notebook):
   return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def test_there_are_notebooks():
-  assert {path.stem for path in NOTEBOOKS} >= {"quickstart", "ipo", "copg"}
+  assert {path.stem for path in NOTEBOOKS} >= _ALWAYS
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path",
+  [
+    pytest.param(path, id=path.stem, marks=() if path.stem in _ALWAYS else pytest.mark.slow)
+    for path in NOTEBOOKS
+  ],
+)
 def test_notebook_runs(path, monkeypatch, tmp_path):
   monkeypatch.setenv("BOOTSTRAX_NOTEBOOK_STEPS", "4")
   # The notebook finds the packages as a user's would; the test process has its own device flags.

@@ -777,6 +777,7 @@ def test_contract_accepts_the_copy_that_is_not_broken(clause, tmp_path):
   clause(dataclasses.replace(_ipo(), module=unbroken), tmp_path)
 
 
+@pytest.mark.slow  # a compilation each; continuous integration runs them
 @pytest.mark.parametrize("name", BROKEN)
 def test_contract_catches(name, tmp_path):
   clause, build = BROKEN[name]
