@@ -295,6 +295,47 @@ def init(
   return State(params, ema_params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+def sample(
+  state: State,
+  prompts: sequences.Prompts,
+  key: Any,
+  *,
+  sample_fn: sequences.SampleFn,
+  opponent_fn: sequences.SampleFn | None = None,
+) -> tuple[sequences.Sequences, sequences.Sequences]:
+  """Returns y drawn from the policy and y' from its opponent, to be judged.
+
+  The opponent's parameters are `state.ema_params`, which with `ema_decay` 0 are the policy's: the
+  same call is self-play, Nash-EMA-PG and, with a mixture as `opponent_fn`, Nash-MD-PG.
+
+  Args:
+    state: the state to be updated with what is drawn.
+    prompts: N prompts.
+    key: typed PRNG key.
+    sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws completions, see
+      `sequences.SampleFn`.
+    opponent_fn: the same for the opponent, such as `sampling.generate` with `ref_params`,
+      `mixture_fn=geometric_mixture_logits` and `beta`; `sample_fn` by default.
+
+  Returns:
+    Two `Sequences` of N K rows and N prompts.
+
+  Raises:
+    ValueError: if what is drawn does not fit the prompts, or the two differ in number.
+  """
+  policy_key, opponent_key = jax.random.split(key)
+  first = sequences.sample(state.params, prompts, policy_key, sample_fn=sample_fn)
+  second = sequences.sample(
+    state.ema_params, prompts, opponent_key, sample_fn=opponent_fn or sample_fn
+  )
+  if len(first.tokens) != len(second.tokens):
+    raise ValueError(
+      f"sample_fn drew {len(first.tokens)} completions and opponent_fn {len(second.tokens)}: each "
+      "of the policy's is compared with one of the opponent's, give both the same num_samples"
+    )
+  return first, second
+
+
 def loss(
   params: Any,
   state: State,

@@ -49,6 +49,24 @@ class Sequences(NamedTuple):
 ApplyFn = Callable[[Any, Sequences], jax.Array]
 
 
+class Prompts(NamedTuple):
+  """What a policy is asked to continue.
+
+  Attributes:
+    tokens: `[N, P]` int, left-padded.
+    mask: `[N, P]` 1 on prompt tokens, 0 on padding.
+  """
+
+  tokens: Any
+  mask: Any
+
+
+# `sample_fn(params, prompt_tokens, prompt_mask, key)` draws completions; what it returns has fields
+# `tokens` and `mask` `[N K, T]`, the K of a prompt in successive rows.
+# `models.sampling.generate` with its settings bound is one.
+SampleFn = Callable[[Any, Any, Any, Any], Any]
+
+
 class PreferenceBatch(NamedTuple):
   """Labelled pairs of completions of the same prompt.
 
@@ -252,6 +270,33 @@ def rows_per_prompt(batch: Sequences) -> int:
       "number of completions, in successive rows"
     )
   return num_rows // num_prompts
+
+
+def sample(params: Any, prompts: Prompts, key: Any, *, sample_fn: SampleFn) -> Sequences:
+  """Returns completions of the prompts, drawn by `sample_fn`, without a gradient.
+
+  What the `sample` of every online method is made of. It jits, `vmap`s and shards as `sample_fn`
+  does; the judge, on the device or on the host, comes between it and `update`.
+
+  Args:
+    params: parameters of the policy, as `sample_fn` takes them.
+    prompts: N prompts.
+    key: typed PRNG key.
+    sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)`, see `SampleFn`.
+
+  Returns:
+    `Sequences` of N K rows and N prompts.
+
+  Raises:
+    ValueError: if what `sample_fn` returns does not fit the prompts.
+  """
+  checks.same_shape(prompt_tokens=prompts.tokens, prompt_mask=prompts.mask)
+  drawn = sample_fn(params, *prompts, key)
+  tokens, mask = jax.lax.stop_gradient((drawn.tokens, drawn.mask))
+  checks.same_shape(**{"sample_fn(...).tokens": tokens, "sample_fn(...).mask": mask})
+  rows = Sequences(tokens, mask, *prompts)
+  rows_per_prompt(rows)
+  return rows
 
 
 def repeat_prompts(batch: Sequences) -> Sequences:

@@ -34,6 +34,7 @@ between 0 and 1 (at 0 it is not unique, at 1 pi never trains).
 import dataclasses
 import functools
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -338,6 +339,45 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def sample(
+  state: State,
+  prompts: sequences.Prompts,
+  key: Any,
+  *,
+  sample_fn: sequences.SampleFn,
+  revision_fn: Callable[[sequences.Sequences], sequences.Prompts],
+  num_revisions: int,
+) -> list[sequences.Sequences]:
+  """Returns answers to the prompts and their successive revisions by the same network.
+
+  Args:
+    state: the trained state.
+    prompts: N prompts of pi.
+    key: typed PRNG key.
+    sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws one completion of each
+      prompt, see `sequences.SampleFn`.
+    revision_fn: from prompts with their answers to the prompts of pi' that show the answer.
+    num_revisions: 0 for the answers alone.
+
+  Returns:
+    `num_revisions + 1` `Sequences` of N rows behind the plain prompts, the first answer first.
+
+  Raises:
+    ValueError: if what is drawn does not fit the prompts or `num_revisions` is negative.
+
+  Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660, section 4 (inference).
+  """
+  if num_revisions < 0:
+    raise ValueError(f"num_revisions must not be negative, got {num_revisions}")
+  keys = jax.random.split(key, num_revisions + 1)
+  answers = [sequences.sample(state.params, prompts, keys[0], sample_fn=sample_fn)]
+  for revision_key in keys[1:]:
+    shown = revision_fn(answers[-1])
+    drawn = sequences.sample(state.params, shown, revision_key, sample_fn=sample_fn)
+    answers.append(answers[0]._replace(tokens=drawn.tokens, mask=drawn.mask))
+  return answers
 
 
 def loss(

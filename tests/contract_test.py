@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
-from alignment.baselines import dpo, kto, online_ipo, rloo
+from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 
 
 class Init(Protocol):
@@ -72,7 +72,8 @@ class Case:
     batch: eight examples (so that eight devices have one each).
     apply_fn: the network.
     config: hyper-parameters at which losses and gradients are of size one (for absolute 1e-5).
-    hyperparameter: name of a numeric field of the config, and another value for it.
+    hyperparameter: name of a numeric field of the config, and another value for it; None where
+      the config has none.
     trees: keyword arguments of `init` beside the parameters, such as `ref_params`.
     couples_examples: True where the loss is not a mean over examples; it must then refuse
       micro-batches.
@@ -84,7 +85,7 @@ class Case:
   batch: Any
   apply_fn: Callable[..., Any]
   config: Any
-  hyperparameter: tuple[str, float]
+  hyperparameter: tuple[str, float] | None
   trees: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   couples_examples: bool = False
   rules: sharding.Rules = sharding.REPLICATED
@@ -252,9 +253,17 @@ def _reward_model() -> Case:
   return Case(reward_model, params, batch, _scalar, config, ("centring", 0.2), rules=_POLICY_RULES)
 
 
+def _sft() -> Case:
+  rng = np.random.default_rng(7)
+  batch = sft.Batch(*_completions(rng, (8, 5))[:2], *_prompts(rng))
+  config = sft.Config(reduction="mean")
+  return Case(sft, _policy_params(), batch, _policy, config, None, rules=_POLICY_RULES)
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "kto": _kto, "nash_md": _nash_md,
-  "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo, "srpo": _srpo,
+  "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo, "sft": _sft,
+  "srpo": _srpo,
 }  # fmt: skip
 
 
@@ -421,7 +430,7 @@ def second_call_does_not_recompile(case, tmp_path):
 
 
 def new_hyperparameter_does_not_recompile(case, tmp_path):
-  name, value = case.hyperparameter
+  name, value = case.hyperparameter or pytest.skip("the config has no number")
   state, key = _start(case, ADAM), _key(0)
   _, before = _step(case, ADAM)(state, case.batch, key)
   with _compilations() as names:
@@ -454,7 +463,7 @@ def vmap_over_seeds(case, tmp_path):
 
 
 def vmap_over_hyperparameter(case, tmp_path):
-  name, value = case.hyperparameter
+  name, value = case.hyperparameter or pytest.skip("the config has no number")
   values = jnp.array([getattr(case.config, name), value])
   state = _start(case, SGD)
 

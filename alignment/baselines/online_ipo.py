@@ -150,6 +150,33 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+def sample(
+  state: State, prompts: sequences.Prompts, key: Any, *, sample_fn: sequences.SampleFn
+) -> tuple[sequences.Sequences, sequences.Sequences]:
+  """Returns two completions of each prompt, y and y', to be judged.
+
+  Args:
+    state: the state to be updated with what is drawn.
+    prompts: N prompts.
+    key: typed PRNG key.
+    sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws two completions of each
+      prompt, see `sequences.SampleFn`; for IPO-MD from the mixture.
+
+  Returns:
+    Two `Sequences` of N rows and N prompts.
+
+  Raises:
+    ValueError: if what is drawn does not fit the prompts, or is not two completions of each.
+  """
+  both = sequences.sample(state.params, prompts, key, sample_fn=sample_fn)
+  if (count := sequences.rows_per_prompt(both)) != 2:
+    raise ValueError(
+      f"sample_fn drew {count} completions of each prompt: a pair needs 2, give it num_samples=2"
+    )
+  first, second = (both._replace(tokens=both.tokens[i::2], mask=both.mask[i::2]) for i in (0, 1))
+  return first, second
+
+
 def loss(
   params: Any,
   state: State,

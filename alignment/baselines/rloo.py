@@ -145,6 +145,27 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+def sample(
+  state: State, prompts: sequences.Prompts, key: Any, *, sample_fn: sequences.SampleFn
+) -> sequences.Sequences:
+  """Returns completions drawn from the policy, to be scored.
+
+  Args:
+    state: the state to be updated with what is drawn.
+    prompts: B prompts.
+    key: typed PRNG key.
+    sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws K completions of each
+      prompt, see `sequences.SampleFn`.
+
+  Returns:
+    `Sequences` of B K rows and B prompts; `Batch` wants them as `[B, K, T]`.
+
+  Raises:
+    ValueError: if what is drawn does not fit the prompts.
+  """
+  return sequences.sample(state.params, prompts, key, sample_fn=sample_fn)
+
+
 def loss(
   params: Any,
   state: State,

@@ -1,0 +1,184 @@
+"""SFT: supervised fine-tuning, the maximum-likelihood start of every method here.
+
+Problem: completions y of prompts x to be imitated. The loss is -log pi(y | x); its optimum is the
+distribution the completions were drawn from. What comes out is the reference of the others.
+
+Reference: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3; called SFT in all of the
+papers of this package.
+
+| paper | here |
+|---|---|
+| pi_theta | `params` through `apply_fn` |
+
+Deviations: `reduction="mean"` divides by the number of completion tokens of each sequence, so that
+long completions do not weigh more than short ones.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sharding
+from alignment import checks, sequences
+
+Metrics = dict[str, jax.Array]
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=[],
+  meta_fields=["reduction", "num_microbatches"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Choices of supervised fine-tuning.
+
+  Attributes:
+    reduction: "sum" (maximum likelihood of sequences) or "mean" (per token of each sequence).
+    num_microbatches: parts into which a batch is split to save memory; same result.
+  """
+
+  reduction: str = "sum"
+  num_microbatches: int = 1
+
+  def __post_init__(self):
+    checks.choice("reduction", self.reduction, sequences.REDUCTIONS)
+    checks.count("num_microbatches", self.num_microbatches)
+
+
+class Batch(NamedTuple):
+  """Completions to imitate.
+
+  Attributes:
+    tokens: `[B, T]` int, completion tokens, right-padded, without the prompt.
+    mask: `[B, T]` 1 on completion tokens including EOS.
+    prompt_tokens: `[B, P]` int, left-padded, or None.
+    prompt_mask: `[B, P]` or None.
+  """
+
+  tokens: Any
+  mask: Any
+  prompt_tokens: Any = None
+  prompt_mask: Any = None
+
+
+class State(NamedTuple):
+  """Everything that changes in training.
+
+  Attributes:
+    params: parameters of the policy, as `apply_fn` takes them.
+    opt_state: state of the optimiser.
+    step: scalar int32, number of updates done.
+  """
+
+  params: Any
+  opt_state: Any
+  step: jax.Array
+
+
+def sft_loss(token_logps: jax.Array, mask: jax.Array, *, reduction: str = "sum") -> jax.Array:
+  """Returns -log pi(y | x) of each completion.
+
+  Args:
+    token_logps: `[B, T]` log-probability of each completion token, nats.
+    mask: `[B, T]` non-zero on completion tokens including EOS.
+    reduction: "sum", or "mean" over the tokens of each sequence.
+
+  Returns:
+    `[B]` losses, not averaged over the batch.
+
+  Raises:
+    ValueError: if the shapes differ or the reduction is unknown.
+
+  Example:
+    >>> sft_loss(jnp.array([[-1.0, -3.0, -9.0]]), jnp.array([[1, 1, 0]]), reduction="mean")
+    Array([2.], dtype=float32)
+  """
+  return -sequences.sequence_logps(token_logps, mask, reduction=reduction)
+
+
+def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy; kept in the state, not copied.
+    optimizer: the one that `update` will get.
+    config: unused; every algorithm's `init` takes it.
+  """
+  del config
+  return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def loss(
+  params: Any,
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  config: Config,
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+  """Returns the mean loss of a batch.
+
+  Args:
+    params: parameters of the policy, the only input to differentiate.
+    state: unused; every algorithm's `loss` takes it.
+    batch: B completions.
+    key: unused: nothing is random.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    config: the reduction.
+
+  Returns:
+    The scalar loss, and `(metrics, ())`.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  del state, key
+  checks.same_shape(tokens=batch.tokens, mask=batch.mask)
+  logps = apply_fn(params, sequences.Sequences(*batch))
+  checks.shape("apply_fn(params, sequences)", logps, jnp.shape(batch.tokens), "[B, T]")
+  value = jnp.mean(sft_loss(logps, batch.mask, reduction=config.reduction))
+  per_token = sequences.sequence_logps(logps, batch.mask, reduction="mean")
+  return value, ({"loss": value, "sft/token_logp": jnp.mean(per_token)}, ())
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update(
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: sequences.ApplyFn,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, Metrics]:
+  """Returns the state after one gradient step, and metrics from before it.
+
+  Args:
+    state: not donated.
+    batch: B completions; `config.num_microbatches` must divide B.
+    key: unused: nothing is random.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
+    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    config: the reduction.
+
+  Returns:
+    The new state; metrics `loss`, `grad_norm` and `sft/token_logp` (mean over the sequences of the
+    mean log-probability of their tokens).
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
+  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
+  (_, (metrics, _)), grads = grad_fn(
+    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics["grad_norm"] = optax.global_norm(grads)
+  return State(params, opt_state, state.step + 1), metrics
