@@ -54,6 +54,7 @@ _TEST = [
 _EXTRAS = {
   "experiments": _EXPERIMENTS,
   "lm": _LM,
+  "huggingface": ["datasets>=4"],  # for data called hf:NAME
   "games": ["open-spiel>=2.0.2"],
   "test": _TEST,
   "benchmarks": ["torch>=2.13", "transformers>=5.12,<6"],

@@ -1,36 +1,36 @@
 """Text data: prompts, scored completions, preference pairs and their token arrays.
 
-Three kinds of file, all UTF-8; blank lines are skipped, fields that are not listed are ignored:
+Where rows come from (files, TensorFlow Datasets, Hugging Face, published formats) is the business
+of `rows.py`; here is what they must hold. Fields that are not listed are ignored:
 
-| file                  | one line each                                                            |
+| data                  | one row each                                                             |
 |-----------------------|--------------------------------------------------------------------------|
-| prompts, text         | the prompt itself; white space around it is removed                      |
-| prompts, `.jsonl`     | `{"prompt": "The soup was"}`, kept as it is                              |
+| prompts               | `{"prompt": "The soup was"}`, kept as it is                              |
+| prompts, a text file  | the prompt itself; white space around it is removed                      |
 | scored completions    | `{"prompt": ..., "completions": [K texts], "rewards": [K numbers]}`      |
 | preference pairs      | `{"prompt": ..., "chosen": ..., "rejected": ..., "chosen_prob": 0.8}`    |
+| demonstrations        | `{"prompt": ..., "completion": ..., "references": [texts]}`              |
 
+`references`, optional, are all good completions of the prompt; `completion` alone by default.
 `chosen_prob` is optional: the probability that `chosen` wins, 1 by default. A completion follows
 its prompt without a separator, so it brings its own leading space: `" was cold."`.
 
-Every error names the file and the line. `batches` and `SampleCache`, which do not depend on text,
-live in `batching.py` and `sample_cache.py` and bear their names here too.
+Every error names the file and the line (or the row's index). `batches` and `SampleCache`, which do
+not depend on text, live in `batching.py` and `sample_cache.py` and bear their names here too.
 """
 
 import collections
 import dataclasses
 import hashlib
 import importlib.resources
-import json
-import math
 import os
-import pathlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data import batching, sample_cache
+from experiments.data import batching, rows, sample_cache
 
 batches = batching.batches
 cache_key = sample_cache.cache_key
@@ -60,6 +60,16 @@ class Preference:
   where: str = dataclasses.field(default="", compare=False)  # file and line, for errors
 
 
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+  """A completion to imitate; `references` are all good ones, this one among them or not."""
+
+  prompt: str
+  completion: str
+  references: tuple[str, ...]
+  where: str = dataclasses.field(default="", compare=False)  # file and line, for errors
+
+
 class Pairs(NamedTuple):
   """M pairs out of `[N, K]` rewards, as indices into that array."""
 
@@ -69,64 +79,8 @@ class Pairs(NamedTuple):
   num_ties: int  # candidate pairs left out because both rewards are equal
 
 
-def _lines(path: _Path) -> Iterator[tuple[str, str]]:
-  """Yields ("file, line 3", text) of every line that is not blank."""
-  try:
-    data = pathlib.Path(path).read_bytes()
-  except OSError as error:
-    raise ValueError(f"cannot read {path}: {error.strerror}; give an existing file") from error
-  # Not str.splitlines: it would also break lines at characters that JSON strings may hold.
-  for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-    where = f"{path}, line {number}"
-    try:
-      text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-      raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    if text.strip():
-      yield where, text.removesuffix("\r")
-
-
-def _rows(path: _Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  for where, line in _lines(path):
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
-    if not isinstance(row, dict):
-      raise ValueError(f"{where}: expected an object {{...}}, found {type(row).__name__}")
-    yield where, row
-
-
-def _field(row: dict[str, Any], name: str, where: str) -> Any:
-  if name not in row:
-    raise ValueError(f"{where}: field {name!r} is missing; found {sorted(row)}")
-  return row[name]
-
-
-def _text(value: Any, name: str, where: str) -> str:
-  if not isinstance(value, str):
-    raise ValueError(f"{where}: {name} must be a text, found {type(value).__name__}")
-  if not value.strip():
-    raise ValueError(f"{where}: {name} is empty; remove the row or write a text")
-  if any("\ud800" <= c <= "\udfff" for c in value):  # JSON may escape what no text can hold
-    raise ValueError(f"{where}: {name} holds half of a surrogate pair (\\ud800 to \\udfff)")
-  return value
-
-
-def _number(value: Any, name: str, where: str) -> float:
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    raise ValueError(f"{where}: {name} must be a number, found {type(value).__name__}")
-  try:
-    number = float(value)
-  except OverflowError:
-    number = math.inf
-  if not math.isfinite(number):
-    raise ValueError(f"{where}: {name} is {number}; it must be finite")
-  return number
-
-
 def load_prompts(path: _Path | None = None) -> list[str]:
-  """Returns the prompts of a file, or our own (over 500) when `path` is None.
+  """Returns the prompts of a file or other source, or our own (over 500) when `path` is None.
 
   Ours are unfinished sentences of 5 to 10 words on everyday topics, written for this project and
   neutral in themselves, so that a continuation may turn out well or badly.
@@ -139,12 +93,17 @@ def load_prompts(path: _Path | None = None) -> list[str]:
     packaged = importlib.resources.files("experiments.data").joinpath("prompts.txt")
     return packaged.read_text(encoding="utf-8").splitlines()
   seen: dict[str, str] = {}
-  if pathlib.Path(path).suffix in (".jsonl", ".json"):
-    rows = _rows(path)
-    found = [(where, _text(_field(row, "prompt", where), "prompt", where)) for where, row in rows]
+  named = rows.split_name(path)[0] is not None
+  if named or str(path).removesuffix(".gz").endswith((".jsonl", ".json")):
+    found = [
+      (where, rows.text(rows.field(row, "prompt", where), "prompt", where))
+      for where, row in rows.read(path)
+    ]
   else:
-    found = [(where, line.strip()) for where, line in _lines(path)]
+    found = [(where, line.strip()) for where, line in rows.lines(path)]
   for where, prompt in found:
+    if prompt in seen and named:  # pairs and demonstrations share prompts
+      continue
     if prompt in seen:
       raise ValueError(f"{where}: prompt {prompt!r} already stands in {seen[prompt]}; remove one")
     seen[prompt] = where
@@ -199,9 +158,9 @@ def load_scored(path: _Path) -> list[Scored]:
     ValueError: naming file and line, on a row that does not fit; on a file without rows.
   """
   scored: list[Scored] = []
-  for where, row in _rows(path):
-    prompt = _text(_field(row, "prompt", where), "prompt", where)
-    texts, rewards = (_field(row, name, where) for name in ("completions", "rewards"))
+  for where, row in rows.read(path):
+    prompt = rows.text(rows.field(row, "prompt", where), "prompt", where)
+    texts, rewards = (rows.field(row, name, where) for name in ("completions", "rewards"))
     if not isinstance(texts, list) or not isinstance(rewards, list):
       raise ValueError(f"{where}: completions and rewards must be lists")
     if len(texts) != len(rewards):
@@ -218,8 +177,8 @@ def load_scored(path: _Path) -> list[Scored]:
     scored.append(
       Scored(
         prompt,
-        tuple(_text(text, f"completions[{i}]", where) for i, text in enumerate(texts)),
-        tuple(_number(reward, f"rewards[{i}]", where) for i, reward in enumerate(rewards)),
+        tuple(rows.text(text, f"completions[{i}]", where) for i, text in enumerate(texts)),
+        tuple(rows.number(reward, f"rewards[{i}]", where) for i, reward in enumerate(rewards)),
         where,
       )
     )
@@ -228,37 +187,65 @@ def load_scored(path: _Path) -> list[Scored]:
   return scored
 
 
-def load_preferences(path: _Path) -> list[Preference]:
-  """Reads JSON lines of {prompt, chosen, rejected} and, optionally, chosen_prob in [0, 1].
+def load_preferences(
+  path: _Path, fields: Sequence[str] = ("prompt", "chosen", "rejected")
+) -> list[Preference]:
+  """Reads rows of {prompt, chosen, rejected} and, optionally, chosen_prob in [0, 1].
 
   A row whose two texts are the same is left out with a warning: its margin is zero whatever the
   policy, so it teaches nothing.
 
+  Args:
+    path: a file or another source of `rows.read`.
+    fields: what the data set calls its prompt, chosen and rejected texts.
+
   Raises:
     ValueError: naming file and line, on a row that does not fit; on a file without (such) rows.
   """
+  if len(fields) != 3 or not all(fields):
+    raise ValueError(f"fields is {fields!r}; name three, such as ('prompt', 'chosen', 'rejected')")
   preferences, identical = [], []
-  for where, row in _rows(path):
+  for where, row in rows.read(path):
     prompt, chosen, rejected = (
-      _text(_field(row, name, where), name, where) for name in ("prompt", "chosen", "rejected")
+      rows.text(rows.field(row, name, where), name, where) for name in fields
     )
-    chosen_prob = _number(row.get("chosen_prob", 1.0), "chosen_prob", where)
+    chosen_prob = rows.number(row.get("chosen_prob", 1.0), "chosen_prob", where)
     if not 0 <= chosen_prob <= 1:
       raise ValueError(f"{where}: chosen_prob is {chosen_prob}; a probability lies in [0, 1]")
     if chosen == rejected:
-      identical.append(where.rpartition(" ")[2])
+      identical.append(where)
     else:
       preferences.append(Preference(prompt, chosen, rejected, chosen_prob, where))
   if identical:
-    more = ", ..." if len(identical) > 10 else ""
     warnings.warn(
-      f"{path}: {len(identical)} pairs left out because chosen equals rejected "
-      f"(line {', '.join(identical[:10])}{more})",
+      f"{path}: {len(identical)} pairs left out because chosen equals rejected, the first one at "
+      f"{identical[0]}",
       stacklevel=2,
     )
   if not preferences:
-    raise ValueError(f"{path} holds no rows of {{prompt, chosen, rejected}} that differ")
+    raise ValueError(f"{path} holds no rows of {{{', '.join(fields)}}} that differ")
   return preferences
+
+
+def load_demonstrations(path: _Path) -> list[Demonstration]:
+  """Reads rows of {prompt, completion} and, optionally, a list of references.
+
+  Raises:
+    ValueError: naming file and line, on a row that does not fit; on a source without rows.
+  """
+  found = []
+  for where, row in rows.read(path):
+    prompt, completion = (
+      rows.text(rows.field(row, name, where), name, where) for name in ("prompt", "completion")
+    )
+    references = row.get("references", [completion])
+    if not isinstance(references, list) or not references:
+      raise ValueError(f"{where}: references must be a list of texts, found {references!r:.40}")
+    texts = (rows.text(x, f"references[{i}]", where) for i, x in enumerate(references))
+    found.append(Demonstration(prompt, completion, tuple(texts), where))
+  if not found:
+    raise ValueError(f"{path} holds no rows of {{prompt, completion}}")
+  return found
 
 
 def reward_pairs(rewards: np.ndarray, *, pairs: str = "extreme") -> Pairs:
@@ -336,12 +323,12 @@ def encode_prompts(
     ValueError: a prompt that is too long or has no tokens; a token outside the vocabulary.
   """
   # A prompt begins the sequence: models trained with a start token get theirs.
-  rows = [list(tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
+  encoded = [list(tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
   if truncate == "left":
-    rows = [row[-max_length:] for row in rows]
+    encoded = [row[-max_length:] for row in encoded]
   elif truncate is not None:
     raise ValueError(f"truncate is {truncate!r}; choose None or 'left'")
-  return _pad(rows, "prompt", _names("prompt", prompts, names), tokenizer, max_length, multiple)
+  return _pad(encoded, "prompt", _names("prompt", prompts, names), tokenizer, max_length, multiple)
 
 
 def encode_completions(
@@ -352,25 +339,27 @@ def encode_completions(
   multiple: int = 8,
   truncate: str | None = None,
   names: Sequence[str] | None = None,
+  allow_empty: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokenises completions, each ended by EOS and padded on the right.
 
   Args and errors are those of `encode_prompts`; `max_length` counts the EOS, and
-  `truncate="right"` drops the end of a longer completion (and with it the EOS).
+  `truncate="right"` drops the end of a longer completion (and with it the EOS). With
+  `allow_empty` a text without tokens is EOS alone, as a model may well have sampled it.
 
   Returns:
     tokens `[N, T]` int32 and mask `[N, T]` float32, 1 up to and including EOS.
   """
-  rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+  encoded = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
   labels = _names("completion", texts, names)
-  for label, row in zip(labels, rows, strict=True):
-    if len(row) == 1:
+  for label, row in zip(labels, encoded, strict=True):
+    if len(row) == 1 and not allow_empty:
       raise ValueError(f"{label} has no tokens; remove it")
   if truncate == "right":
-    rows = [row[:max_length] for row in rows]
+    encoded = [row[:max_length] for row in encoded]
   elif truncate is not None:
     raise ValueError(f"truncate is {truncate!r}; choose None or 'right'")
-  return _pad(rows, "completion", labels, tokenizer, max_length, multiple)
+  return _pad(encoded, "completion", labels, tokenizer, max_length, multiple)
 
 
 def _names(what: str, texts: Sequence[str], names: Sequence[str] | None) -> list[str]:

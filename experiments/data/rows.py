@@ -1,0 +1,239 @@
+"""Rows of a data set by name: dictionaries, each with the place it came from.
+
+| source                            | what is read                                                |
+|-----------------------------------|-------------------------------------------------------------|
+| `FILE`                            | JSON lines: one object a line, UTF-8, perhaps gzipped (.gz) |
+| `tfds:NAME[/CONFIG][#SPLIT]`      | TensorFlow Datasets, by random access (`data_source`)       |
+| `hf:NAME[#SPLIT]`                 | Hugging Face: `org/name`, `org/name/config` or a folder     |
+| `finegrained_rlhf:PLACE`          | the question-answering feedback of Wu et al. 2023, as pairs |
+| `scitldr:PLACE`                   | SciTLDR (Cachola et al. 2020): abstracts and their TLDRs    |
+
+SPLIT is `train` unless given. PLACE is a file of that data set's JSON lines.
+
+* `finegrained_rlhf` (https://arxiv.org/abs/2306.01693): four answers to each question and the six
+  comparisons of two of them become rows of `prompt` (the question and a line break), `chosen` and
+  `rejected`; comparisons that found no difference are left out. The passages that the annotators
+  had before them are not part of the prompt: most have over 600 tokens.
+* `scitldr` (https://arxiv.org/abs/2004.15011): `prompt` is the abstract and "TL;DR:", `completion`
+  the first human TLDR, `references` all of them.
+
+Whatever the source, a row that does not fit is named by its file and line, or its index.
+"""
+
+import gzip
+import json
+import math
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+_Path = str | os.PathLike[str]
+_Row = dict[str, Any]
+
+# The comparisons of four answers, in the order in which the file lists their outcomes.
+_COMPARISONS = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
+
+
+def read(source: _Path) -> Iterator[tuple[str, _Row]]:
+  """Yields (place, row) of every row of a source; see the module docstring.
+
+  Raises:
+    ValueError: the source cannot be read, or a row is no object or not what the format says.
+    ModuleNotFoundError: the library of `tfds:` or `hf:` is not installed; the message says how.
+  """
+  kind, name = split_name(source)
+  if kind is None:
+    yield from _json_lines(source)
+  elif kind in _LIBRARIES:
+    yield from _LIBRARIES[kind](str(source), name)
+  else:
+    for where, row in _json_lines(name):
+      yield from _FORMATS[kind](row, where)
+
+
+def split_name(source: _Path) -> tuple[str | None, str]:
+  """Returns ("hf", "org/name") of "hf:org/name", and (None, FILE) of a file.
+
+  Example:
+    >>> split_name("tfds:reddit_tifu/long#train"), split_name("mine.jsonl")
+    (('tfds', 'reddit_tifu/long#train'), (None, 'mine.jsonl'))
+  """
+  kind, colon, name = str(source).partition(":")
+  if colon and kind in {**_LIBRARIES, **_FORMATS}:
+    if not name:
+      raise ValueError(f"source {str(source)!r} names no data set: write {kind}:NAME")
+    return kind, name
+  return None, str(source)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def lines(path: _Path) -> Iterator[tuple[str, str]]:
+  """Yields ("file, line 3", text) of every line that is not blank; a `.gz` file is unpacked."""
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise ValueError(f"cannot read {path}: {error.strerror}; give an existing file") from error
+  if str(path).endswith(".gz"):
+    try:
+      data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f"{path} is damaged or no gzip file ({error}); copy it again") from error
+  # Not str.splitlines: it would also break lines at characters that JSON strings may hold.
+  for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    where = f"{path}, line {number}"
+    try:
+      string = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    if string.strip():
+      yield where, string.removesuffix("\r")
+
+
+def _json_lines(path: _Path) -> Iterator[tuple[str, _Row]]:
+  for where, line in lines(path):
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
+    if not isinstance(row, dict):
+      raise ValueError(f"{where}: expected an object {{...}}, found {type(row).__name__}")
+    yield where, row
+
+
+# --- libraries ------------------------------------------------------------------------------------
+
+
+def _tfds(source: str, name: str) -> Iterator[tuple[str, _Row]]:
+  try:
+    import tensorflow_datasets as tfds
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"{source} needs {error.name}: pip install 'bootstrax[experiments]'", name=error.name
+    ) from error
+  name, _, split = name.partition("#")
+  try:
+    examples = tfds.data_source(name, split=split or "train")
+  except Exception as error:  # the library has a class for each kind of absence
+    raise ValueError(_absent(source, error, "prepare it where there is a network")) from error
+  yield from _numbered(source, examples)
+
+
+def _huggingface(source: str, name: str) -> Iterator[tuple[str, _Row]]:
+  try:
+    import datasets
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"{source} needs {error.name}: pip install 'bootstrax[huggingface]'", name=error.name
+    ) from error
+  name, _, split = name.partition("#")
+  parts = name.split("/")
+  config = parts.pop() if len(parts) == 3 and not pathlib.Path(name).exists() else None
+  try:
+    name = "/".join(parts)
+    examples = datasets.load_dataset(name, config, split=split or "train")
+  except Exception as error:
+    raise ValueError(_absent(source, error, "give a local folder of it after hf:")) from error
+  yield from _numbered(source, examples)
+
+
+def _absent(source: str, error: Exception, remedy: str) -> str:
+  reason = next(iter(str(error).splitlines()), type(error).__name__)
+  reason = reason.rstrip(".")
+  return f"{source}: {reason}. Check the name, configuration and #SPLIT; without a network {remedy}"
+
+
+def _numbered(source: str, examples: Any) -> Iterator[tuple[str, _Row]]:
+  for i in range(len(examples)):
+    where, row = f"{source}, row {i}", examples[i]
+    if not isinstance(row, Mapping):
+      raise ValueError(f"{where}: expected fields by name, found {type(row).__name__}")
+    try:
+      yield where, {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in row.items()}
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{where}: not UTF-8 ({error.reason})") from None
+
+
+# --- formats of published files -------------------------------------------------------------------
+
+
+def _finegrained_rlhf(row: _Row, where: str) -> Iterator[tuple[str, _Row]]:
+  question = text(field(row, "question", where), "question", where)
+  names = [f"prediction {i}" for i in range(1, 5)]
+  answers = [text(field(row, name, where), name, where) for name in names]
+  outcomes = field(row, "preference", where)
+  if not isinstance(outcomes, list) or len(outcomes) != len(_COMPARISONS):
+    raise ValueError(f"{where}: preference must list {len(_COMPARISONS)} outcomes")
+  for (i, j), outcome in zip(_COMPARISONS, outcomes, strict=True):
+    if outcome not in (0, 1, 2):
+      raise ValueError(
+        f"{where}: preference of answers {i} and {j} is {outcome!r}; it must be 0 (equal), 1 or 2"
+      )
+    if outcome:
+      first, second = answers[i - 1], answers[j - 1]
+      chosen, rejected = (first, second) if outcome == 1 else (second, first)
+      pair = {"prompt": f"{question}\n", "chosen": chosen, "rejected": rejected}
+      yield f"{where}, answers {i} and {j}", pair
+
+
+def _scitldr(row: _Row, where: str) -> Iterator[tuple[str, _Row]]:
+  sentences, targets = field(row, "source", where), field(row, "target", where)
+  for name, value in (("source", sentences), ("target", targets)):
+    if not isinstance(value, list) or not value:
+      raise ValueError(f"{where}: {name} must be a list of texts, found {value!r:.40}")
+  abstract = " ".join(text(value, "source", where) for value in sentences)
+  references = [text(value, "target", where) for value in targets]
+  yield (
+    where,
+    {
+      "prompt": f"{abstract}\nTL;DR:",
+      "completion": f" {references[0]}",
+      "references": references,
+    },
+  )
+
+
+_LIBRARIES: dict[str, Callable[[str, str], Iterator[tuple[str, _Row]]]] = {
+  "tfds": _tfds,
+  "hf": _huggingface,
+}
+_FORMATS: dict[str, Callable[[_Row, str], Iterator[tuple[str, _Row]]]] = {
+  "finegrained_rlhf": _finegrained_rlhf,
+  "scitldr": _scitldr,
+}
+
+# --- fields ---------------------------------------------------------------------------------------
+
+
+def field(row: _Row, name: str, where: str) -> Any:
+  """Returns a field of a row; `ValueError` with the place and the names that there are."""
+  if name not in row:
+    raise ValueError(f"{where}: field {name!r} is missing; found {sorted(row)}")
+  return row[name]
+
+
+def text(value: Any, name: str, where: str) -> str:
+  """Returns a text that is not blank; `ValueError` with its name and place otherwise."""
+  if not isinstance(value, str):
+    raise ValueError(f"{where}: {name} must be a text, found {type(value).__name__}")
+  if not value.strip():
+    raise ValueError(f"{where}: {name} is empty; remove the row or write a text")
+  if any("\ud800" <= c <= "\udfff" for c in value):  # JSON may escape what no text can hold
+    raise ValueError(f"{where}: {name} holds half of a surrogate pair (\\ud800 to \\udfff)")
+  return value
+
+
+def number(value: Any, name: str, where: str) -> float:
+  """Returns a finite number; `ValueError` with its name and place otherwise."""
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise ValueError(f"{where}: {name} must be a number, found {type(value).__name__}")
+  try:
+    found = float(value)
+  except OverflowError:
+    found = math.inf
+  if not math.isfinite(found):
+    raise ValueError(f"{where}: {name} is {found}; it must be finite")
+  return found
