@@ -166,30 +166,50 @@ def preference_probs(params: Any, batch: Batch, *, apply_fn: ApplyFn, config: Co
   Raises:
     ValueError: if the shapes of the batch do not fit.
   """
-  return jax.nn.sigmoid(_logits(params, batch, apply_fn=apply_fn, config=config)[0])
+  return jax.nn.sigmoid(preference_logits(params, batch, apply_fn=apply_fn, config=config))
 
 
-def _logits(params, batch: Batch, *, apply_fn: ApplyFn, config: Config):
-  """Log-odds `[B]` that chosen beats rejected, and the network's two numbers a pair `[B, 2]`."""
+def preference_logits(params: Any, batch: Batch, *, apply_fn: ApplyFn, config: Config) -> jax.Array:
+  """Returns `[B]` log-odds that chosen beats rejected; arguments as `preference_probs`."""
+  return _logits(params, batch, apply_fn=apply_fn, config=config)[0]
+
+
+def rows(batch: Batch, *, config: Config) -> sequences.Sequences:
+  """Returns the two sequences that the network reads of each pair.
+
+  Rows 2 b and 2 b + 1 are chosen and rejected of pair b ("bradley_terry"), or the arguments of
+  f(x, chosen, rejected) and f(x, rejected, chosen) ("pairwise").
+
+  Args:
+    batch: B pairs; their labels are not looked at.
+    config: the kind of model.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit.
+  """
   sequences.check_rows(batch, "chosen", "rejected", "prompt")
   tokens = sequences.stack_padded(batch.chosen_tokens, batch.rejected_tokens, side="right")
   mask = sequences.stack_padded(batch.chosen_mask, batch.rejected_mask, side="right")
   if config.kind == "bradley_terry":
-    rows = sequences.flatten_samples(tokens, mask, batch.prompt_tokens, batch.prompt_mask)
-  else:
-    # The other completion ends the prompt: f(x, chosen, rejected), then f(x, rejected, chosen).
-    # The padding between the prompt and it is masked like any other.
-    def join(prompt, answers):
-      prompt = prompt[:, None].repeat(2, axis=1)
-      joined = sequences.array_module(prompt, answers).concatenate([prompt, answers], axis=2)
-      return joined.reshape(2 * len(answers), -1)
+    return sequences.flatten_samples(tokens, mask, batch.prompt_tokens, batch.prompt_mask)
 
-    swapped = sequences.flatten_samples(tokens[:, ::-1], mask[:, ::-1])
-    rows = swapped._replace(
-      prompt_tokens=join(batch.prompt_tokens, tokens), prompt_mask=join(batch.prompt_mask, mask)
-    )
-  values = apply_fn(params, rows)
-  checks.shape("apply_fn(params, sequences)", values, (len(rows.tokens),), "[2 B]")
+  # The other completion ends the prompt; the padding between the two is masked like any other.
+  def join(prompt, answers):
+    prompt = prompt[:, None].repeat(2, axis=1)
+    joined = sequences.array_module(prompt, answers).concatenate([prompt, answers], axis=2)
+    return joined.reshape(2 * len(answers), -1)
+
+  swapped = sequences.flatten_samples(tokens[:, ::-1], mask[:, ::-1])
+  return swapped._replace(
+    prompt_tokens=join(batch.prompt_tokens, tokens), prompt_mask=join(batch.prompt_mask, mask)
+  )
+
+
+def _logits(params, batch: Batch, *, apply_fn: ApplyFn, config: Config):
+  """Log-odds `[B]` that chosen beats rejected, and the network's two numbers a pair `[B, 2]`."""
+  pairs = rows(batch, config=config)
+  values = apply_fn(params, pairs)
+  checks.shape("apply_fn(params, sequences)", values, (len(pairs.tokens),), "[2 B]")
   values = values.reshape(-1, 2)
   if config.kind == "bradley_terry":
     return values[:, 0] - values[:, 1], values

@@ -222,6 +222,37 @@ def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> Estimate:
   return Estimate(len(set(grams)) / len(grams) if grams else 0.0, n=len(grams))
 
 
+def calibration_error(confidences: Any, correct: Any, *, num_bins: int = 10) -> Estimate:
+  """Returns the expected calibration error of choices between two.
+
+  Choices are sorted into bins of equal width by the probability that was given to them; the error
+  is the mean of |share of right choices - mean probability| over bins, weighted by their size. It
+  is biased upwards by about 1 / sqrt(n / num_bins), so compare it only at equal n.
+
+  Args:
+    confidences: `[N]` probabilities of the choices made, in [0.5, 1].
+    correct: `[N]` whether each was right.
+    num_bins: between 0.5 and 1.
+
+  Raises:
+    ValueError: if there are no choices or a probability is outside [0.5, 1].
+
+  Example:
+    >>> print(calibration_error([0.9, 0.9, 0.6, 0.6], [True, True, True, False]))
+    0.1 n=4
+
+  Reference: Guo et al. 2017, https://arxiv.org/abs/1706.04599.
+  """
+  confidences, correct = np.asarray(confidences, np.float64), np.asarray(correct, bool)
+  if not confidences.size or confidences.min() < 0.5 or confidences.max() > 1:
+    raise ValueError(
+      f"confidences has {confidences.size} values; give probabilities of choices, in [0.5, 1]"
+    )
+  bins = np.minimum(((confidences - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+  gaps = np.bincount(bins, correct - confidences, minlength=num_bins)
+  return Estimate(float(np.abs(gaps).sum() / confidences.size), n=confidences.size)
+
+
 def fraction_passed(checks: Sequence[tuple[str, bool]]) -> Estimate:
   """Returns the share of criteria that hold; `n` counts the criteria."""
   if not checks:

@@ -121,9 +121,9 @@ def build(
   )
 
 
-def _check_sizes(config: Any, num_microbatches: int) -> None:
-  """Raises before minutes of sampling what the first step would find."""
-  size, data = config.train.batch_size, config.data
+def check_batch_size(config: Any, num_microbatches: int) -> None:
+  """Raises ValueError where `train.batch_size` does not split over micro-batches and devices."""
+  size = config.train.batch_size
   if size % num_microbatches:
     raise ValueError(
       f"algorithm.num_microbatches={num_microbatches} does not divide train.batch_size={size}: "
@@ -136,6 +136,12 @@ def _check_sizes(config: Any, num_microbatches: int) -> None:
       f"train.batch_size={size} does not divide over the {shards} shards of sharding.mesh "
       f"{dict(mesh.shape)}: choose a multiple"
     )
+
+
+def _check_sizes(config: Any, num_microbatches: int) -> None:
+  """Raises before minutes of sampling what the first step would find."""
+  check_batch_size(config, num_microbatches)
+  size, data = config.train.batch_size, config.data
   if data.scored or data.preferences:
     return
   if data.num_samples < 2:

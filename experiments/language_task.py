@@ -209,7 +209,8 @@ class Task:
       scores = np.array([row.rewards for row in scored], np.float32)
       best_probs = np.ones(len(scored), np.float32)
     else:
-      preferences = text.load_preferences(data.preferences)
+      fields = data.preference_fields.split(",")
+      preferences = text.load_preferences(data.preferences, fields)
       prompts = [row.prompt for row in preferences]
       completions = [(row.chosen, row.rejected) for row in preferences]
       where, labels = [row.where for row in preferences], ["chosen", "rejected"]

@@ -5,17 +5,26 @@ Parameters are the decoder's, its output embedding aside, with `scalar_head/kern
 prompt token for the value of a prompt, the last completion token (EOS) for a reward.
 """
 
+import dataclasses
 import functools
+import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
 from jax.sharding import PartitionSpec
 
 import sharding
 from alignment import checks, sequences
-from alignment.models import attention, transformer
+from alignment.models import attention, huggingface, transformer
+from alignment.models import tokenizer as tokenizer_lib
+
+_HEAD_FILE = "scalar_head.safetensors"
 
 SHARDING_RULES: sharding.Rules = (
   ("scalar_head/", PartitionSpec()),
@@ -35,23 +44,24 @@ def from_decoder(params: transformer.Params) -> transformer.Params:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def scalars(
+def features(
   params: transformer.Params,
   tokens: jax.Array,
   mask: jax.Array,
   *,
   config: transformer.TransformerConfig,
 ) -> jax.Array:
-  """Returns a number for each row, read at its last real token.
+  """Returns what the head reads of each row: the hidden state of its last real token.
 
   Args:
-    params: as in the module docstring.
+    params: of a scalar model or of a decoder.
     tokens: `[B, T]` int ids.
     mask: `[B, T]` non-zero on real tokens, wherever they are; padding between them is skipped.
     config: the shape of the model.
 
   Returns:
-    `[B]` float32; of a row without any real token it is finite and means nothing.
+    `[B, D]` float32, after the final norm; of a row without any real token it is finite and means
+    nothing.
 
   Raises:
     ValueError: if shapes differ or T exceeds `config.max_length`.
@@ -63,8 +73,20 @@ def scalars(
   tokens, mask = attention.justify_right(tokens, mask)
   body = {name: value for name, value in params.items() if name != "scalar_head"}
   hidden = transformer.hidden_states(body, tokens, mask, config=config)[:, -1]
+  return hidden.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def scalars(
+  params: transformer.Params,
+  tokens: jax.Array,
+  mask: jax.Array,
+  *,
+  config: transformer.TransformerConfig,
+) -> jax.Array:
+  """Returns `[B]` float32, a number for each row; arguments and errors as `features`."""
   head = params["scalar_head"]
-  return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
+  return features(params, tokens, mask, config=config) @ head["kernel"] + head["bias"]
 
 
 @functools.cache
@@ -109,3 +131,61 @@ def make_policy_and_value_fn(
     return logps, jnp.repeat(values, sequences.rows_per_prompt(batch))
 
   return apply_fn
+
+
+def save(
+  folder: str | os.PathLike[str],
+  config: transformer.TransformerConfig,
+  params: transformer.Params,
+  *,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
+  """Writes a scalar model: a Hugging Face folder `body` and `scalar_head.safetensors` beside it.
+
+  Args:
+    folder: made where it is absent; an earlier model in it is replaced.
+    config: the config of `params`.
+    params: of a scalar model, fully addressable from this process.
+    tokenizer: saved with the body.
+
+  Raises:
+    ValueError: `params` do not fit `config`, or `folder/body` holds files of another kind.
+    OSError: the disk is full or read-only.
+  """
+  folder = pathlib.Path(folder)
+  body = {name: value for name, value in params.items() if name != "scalar_head"}
+  head = {name: np.asarray(value) for name, value in params["scalar_head"].items()}
+  # No half-replaced pair: while there is no head, there is no model.
+  (folder / _HEAD_FILE).unlink(missing_ok=True)
+  config = dataclasses.replace(config, tied_head=True)  # there is no output embedding
+  huggingface.save(folder / "body", config, body, tokenizer=tokenizer)
+  partial = folder / f".{_HEAD_FILE}.tmp"
+  safetensors.numpy.save_file(head, partial)
+  os.replace(partial, folder / _HEAD_FILE)
+
+
+def load(
+  folder: str | os.PathLike[str],
+) -> tuple[transformer.TransformerConfig, transformer.Params, tokenizer_lib.Tokenizer]:
+  """Reads what `save` wrote: config, parameters as NumPy arrays, tokenizer.
+
+  Raises:
+    ValueError: names the file that is missing or damaged, and what to do.
+  """
+  path = pathlib.Path(folder) / _HEAD_FILE
+  if not path.is_file():
+    raise ValueError(
+      f"{folder} has no {_HEAD_FILE}: give the folder `model` of a finished reward_model run"
+    )
+  try:
+    head = safetensors.numpy.load_file(path)
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+  config, params = huggingface.load(path.parent / "body")
+  found = {name: value.shape for name, value in head.items()}
+  if found != {"kernel": (config.width,), "bias": ()}:
+    raise ValueError(
+      f"{path} holds {found}, not a kernel [{config.width}] and a bias []: body and head belong to "
+      "different models; export them again"
+    )
+  return config, params | {"scalar_head": head}, tokenizer_lib.load(path.parent / "body")

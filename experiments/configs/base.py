@@ -72,10 +72,12 @@ def language_model(
     reward="vader",  # or module:function(prompts, completions) -> array of floats
     data={
       "name": "sentiment",
-      # Own data: prompts (text or JSON lines), scored completions, or preference pairs.
+      # Own data: prompts, scored completions, or preference pairs; a file, tfds:NAME, hf:NAME or
+      # another source of experiments/data/rows.py.
       "prompts": "",
       "scored": "",
       "preferences": "",
+      "preference_fields": "prompt,chosen,rejected",  # what that data set calls them
       "cache": "",  # where samples and reference log-probabilities are kept; empty: user cache
       "num_prompts": 272,
       "num_samples": 4,

@@ -1,11 +1,13 @@
-"""Reward functions of completions, found by the dotted name `module:function`.
+"""Reward functions of completions, found by the dotted name `module:function` or by a folder.
 
 A reward function takes N prompts and N completions, lists of text, and returns N finite numbers;
 higher is better. Yours needs no registration: `--config.reward=my_module:my_function`.
-`vader` and `vowels` stand for the two functions in this file.
+`vader` and `vowels` stand for the two functions in this file; a folder is a reward model that a
+`reward_model` run has left (`learned_rewards.py`).
 
-Both look at the completion alone. All completions that are compared share their prompt, so its
-words would shift every score alike, and a normalised score (VADER's) would tell them apart less.
+Both functions look at the completion alone. All completions that are compared share their prompt,
+so its words would shift every score alike, and a normalised score (VADER's) would tell them apart
+less.
 """
 
 import dataclasses
@@ -62,21 +64,24 @@ class Reward:
 
 
 def resolve(name: str) -> Reward:
-  """Returns the reward function called `name`: `module:function`, "vader" or "vowels".
+  """Returns the reward called `name`: `module:function`, "vader", "vowels" or a folder.
 
   Raises:
-    ValueError: `name` has another form, the module is not found, or holds no such function.
+    ValueError: `name` has another form, the module is not found, or holds no such function; the
+      folder is absent or holds no reward model.
 
   Example:
     >>> resolve("vowels")(["The sky"], [" was ea"])
     array([0.6])
   """
+  if any(separator in name for separator in "/\\") or pathlib.Path(name or "?").is_dir():
+    return _learned(name)
   full = _SHORT_NAMES.get(name, name)
   module_name, colon, function_name = full.partition(":")
   if not (colon and module_name and function_name.isidentifier()):
     raise ValueError(
-      f"reward is {name!r}; write module:function, such as my_rewards:politeness, or one of "
-      f"{', '.join(_SHORT_NAMES)}"
+      f"reward is {name!r}; write module:function, such as my_rewards:politeness, the folder of a "
+      f"reward model, or one of {', '.join(_SHORT_NAMES)}"
     )
   try:
     module = importlib.import_module(module_name)
@@ -105,6 +110,14 @@ def resolve(name: str) -> Reward:
   source = getattr(module, "__file__", None)
   code = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else "?"
   return Reward(full, function, getattr(function, "describes", ""), f"{full}@{code}")
+
+
+def _learned(folder: str) -> Reward:
+  from experiments.data import learned_rewards
+
+  judge = learned_rewards.load(folder)
+  judge.rewards([], [])  # refuses a pairwise model
+  return Reward(folder, judge.rewards, judge.settings.describes, judge.fingerprint)
 
 
 def describes(text: str) -> Callable[[Any], Any]:

@@ -1,0 +1,177 @@
+"""Labelled pairs and the scalar model that learns from them.
+
+With `network.train=head` the body is frozen. Its features of every completion are computed once
+and stand in the place of the completion's tokens, so that `reward_model.update` trains a linear
+model in seconds; they are divided by the root mean square of their differences, training pairs
+only. `full_params` makes a scalar model of either.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignment import checks, reward_model
+from alignment.models import scalar_head, transformer
+from experiments import language_model
+from experiments.data import learned_rewards, pretrained, rewards, text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+  """A body, and pairs split by prompt; frozen bodies are read once, when first asked."""
+
+  model: pretrained.Pretrained
+  network: transformer.TransformerConfig
+  params: Any  # of a scalar model, before training
+  settings: learned_rewards.Settings
+  train_pairs: list[text.Preference]
+  test_pairs: list[text.Preference]
+  frozen: bool
+  cache: text.SampleCache
+
+  @property
+  def apply_fn(self) -> reward_model.ApplyFn:
+    return _head_of_features if self.frozen else scalar_head.make_apply_fn(self.network)
+
+  @property
+  def trained_params(self) -> Any:
+    return {"scalar_head": self.params["scalar_head"]} if self.frozen else self.params
+
+  def train_batch(self) -> reward_model.Batch:
+    return self._features(self.train_pairs) if self.frozen else self._tokens(self.train_pairs)
+
+  def test_batch(self) -> reward_model.Batch:
+    return self._features(self.test_pairs) if self.frozen else self._tokens(self.test_pairs)
+
+  def full_params(self, params: Any) -> Any:
+    """Returns the parameters of a scalar model from those that were trained."""
+    if not self.frozen:
+      return params
+    head = params["scalar_head"]
+    return self.params | {"scalar_head": head | {"kernel": head["kernel"] / self._scale}}
+
+  def _tokens(self, pairs: list[text.Preference]) -> reward_model.Batch:
+    texts = ([getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected"))
+    batch = learned_rewards.encode_pairs(self.model.tokenizer, self.settings, *texts)
+    return batch._replace(chosen_probs=np.array([p.chosen_prob for p in pairs], np.float32))
+
+  def _features(self, pairs: list[text.Preference]) -> reward_model.Batch:
+    """The batch with the features of each completion in the place of its tokens."""
+    found = self._raw_features(pairs) / self._scale
+    ones, no_prompt = np.ones(found.shape[::2], np.float32), np.zeros((len(found), 1), np.float32)
+    probs = np.array([pair.chosen_prob for pair in pairs], np.float32)
+    return reward_model.Batch(found[:, 0], ones, found[:, 1], ones, no_prompt, no_prompt, probs)
+
+  @functools.cached_property
+  def _scale(self) -> np.ndarray:
+    chosen, rejected = np.moveaxis(self._raw_features(self.train_pairs), 1, 0)
+    return np.sqrt(np.mean((chosen - rejected) ** 2, axis=0)) + 1e-6
+
+  def _raw_features(self, pairs: list[text.Preference]) -> np.ndarray:
+    """`[N, 2, D]`: of the row that chosen ends, and of the row that rejected ends."""
+    batch, kind = self._tokens(pairs), self.settings.kind
+    rows = reward_model.rows(batch, config=reward_model.Config(kind=kind))
+    settings = {
+      "features_of": [pair.prompt + "\0" + pair.chosen + "\0" + pair.rejected for pair in pairs],
+      "model": [self.model.fingerprint, self.model.tokenizer.fingerprint],
+      "network": [self.network.num_layers, self.network.dtype],
+      "settings": dataclasses.asdict(self.settings),
+    }
+
+    def make():
+      print(f"features: {len(rows.tokens)} completions, equal ones once", flush=True)
+      read = functools.partial(scalar_head.features, self.params, config=self.network)
+      return {"features": learned_rewards.by_length(read, rows)}
+
+    found = self.cache.get(settings, make)["features"].reshape(len(pairs), 2, -1)
+    return found if kind == "bradley_terry" else found[:, ::-1]  # row 0 ends with rejected
+
+
+def make_task(config: Any) -> Task:
+  """Loads the pairs and the body of a config; raises ValueError before any compute."""
+  checks.choice("network.train", config.network.train, ("all", "head"))
+  for name in ("prompt_length", "completion_length"):
+    checks.count(f"data.{name}", config.data[name])
+  pairs = _load_pairs(config)
+  prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+  if not 0 < config.eval.num_prompts < len(prompts):
+    raise ValueError(
+      f"eval.num_prompts={config.eval.num_prompts} held-out prompts of {len(prompts)} in the data: "
+      f"choose 1 to {len(prompts) - 1}"
+    )
+  _, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
+  held_out = set(test)
+  train_pairs = [pair for pair in pairs if pair.prompt not in held_out]
+  language_model.check_batch_size(config, config.algorithm.num_microbatches)
+  if config.train.batch_size > len(train_pairs):
+    raise ValueError(
+      f"train.batch_size={config.train.batch_size} exceeds the {len(train_pairs)} training pairs: "
+      "lower it or eval.num_prompts"
+    )
+  model = pretrained.load(config.network.model)
+  num_layers = config.network.num_layers or model.config.num_layers
+  if not 0 < num_layers <= model.config.num_layers:
+    raise ValueError(
+      f"network.num_layers={num_layers}: {config.network.model} has {model.config.num_layers}; "
+      "choose fewer, or 0 for all"
+    )
+  network = dataclasses.replace(
+    model.config,
+    num_layers=num_layers,
+    dtype=config.network.dtype,
+    remat=config.network.remat,
+  )
+  answers = 1 if config.algorithm.kind == "bradley_terry" else 2
+  longest = config.data.prompt_length + answers * config.data.completion_length
+  if longest > network.max_length:
+    raise ValueError(
+      f"data.prompt_length and {answers} x data.completion_length are {longest} tokens, more than "
+      f"the context of {config.network.model} ({network.max_length}): shorten one of them"
+    )
+  params = scalar_head.from_decoder(model.params)
+  params["layers"] = jax.tree.map(lambda x: x[:num_layers], params["layers"])
+  lengths = (config.data.prompt_length, config.data.completion_length)
+  return Task(
+    model=model,
+    network=network,
+    params=params,
+    settings=learned_rewards.Settings(config.algorithm.kind, *lengths),
+    train_pairs=train_pairs,
+    test_pairs=[pair for pair in pairs if pair.prompt in held_out],
+    frozen=config.network.train == "head",
+    cache=text.SampleCache(config.data.cache or None),
+  )
+
+
+def _load_pairs(config: Any) -> list[text.Preference]:
+  if config.data.preferences:
+    return text.load_preferences(config.data.preferences, config.data.preference_fields.split(","))
+  if config.data.name != "vowels":
+    raise ValueError(
+      "data.preferences is empty: give --config.data.preferences=FILE (JSON lines of prompt, "
+      "chosen, rejected), tfds:NAME, hf:NAME or finegrained_rlhf:FILE"
+    )
+  return _vowel_pairs(config.seed)
+
+
+def _vowel_pairs(seed: int) -> list[text.Preference]:
+  """Two random words for each of our prompts; the one with more vowels among its letters wins."""
+  rng = np.random.default_rng(seed)
+  pairs = []
+  for prompt in text.load_prompts():
+    first, second = (
+      "".join(rng.choice(list("aeioubcdfglmnrst"), rng.integers(4, 16))) for _ in range(2)
+    )
+    score = rewards.vowels([prompt] * 2, [first, second])
+    if score[0] != score[1]:
+      chosen, rejected = (first, second) if score[0] > score[1] else (second, first)
+      pairs.append(text.Preference(prompt, f" {chosen}", f" {rejected}"))
+  return pairs
+
+
+def _head_of_features(params: Any, rows: Any) -> jax.Array:
+  """`apply_fn` of a frozen body: `rows.tokens` are features `[B, D]`."""
+  return rows.tokens @ params["scalar_head"]["kernel"] + params["scalar_head"]["bias"]
