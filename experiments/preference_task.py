@@ -27,8 +27,8 @@ class Task:
   network: transformer.TransformerConfig
   params: Any  # of a scalar model, before training
   settings: learned_rewards.Settings
-  train_pairs: list[text.Preference]
-  test_pairs: list[text.Preference]
+  pairs: list[text.Preference]
+  held_out: np.ndarray  # [N] whether a pair is for testing
   frozen: bool
   cache: text.SampleCache
 
@@ -40,11 +40,19 @@ class Task:
   def trained_params(self) -> Any:
     return {"scalar_head": self.params["scalar_head"]} if self.frozen else self.params
 
+  @property
+  def train_pairs(self) -> list[text.Preference]:
+    return [self.pairs[n] for n in np.flatnonzero(~self.held_out)]
+
+  @property
+  def test_pairs(self) -> list[text.Preference]:
+    return [self.pairs[n] for n in np.flatnonzero(self.held_out)]
+
   def train_batch(self) -> reward_model.Batch:
-    return self._features(self.train_pairs) if self.frozen else self._tokens(self.train_pairs)
+    return self._batch(~self.held_out)
 
   def test_batch(self) -> reward_model.Batch:
-    return self._features(self.test_pairs) if self.frozen else self._tokens(self.test_pairs)
+    return self._batch(self.held_out)
 
   def full_params(self, params: Any) -> Any:
     """Returns the parameters of a scalar model from those that were trained."""
@@ -53,29 +61,44 @@ class Task:
     head = params["scalar_head"]
     return self.params | {"scalar_head": head | {"kernel": head["kernel"] / self._scale}}
 
-  def _tokens(self, pairs: list[text.Preference]) -> reward_model.Batch:
-    texts = ([getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected"))
-    batch = learned_rewards.encode_pairs(self.model.tokenizer, self.settings, *texts)
-    return batch._replace(chosen_probs=np.array([p.chosen_prob for p in pairs], np.float32))
+  def _batch(self, rows: np.ndarray) -> reward_model.Batch:
+    batch = self._features if self.frozen else self._tokens
+    return reward_model.Batch(*(np.asarray(x)[rows] for x in batch))
 
-  def _features(self, pairs: list[text.Preference]) -> reward_model.Batch:
+  @functools.cached_property
+  def _tokens(self) -> reward_model.Batch:
+    names = ("prompt", "chosen", "rejected")
+    texts = ([getattr(pair, name) for pair in self.pairs] for name in names)
+    batch = learned_rewards.encode_pairs(self.model.tokenizer, self.settings, *texts)
+    return batch._replace(chosen_probs=np.array([p.chosen_prob for p in self.pairs], np.float32))
+
+  @functools.cached_property
+  def _features(self) -> reward_model.Batch:
     """The batch with the features of each completion in the place of its tokens."""
-    found = self._raw_features(pairs) / self._scale
-    ones, no_prompt = np.ones(found.shape[::2], np.float32), np.zeros((len(found), 1), np.float32)
-    probs = np.array([pair.chosen_prob for pair in pairs], np.float32)
-    return reward_model.Batch(found[:, 0], ones, found[:, 1], ones, no_prompt, no_prompt, probs)
+    features = self._raw_features / self._scale
+    ones = np.ones(features[:, 0].shape, np.float32)
+    return self._tokens._replace(
+      chosen_tokens=features[:, 0],
+      chosen_mask=ones,
+      rejected_tokens=features[:, 1],
+      rejected_mask=ones,
+      prompt_tokens=ones[:, :1],  # the features have read it
+      prompt_mask=ones[:, :1],
+    )
 
   @functools.cached_property
   def _scale(self) -> np.ndarray:
-    chosen, rejected = np.moveaxis(self._raw_features(self.train_pairs), 1, 0)
+    """`[D]` root mean square of the difference within a training pair."""
+    chosen, rejected = np.moveaxis(self._raw_features[~self.held_out], 1, 0)
     return np.sqrt(np.mean((chosen - rejected) ** 2, axis=0)) + 1e-6
 
-  def _raw_features(self, pairs: list[text.Preference]) -> np.ndarray:
+  @functools.cached_property
+  def _raw_features(self) -> np.ndarray:
     """`[N, 2, D]`: of the row that chosen ends, and of the row that rejected ends."""
-    batch, kind = self._tokens(pairs), self.settings.kind
-    rows = reward_model.rows(batch, config=reward_model.Config(kind=kind))
+    kind = self.settings.kind
+    rows = reward_model.rows(self._tokens, config=reward_model.Config(kind=kind))
     settings = {
-      "features_of": [pair.prompt + "\0" + pair.chosen + "\0" + pair.rejected for pair in pairs],
+      "features_of": [[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs],
       "model": [self.model.fingerprint, self.model.tokenizer.fingerprint],
       "network": [self.network.num_layers, self.network.dtype],
       "settings": dataclasses.asdict(self.settings),
@@ -86,7 +109,7 @@ class Task:
       read = functools.partial(scalar_head.features, self.params, config=self.network)
       return {"features": learned_rewards.by_length(read, rows)}
 
-    found = self.cache.get(settings, make)["features"].reshape(len(pairs), 2, -1)
+    found = self.cache.get(settings, make)["features"].reshape(len(self.pairs), 2, -1)
     return found if kind == "bradley_terry" else found[:, ::-1]  # row 0 ends with rejected
 
 
@@ -103,12 +126,12 @@ def make_task(config: Any) -> Task:
       f"choose 1 to {len(prompts) - 1}"
     )
   _, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
-  held_out = set(test)
-  train_pairs = [pair for pair in pairs if pair.prompt not in held_out]
+  held_out = np.isin([pair.prompt for pair in pairs], test)
+  num_train = int((~held_out).sum())
   language_model.check_batch_size(config, config.algorithm.num_microbatches)
-  if config.train.batch_size > len(train_pairs):
+  if config.train.batch_size > num_train:
     raise ValueError(
-      f"train.batch_size={config.train.batch_size} exceeds the {len(train_pairs)} training pairs: "
+      f"train.batch_size={config.train.batch_size} exceeds the {num_train} training pairs: "
       "lower it or eval.num_prompts"
     )
   model = pretrained.load(config.network.model)
@@ -139,8 +162,8 @@ def make_task(config: Any) -> Task:
     network=network,
     params=params,
     settings=learned_rewards.Settings(config.algorithm.kind, *lengths),
-    train_pairs=train_pairs,
-    test_pairs=[pair for pair in pairs if pair.prompt in held_out],
+    pairs=pairs,
+    held_out=held_out,
     frozen=config.network.train == "head",
     cache=text.SampleCache(config.data.cache or None),
   )

@@ -40,8 +40,9 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   def batches():
     return text.batches(task.train_batch(), batch_size=config.train.batch_size, seed=config.seed)
 
+  logits = jax.jit(functools.partial(reward_model.preference_logits, **bound))
+
   def log_odds(params):
-    logits = jax.jit(functools.partial(reward_model.preference_logits, **bound))
     batch, size = task.test_batch(), _EVAL_PAIRS
     count = len(batch.chosen_probs)
     rows = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
