@@ -15,6 +15,7 @@ import optax
 
 import sharding
 from alignment import copg, sequences
+from alignment.baselines import sft
 from alignment.models import huggingface, transformer
 from experiments import evaluation, language_task, report, training
 from experiments.data import text
@@ -28,6 +29,16 @@ def groups(samples: language_task.Samples) -> copg.Batch:
     ref_logps=samples.ref_logps,
     # A soft label shrinks the contrast; scored completions have best_probs = 1.
     rewards=samples.rewards * (2 * samples.best_probs - 1)[:, None],
+    prompt_tokens=samples.prompt_tokens,
+    prompt_mask=samples.prompt_mask,
+  )
+
+
+def demonstrations(samples: language_task.Samples) -> sft.Batch:
+  """SFT's batch: the one completion of each prompt."""
+  return sft.Batch(
+    tokens=samples.tokens[:, 0],
+    mask=samples.mask[:, 0],
     prompt_tokens=samples.prompt_tokens,
     prompt_mask=samples.prompt_mask,
   )
@@ -142,7 +153,7 @@ def _check_sizes(config: Any, num_microbatches: int) -> None:
   """Raises before minutes of sampling what the first step would find."""
   check_batch_size(config, num_microbatches)
   size, data = config.train.batch_size, config.data
-  if data.scored or data.preferences:
+  if language_task.has_own_data(data):
     return
   if data.num_samples < 2:
     raise ValueError(

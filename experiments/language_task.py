@@ -21,6 +21,13 @@ from alignment import checks, sequences
 from alignment.models import sampling, transformer
 from experiments.data import pretrained, rewards, text
 
+OWN_DATA = ("scored", "preferences", "demonstrations")
+
+
+def has_own_data(data: Any) -> bool:
+  """Whether a config's `data` names what to train on, in place of the reference's samples."""
+  return any(data[name] for name in OWN_DATA)
+
 
 class Samples(NamedTuple):
   """N prompts with K scored completions each, as NumPy arrays.
@@ -60,9 +67,14 @@ class Task:
     self, prompts: list[str], names: list[str] | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens and mask `[N, P]`, P the longest prompt rounded up."""
-    limit = self.config.data.prompt_length
+    data = self.config.data
     return text.encode_prompts(
-      self.model.tokenizer, prompts, max_length=limit, multiple=4, names=names
+      self.model.tokenizer,
+      prompts,
+      max_length=data.prompt_length,
+      multiple=4,
+      truncate="left" if data.truncate else None,
+      names=names,
     )
 
   def logps(self, params: Any, prompts: list[str], tokens: np.ndarray, mask: np.ndarray):
@@ -185,7 +197,7 @@ class Task:
   def training_samples(self) -> Samples:
     """Returns the scored completions to train on, from the user's file or from the reference."""
     data = self.config.data
-    if data.scored or data.preferences:
+    if has_own_data(data):
       return self._own_samples()
     drawn = self.reference_samples(self.train_prompts, data.num_samples, self.config.seed)
     tokens, mask = drawn["tokens"], drawn["mask"]
@@ -208,6 +220,13 @@ class Task:
       labels = [f"completions[{i}]" for i in range(len(completions[0]))]
       scores = np.array([row.rewards for row in scored], np.float32)
       best_probs = np.ones(len(scored), np.float32)
+    elif data.demonstrations:
+      demonstrations = text.load_demonstrations(data.demonstrations)
+      prompts = [row.prompt for row in demonstrations]
+      completions = [(row.completion,) for row in demonstrations]
+      where, labels = [row.where for row in demonstrations], ["completion"]
+      scores = np.zeros((len(demonstrations), 1), np.float32)
+      best_probs = np.ones(len(demonstrations), np.float32)
     else:
       fields = data.preference_fields.split(",")
       preferences = text.load_preferences(data.preferences, fields)
@@ -224,10 +243,14 @@ class Task:
       [completion for group in completions for completion in group],
       max_length=data.completion_length,
       multiple=data.completion_length,
+      truncate="right" if data.truncate else None,
       names=[f"{place}: {label}" for place in where for label in labels],
     )
     tokens, mask = tokens.reshape(shape), mask.reshape(shape)
-    logps = self.reference_logps(prompts, tokens, mask)
+    # A single completion is imitated, not compared with what the reference thinks of it.
+    logps = np.zeros_like(scores)
+    if not data.demonstrations:
+      logps = self.reference_logps(prompts, tokens, mask)
     return Samples(*encoded, tokens, mask, logps, scores, best_probs)
 
   # --- evaluation -----------------------------------------------------------------------------
@@ -298,13 +321,11 @@ def make_task(config: Any) -> Task:
       f"data.prompt_length + data.completion_length = {longest} exceeds the context of "
       f"{config.network.model} ({network.max_length} tokens): shorten one of them"
     )
-  if config.data.scored and config.data.preferences:
-    raise ValueError(
-      f"data.scored={config.data.scored} and data.preferences={config.data.preferences} are both "
-      "given: a run trains on one of them"
-    )
+  given = [f"data.{name}={config.data[name]}" for name in OWN_DATA if config.data[name]]
+  if len(given) > 1:
+    raise ValueError(f"{' and '.join(given)} are both given: a run trains on one of them")
   prompts = text.load_prompts(config.data.prompts or None)
-  needed = 1 if config.data.scored or config.data.preferences else config.data.num_prompts
+  needed = 1 if given else config.data.num_prompts
   if not 0 < config.eval.num_prompts <= len(prompts) - needed:
     raise ValueError(
       f"eval.num_prompts={config.eval.num_prompts} held-out prompts and data.num_prompts={needed} "

@@ -16,7 +16,7 @@ import numpy as np
 from alignment import checks, reward_model
 from alignment.models import scalar_head, transformer
 from experiments import language_model
-from experiments.data import learned_rewards, pretrained, rewards, text
+from experiments.data import learned_rewards, pretrained, text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,29 +170,12 @@ def make_task(config: Any) -> Task:
 
 
 def _load_pairs(config: Any) -> list[text.Preference]:
-  if config.data.preferences:
-    return text.load_preferences(config.data.preferences, config.data.preference_fields.split(","))
-  if config.data.name != "vowels":
+  if not config.data.preferences:
     raise ValueError(
       "data.preferences is empty: give --config.data.preferences=FILE (JSON lines of prompt, "
       "chosen, rejected), tfds:NAME, hf:NAME or finegrained_rlhf:FILE"
     )
-  return _vowel_pairs(config.seed)
-
-
-def _vowel_pairs(seed: int) -> list[text.Preference]:
-  """Two random words for each of our prompts; the one with more vowels among its letters wins."""
-  rng = np.random.default_rng(seed)
-  pairs = []
-  for prompt in text.load_prompts():
-    first, second = (
-      "".join(rng.choice(list("aeioubcdfglmnrst"), rng.integers(4, 16))) for _ in range(2)
-    )
-    score = rewards.vowels([prompt] * 2, [first, second])
-    if score[0] != score[1]:
-      chosen, rejected = (first, second) if score[0] > score[1] else (second, first)
-      pairs.append(text.Preference(prompt, f" {chosen}", f" {rejected}"))
-  return pairs
+  return text.load_preferences(config.data.preferences, config.data.preference_fields.split(","))
 
 
 def _head_of_features(params: Any, rows: Any) -> jax.Array:

@@ -77,12 +77,14 @@ def language_model(
       "prompts": "",
       "scored": "",
       "preferences": "",
+      "demonstrations": "",  # what SFT imitates: {prompt, completion} of any such source
       "preference_fields": "prompt,chosen,rejected",  # what that data set calls them
       "cache": "",  # where samples and reference log-probabilities are kept; empty: user cache
       "num_prompts": 272,
       "num_samples": 4,
       "prompt_length": 64,  # the longest prompt that is accepted, in tokens
       "completion_length": 20,
+      "truncate": False,  # cut the beginning of longer prompts and the end of own completions
       "temperature": 1.0,
       "top_k": 0,
       "top_p": 1.0,

@@ -61,7 +61,7 @@ def get_config(preset: str = "human") -> ml_collections.ConfigDict:
   config.eval.num_prompts = 125  # held out with all their pairs
   if preset == "tiny":
     config.network.model = "tiny-random"
-    config.data.update({"name": "vowels", "completion_length": 24})
+    config.data.update({"preferences": "made_up:vowels", "completion_length": 24})
     config.optimizer.learning_rate = 1e-2
     config.train.update({"num_steps": 150, "batch_size": 32})
     config.eval.update({"every": 50, "num_prompts": 128})

@@ -3,7 +3,8 @@
 A reward function takes N prompts and N completions, lists of text, and returns N finite numbers;
 higher is better. Yours needs no registration: `--config.reward=my_module:my_function`.
 `vader` and `vowels` stand for the two functions in this file; a folder is a reward model that a
-`reward_model` run has left (`learned_rewards.py`).
+`reward_model` run has left (`learned_rewards.py`); `rouge_l:SOURCE` is likeness to the references
+of a data set (`similarity.py`).
 
 Both functions look at the completion alone. All completions that are compared share their prompt,
 so its words would shift every score alike, and a normalised score (VADER's) would tell them apart
@@ -64,7 +65,8 @@ class Reward:
 
 
 def resolve(name: str) -> Reward:
-  """Returns the reward called `name`: `module:function`, "vader", "vowels" or a folder.
+  """Returns the reward called `name`: `module:function` (or "vader", "vowels"), `rouge_l:SOURCE` or
+  a folder.
 
   Raises:
     ValueError: `name` has another form, the module is not found, or holds no such function; the
@@ -74,6 +76,8 @@ def resolve(name: str) -> Reward:
     >>> resolve("vowels")(["The sky"], [" was ea"])
     array([0.6])
   """
+  if name.startswith("rouge_l:"):
+    return _similarity(name)
   if any(separator in name for separator in "/\\") or pathlib.Path(name or "?").is_dir():
     return _learned(name)
   full = _SHORT_NAMES.get(name, name)
@@ -110,6 +114,13 @@ def resolve(name: str) -> Reward:
   source = getattr(module, "__file__", None)
   code = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else "?"
   return Reward(full, function, getattr(function, "describes", ""), f"{full}@{code}")
+
+
+def _similarity(name: str) -> Reward:
+  from experiments.data import similarity
+
+  function = similarity.Similarity(name.partition(":")[2])
+  return Reward(name, function, similarity.DESCRIPTION, function.fingerprint)
 
 
 def _learned(folder: str) -> Reward:

@@ -5,6 +5,7 @@
 | `FILE`                            | JSON lines: one object a line, UTF-8, perhaps gzipped (.gz) |
 | `tfds:NAME[/CONFIG][#SPLIT]`      | TensorFlow Datasets, by random access (`data_source`)       |
 | `hf:NAME[#SPLIT]`                 | Hugging Face: `org/name`, `org/name/config` or a folder     |
+| `made_up:vowels`                  | 512 pairs of random words; the one with more vowels wins    |
 | `finegrained_rlhf:PLACE`          | the question-answering feedback of Wu et al. 2023, as pairs |
 | `scitldr:PLACE`                   | SciTLDR (Cachola et al. 2020): abstracts and their TLDRs    |
 
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -157,6 +159,27 @@ def _numbered(source: str, examples: Any) -> Iterator[tuple[str, _Row]]:
       raise ValueError(f"{where}: not UTF-8 ({error.reason})") from None
 
 
+def _made_up(source: str, name: str) -> Iterator[tuple[str, _Row]]:
+  """Pairs for runs without data; `random.Random` gives the same ones everywhere."""
+  if name != "vowels":
+    raise ValueError(f"source {source!r}: there is only made_up:vowels")
+  draw = random.Random(0)
+
+  def word():
+    return "".join(draw.choices("aeioubcdfglmnrst", k=draw.randint(4, 15)))
+
+  def vowels(string):
+    return sum(letter in "aeiou" for letter in string) / len(string)
+
+  for i in range(512):
+    prompt, first, second = f"{word()} {word()}", word(), word()
+    while vowels(first) == vowels(second):
+      second = word()
+    good, bad = (f" {string}" for string in sorted((first, second), key=vowels, reverse=True))
+    row = {"prompt": prompt, "chosen": good, "rejected": bad, "completion": good}
+    yield f"{source}, row {i}", row
+
+
 # --- formats of published files -------------------------------------------------------------------
 
 
@@ -199,6 +222,7 @@ def _scitldr(row: _Row, where: str) -> Iterator[tuple[str, _Row]]:
 _LIBRARIES: dict[str, Callable[[str, str], Iterator[tuple[str, _Row]]]] = {
   "tfds": _tfds,
   "hf": _huggingface,
+  "made_up": _made_up,
 }
 _FORMATS: dict[str, Callable[[_Row, str], Iterator[tuple[str, _Row]]]] = {
   "finegrained_rlhf": _finegrained_rlhf,

@@ -75,11 +75,11 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
 
 
 def _describe(config: Any, accuracy: evaluation.Estimate) -> str:
-  source = config.data.preferences or "made-up pairs, more vowels win"
   return (
-    f"The reward is a {config.algorithm.kind} model learned from {source}, with an accuracy of "
-    f"{accuracy} on held-out pairs (a coin: 0.5). It stands in for those who labelled the pairs "
-    "and errs where they were not asked; a policy can raise it without pleasing them."
+    f"The reward is a {config.algorithm.kind} model learned from {config.data.preferences}, with "
+    f"an accuracy of {accuracy} on held-out pairs (a coin: 0.5). It stands in for those who "
+    "labelled the pairs and errs where they were not asked; a policy can raise it without pleasing "
+    "them."
   )
 
 

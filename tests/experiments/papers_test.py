@@ -69,6 +69,21 @@ def test_tiny_run_leaves_a_report_a_model_and_answers_eval_and_sample(paper, tmp
   assert "reference" in capsys.readouterr().out
 
 
+def test_sft_needs_demonstrations(tmp_path, capsys):
+  assert run("sft:summarise", tmp_path / "run") == 2
+  assert "--config.data.demonstrations=FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a third tiny run; the shape is that of copg's
+def test_tiny_sft_imitates_its_demonstrations(tmp_path):
+  assert run("sft:tiny", tmp_path / "run") == 0
+  results = json.loads((tmp_path / "run" / "results.json").read_text())["result"]["metrics"]
+  # The demonstrations have more vowels than random text: so does the tuned model.
+  assert results["reward"]["low"] > results["reward_reference"]["value"]
+  config, _ = huggingface.load(tmp_path / "run" / "model")
+  assert config.num_layers == 2
+
+
 @pytest.mark.slow  # six evaluations and three compiled updates: over a minute
 def test_frontier_runs_each_algorithm_once_and_draws_one_figure(tmp_path):
   folder = tmp_path / "frontier"
@@ -140,6 +155,20 @@ def test_own_preferences_keep_their_soft_labels_and_match_ipo_and_copg(tmp_path)
   )
 
 
+def test_own_demonstrations_are_cut_where_asked_and_never_scored_by_the_reference(tmp_path):
+  path = tmp_path / "demonstrations.jsonl"
+  path.write_text(json.dumps({"prompt": "x" * 70 + "end", "completion": "aeiouaeiou"}) + "\n")
+  changes = {"data.demonstrations": str(path), "data.completion_length": "8"}
+  with pytest.raises(ValueError, match=r"demonstrations.jsonl, line 1: prompt has 73 tokens"):
+    language_task.make_task(_tiny(**changes)).training_samples()
+  task = language_task.make_task(_tiny(**changes, **{"data.truncate": "true"}))
+  samples = task.training_samples()
+  assert task.decode(samples.prompt_tokens, samples.prompt_mask) == ["x" * 61 + "end"]
+  batch = language_model.demonstrations(samples)
+  assert task.decode(batch.tokens, batch.mask) == ["aeiouaei"]
+  np.testing.assert_array_equal(samples.ref_logps, [[0]])
+
+
 def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
   task = language_task.make_task(_tiny())
   prompts = task.train_prompts[:5]
@@ -164,6 +193,7 @@ def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
     ({"reward": "no_such_module:f"}, "no_such_module"),
     ({"algorithm.beta": 0.0}, "beta"),
     ({"data.scored": "a.jsonl", "data.preferences": "b.jsonl"}, "both given"),
+    ({"data.scored": "a.jsonl", "data.demonstrations": "b.jsonl"}, "both given"),
     ({"eval.num_prompts": 0}, "eval.num_prompts=0"),
     ({"train.batch_size": 72}, "train.batch_size=72 exceeds data.num_prompts=64"),
     ({"train.batch_size": 12}, "train.batch_size=12 does not divide over the 8 shards"),

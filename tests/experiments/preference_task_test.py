@@ -159,7 +159,7 @@ def test_rows_of_any_padding_are_joined_and_equal_ones_computed_once():
 @pytest.mark.parametrize(
   ("changes", "match"),
   [
-    ({"data.name": "human"}, "data.preferences=FILE"),
+    ({"data.preferences": ""}, "data.preferences=FILE"),
     ({"data.preferences": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),
     ({"eval.num_prompts": "100000"}, "eval.num_prompts=100000"),
     ({"network.train": "heads"}, "network.train"),

@@ -95,6 +95,17 @@ def test_what_is_wrong_in_a_library_is_named(library, monkeypatch, source, name,
     text.load_preferences(source)
 
 
+def test_made_up_pairs_are_the_same_every_time_and_obey_their_rule():
+  found = text.load_preferences("made_up:vowels")
+  assert found == text.load_preferences("made_up:vowels") and len(found) == 512
+  for pair in found:
+    good, bad = ([c in "aeiou" for c in x.strip()] for x in (pair.chosen, pair.rejected))
+    assert sum(good) / len(good) > sum(bad) / len(bad)
+  assert len({pair.prompt for pair in found}) == 512
+  with pytest.raises(ValueError, match="only made_up:vowels"):
+    text.load_preferences("made_up:consonants")
+
+
 def test_a_source_without_a_name_and_a_file_with_a_colon():
   with pytest.raises(ValueError, match="'hf:' names no data set"):
     text.load_preferences("hf:")

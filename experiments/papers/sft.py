@@ -1,0 +1,21 @@
+"""Supervised fine-tuning: the start of every alignment run, on demonstrations of your own.
+
+The run compares the tuned model with the one it started from on held-out prompts, like the runs
+of the alignment papers, whose `network.model` its exported folder can be.
+"""
+
+import pathlib
+from typing import Any
+
+from alignment.baselines import sft
+from experiments import language_model, training
+
+
+def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+  """Returns the experiment of one preset."""
+  if not config.data.demonstrations:
+    raise ValueError(
+      "data.demonstrations is empty: give --config.data.demonstrations=FILE (JSON lines of prompt "
+      "and completion), tfds:NAME, hf:NAME or scitldr:FILE"
+    )
+  return language_model.build(config, workdir, algorithm=sft, collate=language_model.demonstrations)
