@@ -94,7 +94,8 @@ def _pairs(state: Any, draw: Draw) -> sequences.PreferenceBatch:
   both: list[Any] = []
   for which in (chosen, 1 - chosen):
     both += [data.tokens[rows, which], data.mask[rows, which], data.ref_logps[rows, which]]
-  return sequences.PreferenceBatch(*both, jnp.ones(len(rows)), *draw.prompts())
+  both += [jnp.ones(len(rows)), *draw.prompts()]
+  return sequences.PreferenceBatch(*both)
 
 
 def _desirable(state: Any, draw: Draw) -> kto.Batch:
@@ -194,7 +195,8 @@ def _judged_pairs(state: Any, draw: Draw, *, beta: float) -> online_ipo.Batch:
   fields: list[Any] = []
   for rows in pair:
     fields += [rows.tokens, rows.mask, draw.ref_logps(rows)]
-  return online_ipo.Batch(*fields, draw.preferences(*pair), *draw.prompts())
+  fields += [draw.preferences(*pair), *draw.prompts()]
+  return online_ipo.Batch(*fields)
 
 
 @dataclasses.dataclass(frozen=True)
