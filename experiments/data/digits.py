@@ -12,6 +12,7 @@ Everything is a pure function of arrays on the device. Token ids: padding, start
 three marks, ten digits.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class Quality(NamedTuple):
   styles: Any
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def prompts(key: jax.Array, count: int) -> sequences.Prompts:
   """Returns `count` random prompts, `[count, 10]`."""
   digits = FIRST_DIGIT + jax.random.randint(key, (count, PROMPT_DIGITS), 0, 10)
@@ -49,6 +51,7 @@ def prompts(key: jax.Array, count: int) -> sequences.Prompts:
   return sequences.Prompts(tokens, jnp.ones(tokens.shape))
 
 
+@jax.jit
 def imitations(key: jax.Array, asked: sequences.Prompts) -> sequences.Sequences:
   """Returns what people answer: the digits copied (6 in 10) or sorted, with slips.
 
@@ -66,6 +69,7 @@ def imitations(key: jax.Array, asked: sequences.Prompts) -> sequences.Sequences:
   return _completions(_marks(keys[4], count), kept, keep.sum(1), asked)
 
 
+@jax.jit
 def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
   """Returns how people revise an answer they are shown: mostly lightly, sometimes anew.
 
@@ -90,6 +94,7 @@ def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
   )
 
 
+@jax.jit
 def revision_prompts(shown: sequences.Sequences) -> sequences.Prompts:
   """Returns prompts that show an answer: start, digits, separator, answer, separator `[B, 23]`."""
   rows = sequences.repeat_prompts(shown)
@@ -100,6 +105,7 @@ def revision_prompts(shown: sequences.Sequences) -> sequences.Prompts:
   )
 
 
+@jax.jit
 def judge(rows: sequences.Sequences) -> Quality:
   """Returns what the judges see in completions, one prompt a row or shared."""
   rows = sequences.repeat_prompts(rows)
@@ -112,6 +118,7 @@ def judge(rows: sequences.Sequences) -> Quality:
   return Quality(share - LENGTH_COST * (rows.mask > 0).sum(1), styles)
 
 
+@jax.jit
 def preferences(first: Quality, second: Quality, intransitive: jax.Array | bool) -> jax.Array:
   """Returns P(first beats second), `[B]`, of one of the two judges.
 
