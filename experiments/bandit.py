@@ -75,10 +75,13 @@ def scan_updates(
 
 
 class NoData:
-  """The batch iterator of a run that draws its data on the device: ids count the steps."""
+  """The batch iterator of a run that draws its batches on the device: ids count the steps.
 
-  def __init__(self):
-    self._step = 0
+  Every step gets the same `data`, arrays to draw from.
+  """
+
+  def __init__(self, data: Any = ()):
+    self._data, self._step = data, 0
 
   def __iter__(self):
     return self
@@ -86,7 +89,7 @@ class NoData:
   def __next__(self):
     ids = np.array([self._step])
     self._step += 1
-    return ids, ()
+    return ids, self._data
 
   def get_state(self) -> dict[str, int]:
     return {"step": self._step}
