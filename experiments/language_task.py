@@ -213,29 +213,25 @@ class Task:
   def _own_samples(self) -> Samples:
     data = self.config.data
     if data.scored:
-      scored = text.load_scored(data.scored)
-      prompts = [row.prompt for row in scored]
+      scored = self._without_held_out(text.load_scored(data.scored))
       completions = [row.completions for row in scored]
-      where = [row.where for row in scored]
       labels = [f"completions[{i}]" for i in range(len(completions[0]))]
       scores = np.array([row.rewards for row in scored], np.float32)
       best_probs = np.ones(len(scored), np.float32)
+      prompts, where = _places(scored)
     elif data.demonstrations:
-      demonstrations = text.load_demonstrations(data.demonstrations)
-      prompts = [row.prompt for row in demonstrations]
-      completions = [(row.completion,) for row in demonstrations]
-      where, labels = [row.where for row in demonstrations], ["completion"]
-      scores = np.zeros((len(demonstrations), 1), np.float32)
-      best_probs = np.ones(len(demonstrations), np.float32)
+      shown = self._without_held_out(text.load_demonstrations(data.demonstrations))
+      completions, labels = [(row.completion,) for row in shown], ["completion"]
+      scores, best_probs = np.zeros((len(shown), 1), np.float32), np.ones(len(shown), np.float32)
+      prompts, where = _places(shown)
     else:
       fields = data.preference_fields.split(",")
-      preferences = text.load_preferences(data.preferences, fields)
-      prompts = [row.prompt for row in preferences]
-      completions = [(row.chosen, row.rejected) for row in preferences]
-      where, labels = [row.where for row in preferences], ["chosen", "rejected"]
+      pairs = self._without_held_out(text.load_preferences(data.preferences, fields))
+      completions, labels = [(row.chosen, row.rejected) for row in pairs], ["chosen", "rejected"]
       # A hard label as rewards: on these CoPG is IPO with tau = beta (proposition 3).
-      scores = np.tile(np.array([0.25, -0.25], np.float32), (len(preferences), 1))
-      best_probs = np.array([row.chosen_prob for row in preferences], np.float32)
+      scores = np.tile(np.array([0.25, -0.25], np.float32), (len(pairs), 1))
+      best_probs = np.array([row.chosen_prob for row in pairs], np.float32)
+      prompts, where = _places(pairs)
     shape = (*scores.shape, data.completion_length)
     encoded = self.encode_prompts(prompts, [f"{place}: prompt" for place in where])
     tokens, mask = text.encode_completions(
@@ -252,6 +248,19 @@ class Task:
     if not data.demonstrations:
       logps = self.reference_logps(prompts, tokens, mask)
     return Samples(*encoded, tokens, mask, logps, scores, best_probs)
+
+  def _without_held_out(self, rows: list[Any]) -> list[Any]:
+    """Returns the rows whose prompt is not one that the run is judged on."""
+    held_out = set(self.test_prompts)
+    kept = [row for row in rows if row.prompt not in held_out]
+    if len(kept) < len(rows):
+      print(f"{len(rows) - len(kept)} rows are left out: their prompts are held out", flush=True)
+    if not kept:
+      raise ValueError(
+        f"all {len(rows)} rows have prompts that are held out for the comparison: lower "
+        f"eval.num_prompts={len(held_out)}, or give other data.prompts"
+      )
+    return kept
 
   # --- evaluation -----------------------------------------------------------------------------
 
@@ -300,6 +309,10 @@ class Comparison(NamedTuple):
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def _sequence_logps(params, batch, *, apply_fn):
   return sequences.sequence_logps(apply_fn(params, batch), batch.mask, reduction="sum")
+
+
+def _places(rows: list[Any]) -> tuple[list[str], list[str]]:
+  return [row.prompt for row in rows], [row.where for row in rows]
 
 
 def _unpad(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:

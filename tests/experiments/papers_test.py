@@ -159,7 +159,7 @@ def test_own_demonstrations_are_cut_where_asked_and_never_scored_by_the_referenc
   path = tmp_path / "demonstrations.jsonl"
   path.write_text(json.dumps({"prompt": "x" * 70 + "end", "completion": "aeiouaeiou"}) + "\n")
   changes = {"data.demonstrations": str(path), "data.completion_length": "8"}
-  with pytest.raises(ValueError, match=r"demonstrations.jsonl, line 1: prompt has 73 tokens"):
+  with pytest.raises(ValueError, match=r"demonstrations\.jsonl, line 1: prompt has 73 tokens"):
     language_task.make_task(_tiny(**changes)).training_samples()
   task = language_task.make_task(_tiny(**changes, **{"data.truncate": "true"}))
   samples = task.training_samples()
@@ -167,6 +167,22 @@ def test_own_demonstrations_are_cut_where_asked_and_never_scored_by_the_referenc
   batch = language_model.demonstrations(samples)
   assert task.decode(batch.tokens, batch.mask) == ["aeiouaei"]
   np.testing.assert_array_equal(samples.ref_logps, [[0]])
+
+
+def test_rows_whose_prompts_are_held_out_are_not_trained_on(tmp_path, capsys):
+  prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
+  prompts.write_text("one\ntwo\nthree\n")
+  names = ("one", "two", "three", "four")
+  rows.write_text("".join(json.dumps({"prompt": p, "completion": "a"}) + "\n" for p in names))
+  changes = {"data.demonstrations": str(rows), "data.prompts": str(prompts)}
+  task = language_task.make_task(_tiny(**changes, **{"eval.num_prompts": "2"}))
+  samples = task.training_samples()
+  shown = set(task.decode(samples.prompt_tokens, samples.prompt_mask))
+  assert shown == set(names) - set(task.test_prompts) and len(shown) == 2
+  assert "2 rows are left out" in capsys.readouterr().out
+  rows.write_text(json.dumps({"prompt": task.test_prompts[0], "completion": "a"}))
+  with pytest.raises(ValueError, match="all 1 rows have prompts that are held out"):
+    task.training_samples()
 
 
 def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
