@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from alignment import reward_model, sequences
 from alignment.models import scalar_head, tokenizer, transformer
@@ -161,7 +162,8 @@ def by_length(
   ]
   unique = sorted(set(joined), key=len)
   found = []
-  for start in range(0, len(unique), _BATCH_SIZE):
+  # Minutes on a CPU: a bar where there is a terminal.
+  for start in tqdm.tqdm(range(0, len(unique), _BATCH_SIZE), leave=False, disable=None):
     chunk = unique[start : start + _BATCH_SIZE]
     chunk += chunk[-1:] * (_BATCH_SIZE - len(chunk))
     width = -(-len(chunk[-1]) // 32) * 32

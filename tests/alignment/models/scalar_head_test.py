@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import sharding
 from alignment import dro, sequences
-from alignment.models import scalar_head, transformer
+from alignment.models import scalar_head, tokenizer, transformer
 
 CONFIG = transformer.TransformerConfig(
   vocab_size=23,
@@ -78,6 +79,19 @@ def test_a_reward_reads_the_completion_and_a_value_only_the_prompt(params):
   np.testing.assert_allclose(values, jnp.repeat(want, 2), atol=1e-6)
   other = apply_fn(dro.Params(policy, params), rows._replace(tokens=tokens + 1))[1]
   np.testing.assert_array_equal(other, values)
+
+
+def test_a_saved_model_says_the_same_numbers(params, tmp_path):
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a"))
+  words = tokenizer.Tokenizer(backend=backend, eos_id=0, pad_id=0)
+  tokens = jnp.array([[3, 4, 5], [6, 7, 8]])
+  for pairing in ("half", "adjacent"):  # the file knows the first one only
+    config = dataclasses.replace(CONFIG, rope_pairing=pairing, tied_head=False)
+    scalar_head.save(tmp_path / "m", config, params, tokenizer=words)
+    found_config, found, _ = scalar_head.load(tmp_path / "m")
+    want = scalar_head.scalars(params, tokens, jnp.ones_like(tokens), config=config)
+    got = scalar_head.scalars(found, tokens, jnp.ones_like(tokens), config=found_config)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
