@@ -69,8 +69,9 @@ def get_config(preset: str = "human") -> ml_collections.ConfigDict:
   elif preset == "human":
     config.network.update({"num_layers": 12, "train": "head"})
     config.data.prompt_length = 32
-    config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 1.0})
-    config.train.update({"num_steps": 500, "batch_size": 64})
+    # The lowest log-loss of 18 settings in cross-validation over the training prompts of seed 0.
+    config.optimizer.update({"learning_rate": 1e-4, "weight_decay": 10.0})
+    config.train.update({"num_steps": 300, "batch_size": 64})
     config.eval.every = 100
     config.checkpoint.every = 100
   else:
