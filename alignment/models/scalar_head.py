@@ -161,6 +161,7 @@ def save(
   huggingface.save(folder / "body", config, body, tokenizer=tokenizer)
   partial = folder / f".{_HEAD_FILE}.tmp"
   safetensors.numpy.save_file(head, partial)
+  partial.chmod(0o644)  # the library makes it private; a model is not
   os.replace(partial, folder / _HEAD_FILE)
 
 
