@@ -365,9 +365,10 @@ def _exploited(everyone: list[Player], rates: Any) -> report.Figure:
   places = np.arange(len(everyone))[::-1]
   for place, player, row in zip(places, everyone, rates, strict=True):
     opponent, rate = _worst(everyone, row)
-    error = [[rate.value - rate.low], [rate.high - rate.value]]
+    low, high = np.array([rate.low, rate.high], float)
+    error = [[rate.value - low], [high - rate.value]]
     axes[0][0].errorbar(rate.value, place, xerr=error, fmt="o", ms=4, color=report.PALETTE[0])
-    axes[0][0].annotate(opponent, (rate.high, place), (5, -3), textcoords="offset points", size=7)
+    axes[0][0].annotate(opponent, (high, place), (5, -3), textcoords="offset points", size=7)
     left = 0.0
     for style, letter in enumerate("abc"):
       share = float(np.mean(player.styles == style))
