@@ -619,8 +619,16 @@ CLAUSES = (
 )
 
 
+# A second a clause and algorithm. The papers' own always run, what they are compared with runs in
+# continuous integration and with the slow tests.
+_ALWAYS = {"copg", "dro", "ipo", "nash_md", "srpo"}
+
+
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.__name__)
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=() if n in _ALWAYS else pytest.mark.slow) for n in BUILDERS],
+)
 def test_contract(name, clause, tmp_path):
   clause(BUILDERS[name](), tmp_path)
 

@@ -194,6 +194,8 @@ def compare(
     tables.append(_summary(oracle, config, everyone, rates, num_methods))
     tables.append(_matrix(oracle, everyone, rates))
     figures.append(_heatmap(oracle, everyone, rates))
+    if judge == _CYCLE:
+      figures.append(_exploited(everyone, rates))
     versus = {p.name: row[num_methods] for p, row in zip(methods, rates, strict=False)}
     worst = {p.name: _worst(everyone, row)[1] for p, row in zip(methods, rates, strict=False)}
     for name in config.methods:
@@ -355,6 +357,34 @@ def _revisions(config: Any, results: Mapping[str, evaluation.Result]) -> list[re
   report.legend_below(figure, axes[0][0])
   caption = "Each answer is shown to the policy that wrote it, which revises it; mean over seeds."
   return [report.Figure("revisions", caption, figure)]
+
+
+def _exploited(everyone: list[Player], rates: Any) -> report.Figure:
+  """The win rate of every policy against the opponent that suits it least, with its styles."""
+  figure, axes = report.subplots(1, 2, size=(4.6, 0.28 * len(everyone) + 0.9), sharey=True)
+  places = np.arange(len(everyone))[::-1]
+  for place, player, row in zip(places, everyone, rates, strict=True):
+    opponent, rate = _worst(everyone, row)
+    low, high = np.array([rate.low, rate.high], float)
+    error = [[rate.value - low], [high - rate.value]]
+    axes[0][0].errorbar(rate.value, place, xerr=error, fmt="o", ms=4, color=report.PALETTE[0])
+    axes[0][0].annotate(opponent, (high, place), (5, -3), textcoords="offset points", size=7)
+    left = 0.0
+    for style, letter in enumerate("abc"):
+      share = float(np.mean(player.styles == style))
+      label = letter if place == 0 else None
+      axes[0][1].barh(place, share, left=left, color=report.PALETTE[style], label=label)
+      left += share
+  axes[0][0].axvline(0.5, color="#8a8f98", linestyle=":", linewidth=1)
+  axes[0][0].set(xlabel="win rate against the worst opponent (named)", xlim=(None, 0.58))
+  axes[0][0].set_yticks(places, [player.name for player in everyone], fontsize=8)
+  axes[0][1].set(xlabel="share of styles", xlim=(0, 1))
+  report.legend_below(figure, axes[0][1])
+  caption = (
+    "Judge: intransitive. Left: how far the best opponent among all policies gets; 0.5 is a policy "
+    "that none of them beats. Bars: 95 %."
+  )
+  return report.Figure("worst_opponent", caption, figure)
 
 
 def _heatmap(oracle: str, everyone: list[Player], rates: Any) -> report.Figure:
