@@ -26,8 +26,7 @@ from experiments import workdir as run_folder
 from experiments.data import digits
 from experiments.papers import digits as runs
 
-REVISED = ("srpo", "ipo", "dpo")
-_SCALAR, _CYCLE = range(2)
+_CYCLE = digits.ORACLES.index("intransitive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +337,7 @@ def _curves(config: Any, results: Mapping[str, evaluation.Result]) -> list[repor
 
 def _revisions(config: Any, results: Mapping[str, evaluation.Result]) -> list[report.Figure]:
   """Win rate against the reference's first answers after each revision."""
-  shown = [name for name in REVISED if name in config.methods]
+  shown = [name for name in runs.REVISED if name in config.methods]
   if not shown or not config.eval.num_revisions:
     return []
   figure, axes = report.subplots(1, len(digits.ORACLES), sharey=True)

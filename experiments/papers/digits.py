@@ -227,10 +227,11 @@ class Method:
 
 def _nash(name: str, beta: float, **options: Any) -> Method:
   batch = functools.partial(_games, beta=beta)
-  return Method(name, "Nash", nash_md, batch, "tau", options)
+  return Method(name, NASH, nash_md, batch, "tau", options)
 
 
 OFFLINE, REWARD, NASH = "pairs", "rewards and online pairs", "Nash"
+REVISED = ("srpo", "ipo", "dpo")  # whose answers are revised; only the first is trained to
 METHODS: dict[str, Method] = {
   "dpo": Method("DPO", OFFLINE, dpo, _pairs, "beta"),
   "ipo": Method("IPO", OFFLINE, ipo, _pairs, "tau"),
@@ -639,7 +640,7 @@ def _measure(config, network, params, ref_params, values) -> evaluation.Result:
       keys[run],
       sample_fn=sample_fn,
       revision_fn=digits.revision_prompts,
-      num_revisions=config.eval.num_revisions,
+      num_revisions=config.eval.num_revisions if config.method in REVISED else 0,
     )
     found.append(look(own, ref_params, answers, reference, bool(run[0])))
   found = [np.stack(values) for values in zip(*jax.device_get(found), strict=True)]
