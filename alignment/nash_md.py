@@ -8,7 +8,8 @@ Tabular: mirror descent that answers a geometric mixture of policy and reference
 pi^mix = pi^(1 - eta tau) ref^(eta tau), normalised; then
 pi_next = pi^mix exp(eta P(. beats pi^mix)), normalised. With eta_t = 2 / (tau (t + 2)) the *last*
 policy converges: KL(pi* || pi_T) <= 8 / (tau^2 (T + 1)). Answering the policy itself
-(`opponent="self"`, online mirror descent, self-play) is known to converge on average.
+(`opponent="self"`, online mirror descent, self-play) is known to converge on average. Fictitious
+play averages best responses to the average so far (`fictitious_play_step`).
 
 Deep (Nash-MD-PG): y from the policy, y' from the mixture pi^(1 - beta) ref^beta token by token, and
 the policy gradient grad log pi(y) (P(y beats y') - 1/2 - tau log-ratio(y)). beta = 0 is self-play,
@@ -176,6 +177,40 @@ def best_response(
   _check_game(preferences, opponent_logps, ref_logps)
   wins = _wins(preferences, jnp.asarray(opponent_logps))
   return jax.nn.log_softmax(jnp.asarray(ref_logps) + wins / tau)
+
+
+def fictitious_play_step(
+  logps: jax.Array, preferences: jax.Array, ref_logps: jax.Array, *, tau: Any, count: Any
+) -> jax.Array:
+  """Returns the average policy after one more best response to it has joined.
+
+  The average moves by 1 / (count + 1) towards `best_response`. It converges to the equilibrium,
+  more slowly the smaller tau, since a best response then swings from action to action.
+
+  Args:
+    logps: `[..., A]` log-probabilities of the average.
+    preferences: `[..., A, A]`, entry i, j is P(i beats j).
+    ref_logps: `[..., A]`.
+    tau: positive strength of the regulariser.
+    count: number of policies averaged so far, the first one included: 1, 2, ...
+
+  Returns:
+    `[..., A]` normalised log-probabilities.
+
+  Raises:
+    ValueError: if the shapes do not fit, or a concrete `tau` or `count` is not positive.
+
+  Example:
+    >>> sure = jnp.array([[0.5, 1.0], [0.0, 0.5]])  # the first action always wins
+    >>> uniform = jnp.log(jnp.ones(2) / 2)
+    >>> after = jnp.exp(fictitious_play_step(uniform, sure, uniform, tau=0.1, count=1))
+    >>> [round(float(prob), 3) for prob in after]  # halfway to sigmoid(5) = 0.993
+    [0.747, 0.253]
+  """
+  checks.positive("count", count)
+  response = best_response(logps, preferences, ref_logps, tau=tau)
+  stay = jnp.asarray(logps) + jnp.log(count / (count + 1))
+  return jnp.logaddexp(stay, response - jnp.log1p(count))
 
 
 def geometric_mixture_logits(

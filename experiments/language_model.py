@@ -1,24 +1,51 @@
-"""The wiring that the language-model runs of IPO, DPO and CoPG share.
+"""The wiring that the language-model runs of all methods share.
 
-A paper says which algorithm and how scored completions become its batch (`pairs` or `groups`);
-the model, its data and its comparison with the reference are a `language_task.Task`.
+A method says which algorithm it is, how scored completions become its batch (`collate`), and what
+it trains where that is more than the policy (`Network`). The model, its data and its comparison
+with the reference are a `language_task.Task`. Methods that draw their own completions as they
+train are wired in `online_language_model`; `experiment` is what both end in.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import optax
 
 import sharding
 from alignment import copg, sequences
 from alignment.baselines import sft
 from alignment.models import huggingface, transformer
-from experiments import evaluation, language_task, report, training
+from experiments import evaluation, language_report, language_task, training
 from experiments.data import text
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """What is trained, made from a pretrained decoder; the default is the decoder itself.
+
+  Attributes:
+    make_apply_fn: `make_apply_fn(network_config, logps_chunk=...) -> apply_fn` of the algorithm.
+    make_params: from the decoder's parameters to those that are trained.
+    policy_of: from those back to the policy's.
+    make_optimizer: from one optimiser to that of all that is trained.
+    rules: how the parameters are split over a mesh.
+  """
+
+  make_apply_fn: Callable[..., Any] = transformer.make_apply_fn
+  make_params: Callable[[Any], Any] = lambda params: params
+  policy_of: Callable[[Any], Any] = lambda params: params
+  make_optimizer: Callable[[Any], optax.GradientTransformation] = lambda optimizer: optimizer
+  rules: sharding.Rules = transformer.SHARDING_RULES
+
+
+POLICY = Network()
+
+
+# --- batches that several methods share ---
 
 
 def groups(samples: language_task.Samples) -> copg.Batch:
@@ -44,17 +71,23 @@ def demonstrations(samples: language_task.Samples) -> sft.Batch:
   )
 
 
-def pairs(samples: language_task.Samples) -> sequences.PreferenceBatch:
-  """IPO's and DPO's batch: the best against the worst completion; prompts without one drop out."""
+def extreme_pairs(samples: language_task.Samples) -> text.Pairs:
+  """Returns the best and the worst completion of each prompt; prompts without one drop out."""
   found = text.reward_pairs(samples.rewards)
-  rows = found.example
-  if not rows.size:
+  if not found.example.size:
     raise ValueError(
       "every prompt's completions have equal rewards: there is no pair to learn from"
     )
   if found.num_ties:
-    print(f"{found.num_ties} prompts whose completions tie are left out: {rows.size} pairs")
+    size = found.example.size
+    print(f"{found.num_ties} prompts whose completions tie are left out: {size} pairs")
+  return found
 
+
+def pairs(samples: language_task.Samples) -> sequences.PreferenceBatch:
+  """IPO's and DPO's batch: the best against the worst completion."""
+  found = extreme_pairs(samples)
+  rows = found.example
   return sequences.PreferenceBatch(
     chosen_tokens=samples.tokens[rows, found.chosen],
     chosen_mask=samples.mask[rows, found.chosen],
@@ -66,6 +99,20 @@ def pairs(samples: language_task.Samples) -> sequences.PreferenceBatch:
     prompt_tokens=samples.prompt_tokens[rows],
     prompt_mask=samples.prompt_mask[rows],
   )
+
+
+def single_rows(samples: language_task.Samples) -> sequences.Sequences:
+  """Returns all completions as rows that each have a prompt of their own: one example each."""
+  arrays: tuple[Any, ...] = (
+    samples.tokens,
+    samples.mask,
+    samples.prompt_tokens,
+    samples.prompt_mask,
+  )
+  return sequences.repeat_prompts(sequences.flatten_samples(*arrays))
+
+
+# --- the experiment ---
 
 
 def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
@@ -87,48 +134,93 @@ def build(
   *,
   algorithm: Any,
   collate: Callable[[language_task.Samples], Any],
+  network: Network = POLICY,
+  min_samples: int = 2,
+  task: language_task.Task | None = None,
+  evaluate_more: Callable[..., evaluation.Result] | None = None,
 ) -> training.Experiment:
-  """Returns the experiment of one alignment algorithm.
+  """Returns the experiment of one algorithm that learns from completions made beforehand.
 
   Args:
     config: an `experiments.configs.base.language_model` config.
     workdir: unused here; part of every paper's `build`.
     algorithm: a module in the one shape (`ipo`, `dpo`, `copg`).
     collate: `Samples -> algorithm.Batch` with a leading axis of training examples.
+    network: what is trained.
+    min_samples: the fewest completions of a prompt that the algorithm can learn from.
+    task: the task of the config, where `collate` needed it already.
+    evaluate_more: see `experiment`.
   """
   del workdir
   algorithm_config = algorithm.Config(**config.algorithm)
-  _check_sizes(config, algorithm_config.num_microbatches)
-  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-  task = language_task.make_task(config)
+  check_sizes(config, algorithm_config.num_microbatches, min_samples)
+  optimizer = network.make_optimizer(make_optimizer(config.optimizer, config.train.num_steps))
+  task = task or language_task.make_task(config)
 
   def init(key, params):
     del key
-    return algorithm.init(params, optimizer=optimizer, config=algorithm_config)
+    return algorithm.init(network.make_params(params), optimizer=optimizer, config=algorithm_config)
 
-  def batches():
-    arrays = collate(task.training_samples())
-    return text.batches(arrays, batch_size=config.train.batch_size, seed=config.seed)
+  return experiment(
+    task,
+    init=init,
+    update=functools.partial(
+      algorithm.update,
+      apply_fn=network.make_apply_fn(task.network, logps_chunk=config.network.logps_chunk),
+      optimizer=optimizer,
+      config=algorithm_config,
+    ),
+    arrays=lambda: collate(task.training_samples()),
+    policy_of=lambda state: network.policy_of(state.params),
+    rules=network.rules,
+    evaluate_more=evaluate_more,
+  )
+
+
+def experiment(
+  task: language_task.Task,
+  *,
+  init: Callable[..., Any],
+  update: Callable[..., Any],
+  arrays: Callable[[], Any],
+  policy_of: Callable[[Any], Any],
+  rules: sharding.Rules = transformer.SHARDING_RULES,
+  evaluate_more: Callable[..., evaluation.Result] | None = None,
+) -> training.Experiment:
+  """Returns the experiment that trains on a task and compares its policy with the reference.
+
+  Args:
+    task: the model, its prompts and its reward.
+    init: `init(key, params) -> State`, from the pretrained parameters.
+    update: `update(state, batch, key) -> (State, Metrics)`.
+    arrays: makes the training examples, NumPy arrays with one leading axis.
+    policy_of: from the state to the policy's parameters.
+    rules: how the parameters are split over a mesh; what they do not name is replicated.
+    evaluate_more: `(result, comparison, policy_params, task) -> Result`, for a method that has
+      more to show than one completion a prompt.
+  """
+  config = task.config
 
   def evaluate(state):
-    return _result(task.compare(state.params), task)
+    params = policy_of(state)
+    comparison = task.compare(params)
+    found = language_report.result(comparison, task)
+    return evaluate_more(found, comparison, params, task) if evaluate_more else found
 
   def export(state, folder):
-    huggingface.save(folder, task.network, state.params, tokenizer=task.model.tokenizer)
+    huggingface.save(folder, task.network, policy_of(state), tokenizer=task.model.tokenizer)
 
   return training.Experiment(
     init=init,
     init_args=(task.model.params,),
-    update=functools.partial(
-      algorithm.update, apply_fn=task.apply_fn, optimizer=optimizer, config=algorithm_config
-    ),
-    batches=batches,
+    update=update,
+    batches=lambda: text.batches(arrays(), batch_size=config.train.batch_size, seed=config.seed),
     headline="win_rate",
-    rules=(*transformer.SHARDING_RULES, *sharding.REPLICATED),
+    rules=(*rules, *sharding.REPLICATED),
     evaluate=evaluate,
-    sample=lambda state: _sample_table(task.compare(state.params), rows=None),
+    sample=lambda state: language_report.sample_table(task.compare(policy_of(state))),
     export=export,
-    figures=lambda history, result: _figures(history, result),
+    figures=language_report.figures,
   )
 
 
@@ -149,77 +241,19 @@ def check_batch_size(config: Any, num_microbatches: int) -> None:
     )
 
 
-def _check_sizes(config: Any, num_microbatches: int) -> None:
+def check_sizes(config: Any, num_microbatches: int, min_samples: int) -> None:
   """Raises before minutes of sampling what the first step would find."""
   check_batch_size(config, num_microbatches)
   size, data = config.train.batch_size, config.data
   if language_task.has_own_data(data):
     return
-  if data.num_samples < 2:
+  if data.num_samples < min_samples:
     raise ValueError(
-      f"data.num_samples={data.num_samples}: completions of a prompt are compared, draw 2 or more"
+      f"data.num_samples={data.num_samples}: completions of a prompt are compared, draw "
+      f"{min_samples} or more"
     )
   if size > data.num_prompts:
     raise ValueError(
       f"train.batch_size={size} exceeds data.num_prompts={data.num_prompts}: lower the first or "
       "raise the second"
     )
-
-
-def _sample_table(comparison: language_task.Comparison, rows: int | None) -> report.Table:
-  shown = range(len(comparison.prompts))[:rows]
-  return report.Table(
-    title="Held-out prompts: reference and policy",
-    columns=["prompt", "reference", "reward", "policy", "reward"],
-    rows=[
-      [
-        comparison.prompts[i],
-        comparison.ref_texts[i],
-        f"{comparison.ref_rewards[i]:+.2f}",
-        comparison.texts[i],
-        f"{comparison.rewards[i]:+.2f}",
-      ]
-      for i in shown
-    ],
-  )
-
-
-def _result(comparison: language_task.Comparison, task: language_task.Task) -> evaluation.Result:
-  """Headline numbers with intervals, and the samples before and after."""
-  difference = comparison.rewards - comparison.ref_rewards
-  wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-  ties = len(difference) - wins - losses
-  lengths = np.array([len(ids) for ids in comparison.ids])
-  ref_lengths = np.array([len(ids) for ids in comparison.ref_ids])
-  metrics = {
-    "win_rate": evaluation.win_rate(wins, losses, ties),
-    "reward": evaluation.mean_interval(comparison.rewards),
-    "reward_reference": evaluation.mean_interval(comparison.ref_rewards),
-    "kl": evaluation.mean_interval(comparison.log_ratios),
-    "length": evaluation.mean_interval(lengths),
-    "length_reference": evaluation.mean_interval(ref_lengths),
-  }
-  for n in (1, 2):
-    metrics[f"distinct_{n}"] = evaluation.distinct_n(comparison.ids, n)
-    metrics[f"distinct_{n}_reference"] = evaluation.distinct_n(comparison.ref_ids, n)
-  return evaluation.Result(
-    metrics=metrics,
-    tables=[_sample_table(comparison, rows=task.config.eval.num_table_rows)],
-    notes=[task.reward_fn.describes],
-    arrays={"reward": comparison.rewards, "reward_reference": comparison.ref_rewards},
-  )
-
-
-def _figures(history, result) -> list[report.Figure]:
-  figure, axes = report.subplots(1, 1)
-  bins = np.linspace(
-    min(result.arrays["reward"].min(), result.arrays["reward_reference"].min()),
-    max(result.arrays["reward"].max(), result.arrays["reward_reference"].max()) + 1e-6,
-    25,
-  )
-  for name, label in (("reward_reference", "reference"), ("reward", "policy")):
-    axes[0][0].hist(result.arrays[name], bins=bins, alpha=0.6, label=label)
-  axes[0][0].set(xlabel="reward of one completion", ylabel="held-out completions")
-  axes[0][0].legend()
-  caption = "Rewards of one completion a held-out prompt, before and after."
-  return [report.Figure(name="rewards", caption=caption, figure=figure)]

@@ -19,7 +19,7 @@ import tqdm
 
 from alignment import checks, sequences
 from alignment.models import sampling, transformer
-from experiments.data import pretrained, rewards, text
+from experiments.data import pretrained, rewards, templates, text
 
 OWN_DATA = ("scored", "preferences", "demonstrations")
 
@@ -37,6 +37,7 @@ class Samples(NamedTuple):
   ref_logps: `[N, K]` sums over completion tokens under the reference, nats.
   rewards: `[N, K]` float32.
   best_probs: `[N]` P(best beats worst), 1 unless the data carry soft labels.
+  prompts: N texts.
   """
 
   prompt_tokens: np.ndarray
@@ -46,6 +47,7 @@ class Samples(NamedTuple):
   ref_logps: np.ndarray
   rewards: np.ndarray
   best_probs: np.ndarray
+  prompts: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +68,19 @@ class Task:
   def encode_prompts(
     self, prompts: list[str], names: list[str] | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask `[N, P]`, P the longest prompt rounded up."""
+    """Returns tokens and mask `[N, P]`, P the longest prompt (in its template) rounded up."""
     data = self.config.data
     return text.encode_prompts(
       self.model.tokenizer,
-      prompts,
+      self._filled(prompts),
       max_length=data.prompt_length,
       multiple=4,
       truncate="left" if data.truncate else None,
       names=names,
     )
+
+  def _filled(self, prompts: list[str]) -> list[str]:
+    return [templates.fill(self.config.data.prompt_template, prompt=prompt) for prompt in prompts]
 
   def logps(self, params: Any, prompts: list[str], tokens: np.ndarray, mask: np.ndarray):
     """Returns `[N, K]` summed log-probabilities of completions `[N, K, T]` of N prompts."""
@@ -156,7 +161,7 @@ class Task:
     data = self.config.data
     settings = {
       **self._model_settings(),
-      "prompts": prompts,
+      "prompts": self._filled(prompts),
       "num_samples": num_samples,
       "seed": seed,
       "temperature": data.temperature,
@@ -174,7 +179,7 @@ class Task:
     """Returns the reference's `[N, K]` log-probabilities of completions, kept in the cache."""
     settings = {
       **self._model_settings(),
-      "prompts": prompts,
+      "prompts": self._filled(prompts),
       "tokens": hashlib.sha256(tokens.tobytes() + mask.tobytes()).hexdigest(),
     }
 
@@ -207,8 +212,8 @@ class Task:
       drawn, self.reward_fn.fingerprint, lambda: self.reward_fn(repeated, completions)
     )
     scores = scores.reshape(tokens.shape[:2]).astype(np.float32)
-    prompts, ones = self.encode_prompts(self.train_prompts), np.ones(len(tokens), np.float32)
-    return Samples(*prompts, tokens, mask, drawn["logps"], scores, ones)
+    encoded, ones = self.encode_prompts(self.train_prompts), np.ones(len(tokens), np.float32)
+    return Samples(*encoded, tokens, mask, drawn["logps"], scores, ones, self.train_prompts)
 
   def _own_samples(self) -> Samples:
     data = self.config.data
@@ -247,7 +252,7 @@ class Task:
     logps = np.zeros_like(scores)
     if not data.demonstrations:
       logps = self.reference_logps(prompts, tokens, mask)
-    return Samples(*encoded, tokens, mask, logps, scores, best_probs)
+    return Samples(*encoded, tokens, mask, logps, scores, best_probs, prompts)
 
   def _without_held_out(self, rows: list[Any]) -> list[Any]:
     """Returns the rows whose prompt is not one that the run is judged on."""
@@ -328,6 +333,7 @@ def make_task(config: Any) -> Task:
   for name in ("num_prompts", "prompt_length", "completion_length", "sample_batch_size"):
     checks.count(f"data.{name}", config.data[name])
   checks.count("network.logps_chunk", config.network.logps_chunk)
+  templates.check("data.prompt_template", config.data.prompt_template, "prompt")
   longest = config.data.prompt_length + config.data.completion_length
   if longest > network.max_length:
     raise ValueError(

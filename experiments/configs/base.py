@@ -82,6 +82,7 @@ def language_model(
       "cache": "",  # where samples and reference log-probabilities are kept; empty: user cache
       "num_prompts": 272,
       "num_samples": 4,
+      "prompt_template": "{prompt}",  # what the model reads; rewards see the prompt itself
       "prompt_length": 64,  # the longest prompt that is accepted, in tokens
       "completion_length": 20,
       "truncate": False,  # cut the beginning of longer prompts and the end of own completions
@@ -106,11 +107,30 @@ def language_model(
   )
 
 
+def online_language_model(
+  paper: str, preset: str, *, algorithm: dict[str, Any], num_samples: int, pairwise: bool = False
+) -> ml_collections.ConfigDict:
+  """The same for a method that draws its own completions, `num_samples` a prompt in every step.
+
+  With `pairwise` a judge compares two of them: a function of the user's, or the rewards.
+  """
+  make = tiny_language_model if preset == "tiny" else language_model
+  config = make(paper, preset, algorithm=algorithm)
+  config.data.num_samples = num_samples
+  if pairwise:
+    # The judge, module:function(prompts, firsts, seconds) -> P(first beats second). Where it is
+    # empty the rewards judge: sigmoid(their difference / preference_scale).
+    config.preference = ""
+    config.data.preference_scale = 0.25
+    config.data.mixture_beta = 0.0  # weight of the reference in the mixture that is drawn from
+  return config
+
+
 def tiny_language_model(
-  paper: str, *, algorithm: dict[str, Any], learning_rate: float = 3e-3
+  paper: str, preset: str = "tiny", *, algorithm: dict[str, Any], learning_rate: float = 3e-3
 ) -> ml_collections.ConfigDict:
   """The same run on a random two-layer character model: seconds, no weights, no network."""
-  config = language_model(paper, "tiny", algorithm=algorithm)
+  config = language_model(paper, preset, algorithm=algorithm)
   config.network.model = "tiny-random"
   config.reward = "vowels"
   config.data.update({"num_prompts": 64, "completion_length": 8})

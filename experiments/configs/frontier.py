@@ -1,7 +1,8 @@
-r"""Reward against KL for CoPG, IPO and DPO on the sentiment task: three runs and one figure.
+r"""Reward against KL on the sentiment task: a run for each of `algorithms`, and one figure.
 
 Each algorithm trains as its own preset does, evaluated along the way; its path through the plane of
-sequence KL and reward is one curve. Runs already in the work directory are not repeated.
+sequence KL and reward is one curve. Runs already in the work directory are not repeated. Any method
+with a `sentiment` preset can be listed: `--config.algorithms="('srpo', 'nash_md')"`.
 
 Command:   python -m experiments.main --config=frontier:sentiment --workdir=runs/frontier
 Hardware:  two CPU cores

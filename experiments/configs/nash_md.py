@@ -2,10 +2,14 @@ r"""Nash-MD, Munos et al. 2023, https://arxiv.org/abs/2312.00886.
 
 `bandit` has no counterpart in the paper, which shows its theorem and its language models but no
 table: mirror descent on two cyclic games beside the theorem's bound, last and average policies of
-large steps, and where the exact policy gradient stops for each mixture.
+large steps, and where the exact policy gradient stops for each mixture. `sentiment` is Nash-MD-PG
+on a 135-million-parameter model; Nash-EMA-PG is the same with `--config.data.mixture_beta=0` and
+`--config.algorithm.ema_decay=0.999`. `paper` is the TL;DR run: tau, beta and the number of steps
+are the paper's; its policy is an encoder-decoder (T5-L, 770 million), here a decoder of that size,
+and the optimiser, which it does not report, has the learning rate of a follow-up by its authors.
 
-Command:   python -m experiments.main --config=nash_md:bandit --workdir=runs/nash-md-bandit
-Hardware:  two CPU cores
+Command:   python -m experiments.main --config=nash_md:sentiment --workdir=runs/nash-md-sentiment
+Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
 Wall time, expected result: the table PRESETS below, also printed by --list
 """
 
@@ -19,12 +23,47 @@ PRESETS = {
     "1 minute",
     "KL to the equilibrium below the bound; exploitability rises with beta",
   ),
+  "tiny": base.Preset("random two-layer character model, no weights", "30 seconds", "runs"),
+  "sentiment": base.Preset(
+    "SmolLM2-135M towards continuations that beat those of its mixture with the reference",
+    "not measured",
+    "unrun",
+  ),
+  "paper": base.Preset(
+    "TL;DR with a 1B policy; needs --config.data.prompts=FILE, --config.preference=module:function "
+    "and an accelerator",
+    "hours",
+    "unrun",
+  ),
 }
 
 
 def get_config(preset: str = "bandit") -> ml_collections.ConfigDict:
   """Returns the config of one preset."""
   base.check_preset(preset, PRESETS)
+  if preset == "bandit":
+    return _bandit(preset)
+  config = base.online_language_model(
+    "nash_md",
+    preset,
+    algorithm={"tau": 0.008, "ema_decay": 0.0, "num_microbatches": 1},
+    num_samples=4,
+    pairwise=True,
+  )
+  config.data.mixture_beta = 0.125
+  if preset == "paper":
+    config.network.update({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "remat": True})
+    config.data.update({"name": "tldr", "num_prompts": 92_000, "num_samples": 1})
+    config.data.update({"prompt_length": 512, "completion_length": 64})
+    config.optimizer.update({"learning_rate": 3e-5, "warmup_steps": 0, "final_scale": 1.0})
+    config.train.update({"num_steps": 10_000, "batch_size": 32})
+    config.eval.update({"every": 500, "num_prompts": 1000})
+    config.sharding.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
+    config.checkpoint.every = 500
+  return config
+
+
+def _bandit(preset: str) -> ml_collections.ConfigDict:
   config = base.bandit("nash_md", preset, algorithm={"tau": 0.1})
   config.data = ml_collections.ConfigDict({"name": "cyclic_games"})
   # 40,000 exact policy-gradient steps.

@@ -3,9 +3,12 @@ r"""SRPO, Choi et al. 2024, https://arxiv.org/abs/2406.01660.
 `bandit` is a three-armed bandit of our own design in the spirit of the paper's (whose constants we
 do not know): who wrote the data decides what IPO and DPO call best, and does not move SRPO. With
 it, in closed form on ten ordered arms, what revising an answer up to five times brings.
+`sentiment` trains a 135-million-parameter language model to continue and to rewrite. `paper` is the
+TL;DR run (7B); of its settings only the data, the evaluation and the idea of the templates are
+known to us: beta, alpha and the optimiser are those of an independent reproduction at 1B.
 
-Command:   python -m experiments.main --config=srpo:bandit --workdir=runs/srpo-bandit
-Hardware:  two CPU cores
+Command:   python -m experiments.main --config=srpo:sentiment --workdir=runs/srpo-sentiment
+Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
 Wall time, expected result: the table PRESETS below, also printed by --list
 """
 
@@ -19,12 +22,60 @@ PRESETS = {
     "1 minute",
     "SRPO within 0.01 of its closed form whoever wrote the data; IPO's favourite changes",
   ),
+  "tiny": base.Preset("random two-layer character model, no weights", "20 seconds", "runs"),
+  "sentiment": base.Preset(
+    "SmolLM2-135M towards positive continuations, and three revisions of each",
+    "not measured",
+    "unrun",
+  ),
+  "paper": base.Preset(
+    "TL;DR with a 7B policy; needs --config.data.preferences=FILE and an accelerator",
+    "hours",
+    "unrun",
+  ),
 }
 
 
 def get_config(preset: str = "bandit") -> ml_collections.ConfigDict:
   """Returns the config of one preset."""
   base.check_preset(preset, PRESETS)
+  if preset == "bandit":
+    return _bandit(preset)
+  algorithm = {"beta": 0.1, "alpha": 0.5, "num_microbatches": 1}
+  if preset == "tiny":
+    config = base.tiny_language_model("srpo", algorithm=algorithm)
+  else:
+    config = base.language_model("srpo", preset, algorithm=algorithm)
+  # The reviser continues the prompt again, once it has read a first attempt.
+  config.data.revision_template = (
+    "A first attempt: {answer}\nA better one, from the start: {prompt}"
+  )
+  config.data.revision_length = 64  # of the filled template, in tokens
+  config.eval.num_revisions = 3
+  if preset == "tiny":
+    config.data.revision_template = "{answer} < {prompt}"
+    config.data.revision_length = 80  # a token is a character here
+  elif preset == "paper":
+    config.algorithm.update({"alpha": 0.8, "num_microbatches": 16})
+    config.network.update({"model": "meta-llama/Llama-2-7b-hf", "dtype": "bfloat16", "remat": True})
+    config.data.update({"name": "tldr", "prompt_length": 576, "completion_length": 64})
+    task = "Write a precise and concise summary of the following reddit POST"
+    config.data.prompt_template = f"{task}.\n\nPOST: {{prompt}}\nTL;DR:"
+    config.data.revision_template = (
+      f"{task} that improves on the EXAMPLE SUMMARY.\n\n"
+      "POST: {prompt}\nEXAMPLE SUMMARY: {answer}\nTL;DR:"
+    )
+    config.data.revision_length = 704
+    # Batch 128, five epochs of the 93 k pairs, 150 warm-up steps and a cosine.
+    config.optimizer.update({"learning_rate": 2e-5, "warmup_steps": 150, "weight_decay": 0.1})
+    config.train.update({"num_steps": 3630, "batch_size": 128})
+    config.eval.update({"every": 200, "num_prompts": 1024, "num_revisions": 5})
+    config.sharding.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
+    config.checkpoint.every = 200
+  return config
+
+
+def _bandit(preset: str) -> ml_collections.ConfigDict:
   algorithm = {"beta": 0.1, "alpha": 0.5, "ipo_tau": 0.1, "dpo_beta": 1.0}
   config = base.bandit("srpo", preset, algorithm=algorithm)
   config.data.update({"num_seeds": 5, "batch_size": 128, "num_pairs": 10_000})

@@ -4,7 +4,9 @@ A reward function takes N prompts and N completions, lists of text, and returns 
 higher is better. Yours needs no registration: `--config.reward=my_module:my_function`.
 `vader` and `vowels` stand for the two functions in this file; a folder is a reward model that a
 `reward_model` run has left (`learned_rewards.py`); `rouge_l:SOURCE` is likeness to the references
-of a data set (`similarity.py`).
+of a data set (`similarity.py`). A preference function takes two lists of completions and returns
+probabilities: `--config.preference=my_module:my_function`, or the folder of a reward or preference
+model.
 
 Both functions look at the completion alone. All completions that are compared share their prompt,
 so its words would shift every score alike, and a normalised score (VADER's) would tell them apart
@@ -64,6 +66,28 @@ class Reward:
     return values
 
 
+@dataclasses.dataclass(frozen=True)
+class Preference:
+  """A function of prompts and two completions of each: P(the first beats the second)."""
+
+  name: str  # "module:function" or a folder
+  function: Callable[[list[str], list[str], list[str]], Any]
+
+  def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> np.ndarray:
+    """Returns `[N]` float64 probabilities.
+
+    Raises:
+      ValueError: the function returned another number of values, or one outside [0, 1].
+    """
+    values = np.asarray(self.function(list(prompts), list(first), list(second)), np.float64)
+    if values.shape != (len(prompts),) or not np.all((values >= 0) & (values <= 1)):
+      raise ValueError(
+        f"preference {self.name} returned {values} for {len(prompts)} pairs; return one "
+        "probability in [0, 1] each, that the first completion beats the second"
+      )
+    return values
+
+
 def resolve(name: str) -> Reward:
   """Returns the reward called `name`: `module:function` (or "vader", "vowels"), `rouge_l:SOURCE` or
   a folder.
@@ -78,14 +102,34 @@ def resolve(name: str) -> Reward:
   """
   if name.startswith("rouge_l:"):
     return _similarity(name)
-  if any(separator in name for separator in "/\\") or pathlib.Path(name or "?").is_dir():
+  if _is_folder(name):
     return _learned(name)
-  full = _SHORT_NAMES.get(name, name)
+  full, module, function = _load("reward", name)
+  source = getattr(module, "__file__", None)
+  code = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else "?"
+  return Reward(full, function, getattr(function, "describes", ""), f"{full}@{code}")
+
+
+def resolve_preference(name: str) -> Preference:
+  """Returns the preference function called `name`: `module:function`, or the folder of a reward or
+  preference model; errors as `resolve`."""
+  if _is_folder(name):
+    from experiments.data import learned_rewards
+
+    return Preference(name, learned_rewards.load(name).preference_probs)
+  full, _, function = _load("preference", name)
+  return Preference(full, function)
+
+
+def _load(kind: str, name: str) -> tuple[str, Any, Callable[..., Any]]:
+  """Returns the full name, the module and the function; `kind` is what messages call it."""
+  full = _SHORT_NAMES.get(name, name) if kind == "reward" else name
   module_name, colon, function_name = full.partition(":")
   if not (colon and module_name and function_name.isidentifier()):
+    others = f", the folder of a reward model, or one of {', '.join(_SHORT_NAMES)}"
     raise ValueError(
-      f"reward is {name!r}; write module:function, such as my_rewards:politeness, the folder of a "
-      f"reward model, or one of {', '.join(_SHORT_NAMES)}"
+      f"{kind} is {name!r}; write module:function, such as my_{kind}s:politeness"
+      + (others if kind == "reward" else "")
     )
   try:
     module = importlib.import_module(module_name)
@@ -93,27 +137,29 @@ def resolve(name: str) -> Reward:
     # Whether the module itself is missing or something that it imports calls for another remedy.
     if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
       raise ValueError(
-        f"reward {name!r}: there is no module {error.name!r}; install it, or add the folder it "
+        f"{kind} {name!r}: there is no module {error.name!r}; install it, or add the folder it "
         "lies in to PYTHONPATH"
       ) from None
     raise ValueError(
-      f"reward {name!r}: importing {module_name!r} failed: {error}; install what it needs"
+      f"{kind} {name!r}: importing {module_name!r} failed: {error}; install what it needs"
     ) from error
   except (TypeError, ValueError) as error:  # a relative name such as ".rewards"
-    raise ValueError(f"reward {name!r}: cannot import {module_name!r}: {error}") from error
+    raise ValueError(f"{kind} {name!r}: cannot import {module_name!r}: {error}") from error
   function = getattr(module, function_name, None)
   if function is None:
     callables = sorted(k for k, v in vars(module).items() if callable(v) and k[0] != "_")
     raise ValueError(
-      f"reward {name!r}: module {module_name!r} has no {function_name!r}; it has {callables[:20]}"
+      f"{kind} {name!r}: module {module_name!r} has no {function_name!r}; it has {callables[:20]}"
     )
   if not callable(function):
     raise ValueError(
-      f"reward {name!r}: {function_name!r} is a {type(function).__name__}, not a function"
+      f"{kind} {name!r}: {function_name!r} is a {type(function).__name__}, not a function"
     )
-  source = getattr(module, "__file__", None)
-  code = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else "?"
-  return Reward(full, function, getattr(function, "describes", ""), f"{full}@{code}")
+  return full, module, function
+
+
+def _is_folder(name: str) -> bool:
+  return any(separator in name for separator in "/\\") or pathlib.Path(name or "?").is_dir()
 
 
 def _similarity(name: str) -> Reward:

@@ -1,9 +1,9 @@
-"""DRO (arXiv:2405.19107): what the value is for, on three prompts with five completions each.
+"""DRO (arXiv:2405.19107): what the value is for, and the language-model run.
 
-Every method sees the same full batch, drawn from a behaviour policy that is not the reference, and
-one reward a completion. DRO-V has a value for each prompt; "shared" has one for all, "no_value"
-keeps it at zero, DRO-P takes the variance over the batch, KTO calls a completion good where its
-reward is above the mean.
+The bandit has three prompts with five completions each. Every method sees the same full batch,
+drawn from a behaviour policy that is not the reference, and one reward a completion. DRO-V has a
+value for each prompt; "shared" has one for all, "no_value" keeps it at zero, DRO-P takes the
+variance over the batch, KTO calls a completion good where its reward is above the mean.
 """
 
 import functools
@@ -17,7 +17,8 @@ import optax
 
 from alignment import dro, oracles, sequences
 from alignment.baselines import kto
-from experiments import bandit, evaluation, report, training
+from alignment.models import scalar_head
+from experiments import bandit, evaluation, language_model, language_task, report, training
 
 REWARDS = np.array(
   [
@@ -50,9 +51,43 @@ def _rows() -> tuple[np.ndarray, np.ndarray]:
   return np.repeat(prompts.ravel(), COUNTS.ravel()), np.repeat(arms.ravel(), COUNTS.ravel())
 
 
+# DRO-V's two networks start from the same body and share nothing afterwards.
+POLICY_AND_VALUE = language_model.Network(
+  make_apply_fn=scalar_head.make_policy_and_value_fn,
+  make_params=lambda params: dro.Params(policy=params, value=scalar_head.from_decoder(params)),
+  policy_of=lambda params: params.policy,
+  make_optimizer=lambda optimizer: dro.make_optimizer(optimizer, optimizer),
+  rules=scalar_head.SHARDING_RULES,
+)
+
+
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
+  if config.data.name == "three_prompts":
+    return _bandit(config)
+  return language_model.build(
+    config, workdir, algorithm=dro, collate=triples, network=POLICY_AND_VALUE, min_samples=1
+  )
+
+
+def triples(samples: language_task.Samples) -> dro.Batch:
+  """DRO's batch: every completion is an example of its own, rewards standardised over all."""
+  spread = samples.rewards.std()
+  if not spread:
+    raise ValueError("all completions have the same reward: there is nothing to learn from")
+  rows = language_model.single_rows(samples)
+  rewards = (samples.rewards - samples.rewards.mean()) / spread
+  return dro.Batch(
+    rows.tokens,
+    rows.mask,
+    samples.ref_logps.reshape(-1),
+    rewards.reshape(-1),
+    rows.prompt_tokens,
+    rows.prompt_mask,
+  )
+
+
+def _bandit(config: Any) -> training.Experiment:
   bandit.check_counts(config)
   taus, num_steps = bandit.positives(config, "algorithm.tau"), config.train.inner_steps
   schedule = optax.cosine_decay_schedule(

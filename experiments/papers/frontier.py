@@ -9,7 +9,17 @@ import numpy as np
 from experiments import evaluation, metrics, presets, report, training
 from experiments import workdir as run_folder
 
-_NAMES = {"copg": "CoPG", "ipo": "IPO", "dpo": "DPO"}
+NAMES = {
+  "copg": "CoPG",
+  "dpo": "DPO",
+  "dro": "DRO-V",
+  "ipo": "IPO",
+  "kto": "KTO",
+  "nash_md": "Nash-MD-PG",
+  "online_ipo": "online IPO",
+  "rloo": "RLOO",
+  "srpo": "SRPO",
+}
 
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
@@ -18,6 +28,11 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   Returns:
     The outcome of the run that a signal stopped, or the last one's with the final numbers of all.
   """
+  unknown = sorted(set(config.algorithms) - set(NAMES))
+  if unknown or not config.algorithms:
+    raise ValueError(
+      f"config.algorithms={tuple(config.algorithms)}: choose one or more of {', '.join(NAMES)}"
+    )
   records = {}
   for name in config.algorithms:
     sub = presets.resolve(f"{name}:{config.preset}")
@@ -39,10 +54,9 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
 class _Figures:
   """What a report asks of an experiment."""
 
-  headline = "copg/reward"
-
   def __init__(self, records: dict[str, list[dict[str, Any]]]):
     self._records = records
+    self.headline = f"{next(iter(records))}/reward"
 
   def figures(self, history: Any, result: Any) -> list[report.Figure]:
     del history, result
@@ -60,7 +74,7 @@ def draw(records: dict[str, list[dict[str, Any]]]) -> report.Figure:
     low = np.array([start, *(row["reward_low"] for row in rows)])
     high = np.array([start, *(row["reward_high"] for row in rows)])
     axis.errorbar(
-      kl, reward, yerr=[reward - low, high - reward], marker="o", capsize=2, label=_NAMES[name]
+      kl, reward, yerr=[reward - low, high - reward], marker="o", capsize=2, label=NAMES[name]
     )
   axis.set(xlabel="sequence KL to the reference, nats", ylabel="mean reward, held-out prompts")
   axis.legend()
@@ -79,6 +93,6 @@ def _result(records: dict[str, list[dict[str, Any]]]) -> evaluation.Result:
       )
     for row in evaluations:
       cells = (f"{row[key]:.3f}" for key in ("kl", "reward", "win_rate", "length", "distinct_2"))
-      rows.append([_NAMES[name], row["step"], *cells])
+      rows.append([NAMES[name], row["step"], *cells])
   columns = ["algorithm", "step", "KL", "reward", "win rate", "length", "distinct-2"]
   return evaluation.Result(metrics=found, tables=[report.Table("Evaluations", columns, rows)])

@@ -1,10 +1,10 @@
-"""Nash-MD (arXiv:2312.00886): the theorem's rate, large steps, and where the policy gradient stops.
+"""Nash-MD (arXiv:2312.00886): the theorem's rate, large steps, where the policy gradient stops.
 
-Two games: a cycle with unequal odds, and rock-paper-scissors; the reference plays (.6, .3, .1).
-Trained by the loop are exact policy gradients on a third one, with four actions: the mixture at
-several beta (0 is self-play, 1 the best response to the reference) and, as opponents, moving
-averages of the parameters. The mirror descents are scans of seconds, made for the figures in
-float64.
+And the language-model run, Nash-MD-PG. The bandits are two games, a cycle with unequal odds and
+rock-paper-scissors; the reference plays (.6, .3, .1). Trained by the loop are exact policy
+gradients on a third one, with four actions: the mixture at several beta (0 is self-play, 1 the best
+response to the reference) and, as opponents, moving averages of the parameters. The mirror descents
+are scans of seconds, made for the figures in float64.
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import nash_md, oracles
-from experiments import bandit, evaluation, report, training
+from alignment import nash_md, oracles, sequences
+from experiments import bandit, evaluation, online_language_model, report, training
 
 GAMES = {
   "unequal cycle": np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]]),
@@ -43,7 +43,38 @@ STEP_SIZES = (0.5, 1.0, 2.0, LARGE_STEP, 5.0)
 
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
+  if config.data.name == "cyclic_games":
+    return _bandit(config)
+  return online_language_model.build(config, workdir, algorithm=nash_md, collect=collect)
+
+
+def collect(
+  learner: nash_md.State,
+  prompts: sequences.Prompts,
+  key: jax.Array,
+  this_round: online_language_model.Round,
+) -> nash_md.Batch:
+  """Draws completions of the policy and of its opponent, the mixture, and has them compared."""
+  first, second = nash_md.sample(
+    learner,
+    prompts,
+    key,
+    sample_fn=this_round.sample_fn(),
+    opponent_fn=this_round.sample_fn(this_round.task.config.data.mixture_beta),
+  )
+  ref_token_logps = this_round.ref_token_logps(first)
+  rows = sequences.repeat_prompts(first)  # one example each, for micro-batches
+  return nash_md.Batch(
+    tokens=rows.tokens,
+    mask=rows.mask,
+    ref_token_logps=ref_token_logps,
+    preferences=this_round.preferences(first, second),
+    prompt_tokens=rows.prompt_tokens,
+    prompt_mask=rows.prompt_mask,
+  )
+
+
+def _bandit(config: Any) -> training.Experiment:
   bandit.check_counts(config)
   (tau,), learning_rate = bandit.positives(config, "algorithm.tau"), config.optimizer.learning_rate
   if tau * max(STEP_SIZES) > 1:

@@ -1,4 +1,4 @@
-"""SRPO (arXiv:2406.01660): who wrote the data, and what revising an answer brings.
+"""SRPO (arXiv:2406.01660): who wrote the data, what revising brings, and the language-model run.
 
 The bandit trains SRPO, IPO and DPO on labelled pairs that three behaviour policies drew. Arm c
 beats both others, arm a crushes arm b: data full of b make a look best to a method that averages
@@ -19,7 +19,7 @@ import optax
 
 from alignment import ipo, oracles, sequences, srpo
 from alignment.baselines import dpo
-from experiments import bandit, evaluation, report, training
+from experiments import bandit, evaluation, report, revision, training
 
 PREFERENCES = np.array([[0.5, 0.99, 0.3], [0.01, 0.5, 0.25], [0.7, 0.75, 0.5]])
 BEHAVIOURS = {
@@ -43,7 +43,12 @@ class _Data(NamedTuple):
 
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
+  if config.data.name == "srpo_bandit":
+    return _bandit(config)
+  return revision.build(config, workdir)
+
+
+def _bandit(config: Any) -> training.Experiment:
   # Two seeds: a standard error is part of a criterion.
   bandit.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
   for name in ("beta", "ipo_tau", "dpo_beta"):

@@ -90,6 +90,9 @@ def test_the_export_judges_as_the_evaluation_did(kind, train, tmp_path):
   tokenizer, full = task.model.tokenizer, task.full_params(params)
   learned_rewards.save(tmp_path / "m", task.settings, task.network, full, tokenizer=tokenizer)
   judge = learned_rewards.load(tmp_path / "m")
+  resolved = rewards.resolve_preference(str(tmp_path / "m"))  # what Nash-MD asks
+  one = (["a"], [" b"], [" ou"])
+  np.testing.assert_array_equal(resolved(*one), judge.preference_probs(*one))
   pairs = task.test_pairs[:6]
   texts = [[getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected")]
   got = judge.preference_probs(*texts)

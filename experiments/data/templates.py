@@ -1,0 +1,34 @@
+"""Prompts as data: a text with `{fields}`, each of which occurs once."""
+
+import re
+
+
+def check(name: str, template: str, *fields: str) -> None:
+  """Raises `ValueError` unless each of `fields`, in braces, occurs exactly once.
+
+  Args:
+    name: what the template is called in a message, such as "data.revision_template".
+    template: the text.
+    *fields: such as "prompt" and "answer".
+
+  Example:
+    >>> check("data.prompt_template", "{prompt} TL;DR:", "prompt")
+  """
+  for field in fields:
+    count = template.count("{" + field + "}")
+    if count != 1:
+      raise ValueError(
+        f"{name}={template!r} holds {{{field}}} {count} times: write it exactly once, where the "
+        f"{field} belongs"
+      )
+
+
+def fill(template: str, **values: str) -> str:
+  """Returns the template with each field replaced; braces inside the values stay as they are.
+
+  Example:
+    >>> fill("A better ending than {answer}: {prompt}", prompt="The soup", answer="was {cold}")
+    'A better ending than was {cold}: The soup'
+  """
+  pattern = "|".join(re.escape("{" + field + "}") for field in values)
+  return re.sub(pattern, lambda match: values[match[0][1:-1]], template)
