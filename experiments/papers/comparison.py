@@ -375,7 +375,7 @@ def _exploited(everyone: list[Player], rates: Any) -> report.Figure:
       axes[0][1].barh(place, share, left=left, color=report.PALETTE[style], label=label)
       left += share
   axes[0][0].axvline(0.5, color="#8a8f98", linestyle=":", linewidth=1)
-  axes[0][0].set(xlabel="win rate against the worst opponent (named)", xlim=(None, 0.58))
+  axes[0][0].set(xlabel="win rate against the worst opponent (named)", xlim=(None, 0.62))
   axes[0][0].set_yticks(places, [player.name for player in everyone], fontsize=8)
   axes[0][1].set(xlabel="share of styles", xlim=(0, 1))
   report.legend_below(figure, axes[0][1])
