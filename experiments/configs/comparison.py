@@ -17,8 +17,8 @@ from experiments.configs import base
 PRESETS = {
   "digits": base.Preset(
     "sixteen methods, two judges, three settings, three seeds, a two-layer transformer",
-    "1 to 2 hours",
-    "tables of docs/results/comparison.md",
+    "80 minutes",
+    "24 of 24 criteria; tables of docs/results/comparison.md",
   ),
   "tiny": base.Preset("two methods, a few steps", "1 minute", "runs"),
 }
