@@ -58,7 +58,8 @@ def compile_game(
   if isinstance(max_nodes, bool) or not isinstance(max_nodes, int) or max_nodes < 1:
     raise ValueError(f"max_nodes must be an integer >= 1, got {max_nodes!r}")
   wanted = jnp.dtype(dtype)
-  if not jnp.issubdtype(wanted, jnp.floating) or jax.dtypes.canonicalize_dtype(wanted) != wanted:
+  available = jnp.asarray(np.zeros(0, wanted)).dtype  # float32 where there is no float64
+  if available != wanted or not jnp.issubdtype(wanted, jnp.floating):
     raise ValueError(
       f"dtype must be a floating type that JAX has here, got {wanted}: for float64 call "
       'jax.config.update("jax_enable_x64", True) first'
@@ -166,7 +167,8 @@ def policy_to_openspiel(game: Game, policy: Any) -> Any:
 def policy_from_openspiel(game: Game, policy: Any) -> jax.Array:
   """Returns the array `[S, A]` of any policy of OpenSpiel, of C++ or Python.
 
-  It is asked at one history of each information state.
+  It is asked at one history of each information state, in the game that OpenSpiel makes from
+  `game.layout.name`: for games that have no such string use `policy_from_dict`.
   """
   parents, actions = np.asarray(game.parents), np.asarray(game.actions)
   states, nodes = np.unique(np.asarray(game.info_states), return_index=True)
@@ -249,7 +251,8 @@ def _expected_values(game: Game, policy: jax.Array) -> jax.Array:
   probs = game.chance_reach[game.terminals]
   for player in range(game.num_players):
     probs = probs * segments.take(reach, last[:, player])
-  return probs @ game.utilities[game.terminals]
+  # Not a matrix product: accelerators round its factors.
+  return jnp.sum(probs[:, None] * game.utilities[game.terminals], axis=0)
 
 
 @jax.jit

@@ -82,10 +82,10 @@ def _best_plan(game: games.Game, player: int, utilities: np.ndarray) -> tuple[np
 
 
 def _constraints(game: games.Game, player: int) -> tuple[Any, np.ndarray]:
-  """Returns E `[G + 1, G A + 1]` and e: the actions at a state share what its last sequence has.
+  """Returns E `[rows, G A + 1]` and e `[rows]`.
 
-  The columns of illegal actions are in no row but are bounded by no payoff either; a row fixes
-  them at zero together with the empty sequence at one.
+  A row of each state says that its legal actions share what its last sequence has; then one of
+  each illegal action holds it at zero, and the last holds the sequence of no move at one.
   """
   states = game.layout.player_slice(player)
   legal = np.asarray(game.legal)[states]
@@ -93,9 +93,8 @@ def _constraints(game: games.Game, player: int) -> tuple[Any, np.ndarray]:
   num_sequences = num_states * num_actions + 1
   movers = np.flatnonzero(np.asarray(game.players) == player)
   leading = np.zeros(num_states, int)
-  leading[np.asarray(game.info_states)[movers] - states.start] = _local_sequences(game, player)[
-    movers
-  ]
+  last = _local_sequences(game, player)[movers]
+  leading[np.asarray(game.info_states)[movers] - states.start] = last
   state, action = np.nonzero(legal)
   illegal = np.flatnonzero(~legal.reshape(-1))
   entries = [
