@@ -38,7 +38,10 @@ _LM = [
   "vaderSentiment>=3.3.2",
 ]
 
+_GAMES = ["open-spiel>=2.0.2"]
+
 _TEST = [
+  *_GAMES,  # the reference of every test of games; no part of the library's own needs
   "pytest>=8",
   "pytest-xdist>=3.6",
   "hypothesis>=6.100",
@@ -55,7 +58,7 @@ _EXTRAS = {
   "experiments": _EXPERIMENTS,
   "lm": _LM,
   "huggingface": ["datasets>=4"],  # for data called hf:NAME
-  "games": ["open-spiel>=2.0.2"],
+  "games": _GAMES,
   "test": _TEST,
   "benchmarks": ["torch>=2.13", "transformers>=5.12,<6"],
   "colab": [*_EXPERIMENTS, *_LM, "ipykernel>=6"],
@@ -63,7 +66,7 @@ _EXTRAS = {
   "cuda": ["jax[cuda13]"],
   "wandb": ["wandb>=0.19"],
 }
-_EXTRAS["all"] = sorted({*_EXPERIMENTS, *_LM, *_EXTRAS["games"], *_TEST})
+_EXTRAS["all"] = sorted({*_EXPERIMENTS, *_LM, *_GAMES, *_TEST})
 
 setuptools.setup(
   name="bootstrax",

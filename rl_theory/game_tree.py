@@ -1,0 +1,355 @@
+"""The arrays of a compiled game, and how they are made from a tree.
+
+A player's information states are numbered so that all states after the same number of the player's
+own moves form one slice: own reach runs through these slices forwards and counterfactual values
+backwards. Own moves, not the depth of the tree, order the states, since states of one information
+set can lie at different depths when a move of somebody else goes unseen.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rl_theory import openspiel, segments
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+  """What about a game is known to the compiler: two games of one layout share compiled code.
+
+  Attributes:
+    name: OpenSpiel's string of the game.
+    num_players: n.
+    num_actions: A, OpenSpiel's number of distinct actions.
+    max_children: W, the largest number of children of a history.
+    levels: `(start, stop)` of the histories at each depth of the tree.
+    state_levels: of each player, `(start, stop)` of the information states after 0, 1, ... moves of
+      its own.
+    sampling_widths: of each player, how many histories of each depth can be met when all actions
+      of this player are tried and one of everybody else's.
+    state_strings: OpenSpiel's string of each information state.
+  """
+
+  name: str
+  num_players: int
+  num_actions: int
+  max_children: int
+  levels: tuple[tuple[int, int], ...]
+  state_levels: tuple[tuple[tuple[int, int], ...], ...]
+  sampling_widths: tuple[tuple[int, ...], ...]
+  state_strings: tuple[str, ...]
+
+  def __hash__(self) -> int:
+    return hash((self.name, self.levels, self.state_levels))  # the strings are many
+
+  def __eq__(self, other: object) -> bool:
+    if self is other:
+      return True
+    return isinstance(other, Layout) and dataclasses.astuple(self) == dataclasses.astuple(other)
+
+  def player_slice(self, player: int) -> slice:
+    """Returns where the player's information states lie."""
+    levels = self.state_levels[player]
+    return slice(levels[0][0], levels[-1][1]) if levels else slice(0, 0)
+
+
+class PlayerTree(NamedTuple):
+  """One player's decisions as a tree of sequences, a sequence being a state and an action in it.
+
+  The sequences of a player with G states are s A + a, s counted from its first state, and G A for
+  "no move yet". Of all players together: s A + a, and S A for "no move yet".
+
+  Attributes:
+    terminals: the terminal histories, by number among them, below each sequence `[G A + 1]` and
+      below no later one.
+    opponents: tables like `terminals.rows` `[n, w, players - 1]`: the last sequences of the others,
+      numbered among those of all players.
+    parents: of each level but the first, `[G_k]` the sequence that leads to a state, numbered from
+      the start of the level before.
+    children: of each level but the first, its states as segments by `parents`.
+  """
+
+  terminals: segments.Segments
+  opponents: tuple[Any, ...]
+  parents: tuple[Any, ...]
+  children: tuple[segments.Segments, ...]
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=[
+    "parents",
+    "actions",
+    "players",
+    "info_states",
+    "first_children",
+    "num_children",
+    "children",
+    "chance_probs",
+    "chance_reach",
+    "utilities",
+    "terminals",
+    "sequences",
+    "legal",
+    "state_players",
+    "player_trees",
+  ],
+  meta_fields=["layout"],
+)
+@dataclasses.dataclass(frozen=True)
+class Game:
+  """A game as arrays, made by `games.compile_game`.
+
+  H histories breadth first (the root is 0, children of one history are adjacent), Z terminal ones,
+  S information states of all n players: those of player 0 first, each player's by number of own
+  moves before it, then in order of first visit. Another `utilities` of the same shape is another
+  game on the same tree: put it in with `dataclasses.replace`, also under `jax.vmap`.
+
+  Attributes:
+    parents: `[H]` the history before, -1 for the root.
+    actions: `[H]` OpenSpiel's number of the action that leads here, -1 for the root.
+    players: `[H]` who moves: 0, 1, ..., `CHANCE` or `TERMINAL`.
+    info_states: `[H]` the mover's information state, else -1.
+    first_children: `[H]` the first child; the others follow it.
+    num_children: `[H]`.
+    children: `[H, A]` the history after each action of a player, -1 for illegal ones and where no
+      player moves.
+    chance_probs: `[H]` probability of the edge into h if chance moved, else 1.
+    chance_reach: `[H]` product of `chance_probs` on the path to h.
+    utilities: `[H, n]` what the players get at terminal histories, else 0.
+    terminals: `[Z]` the terminal histories.
+    sequences: `[H, n]` each player's last state and action before h as s A + a, or S A for none.
+    legal: `[S, A]` which actions are legal.
+    state_players: `[S]` whose information state it is.
+    player_trees: each player's decisions, for passes over information states only.
+    layout: what is static.
+  """
+
+  parents: Any
+  actions: Any
+  players: Any
+  info_states: Any
+  first_children: Any
+  num_children: Any
+  children: Any
+  chance_probs: Any
+  chance_reach: Any
+  utilities: Any
+  terminals: Any
+  sequences: Any
+  legal: Any
+  state_players: Any
+  player_trees: tuple[PlayerTree, ...]
+  layout: Layout
+
+  @property
+  def num_players(self) -> int:
+    """Number of players n, chance not counted."""
+    return self.layout.num_players
+
+  @property
+  def state_strings(self) -> tuple[str, ...]:
+    """OpenSpiel's string of each information state, in the order of the rows of a policy."""
+    return self.layout.state_strings
+
+  def __repr__(self) -> str:
+    rows, columns = self.legal.shape[-2:]
+    return (
+      f"Game({self.layout.name!r}, players={self.num_players}, histories={self.parents.shape[-1]}, "
+      f"information states={rows}, actions={columns})"
+    )
+
+
+def index(tree: openspiel.Tree, dtype: Any) -> Game:
+  """Returns the game of a tree.
+
+  Raises:
+    ValueError: if a player forgets own moves, or one information state has two sets of actions.
+  """
+  num_actions, num_players = tree.num_actions, tree.utilities.shape[1]
+  num_states = len(tree.state_strings)
+  levels = _levels(tree.parents)
+  first_children = np.searchsorted(tree.parents, np.arange(len(tree.parents))).astype(np.int32)
+  num_children = np.bincount(tree.parents[1:], minlength=len(tree.parents)).astype(np.int32)
+  movers = np.flatnonzero(tree.info_states >= 0)
+  first_visits = np.zeros(num_states, int)
+  first_visits[tree.info_states[movers][::-1]] = movers[::-1]
+  state_players = tree.players[first_visits]
+
+  # Numbers of the information states: until here by first visit.
+  sequences, moves = _last_sequences(tree, levels)
+  state_moves = moves[first_visits, state_players]
+  new_to_old = np.lexsort((np.arange(num_states), state_moves, state_players))
+  old_to_new = np.argsort(new_to_old)
+  _check_recall(tree, sequences, movers, first_visits)
+  moved = sequences >= 0
+  renumbered = old_to_new[np.where(moved, sequences // num_actions, 0)]
+  none_yet = num_states * num_actions
+  sequences = np.where(moved, renumbered * num_actions + sequences % num_actions, none_yet)
+  info_states = np.where(tree.info_states >= 0, old_to_new[tree.info_states], -1)
+  state_players, state_moves = state_players[new_to_old], state_moves[new_to_old]
+  strings = tuple(tree.state_strings[state] for state in new_to_old)
+
+  decided = np.flatnonzero((tree.parents >= 0) & (tree.players[tree.parents] >= 0))
+  children = np.full((len(tree.parents), num_actions), -1, np.int32)
+  children[tree.parents[decided], tree.actions[decided]] = decided
+  legal = np.zeros((num_states, num_actions), bool)
+  legal[info_states[tree.parents[decided]], tree.actions[decided]] = True
+  _check_legal(info_states[movers], num_children[movers], legal, strings)
+
+  chance_reach = np.ones(len(tree.parents))
+  for start, stop in levels[1:]:
+    chance_reach[start:stop] = (
+      chance_reach[tree.parents[start:stop]] * tree.chance_probs[start:stop]
+    )
+  terminals = np.flatnonzero(tree.players == openspiel.TERMINAL)
+  parent_sequences = np.full(num_states, none_yet)
+  parent_sequences[info_states[movers]] = sequences[movers, tree.players[movers]]
+  state_levels = tuple(
+    _state_levels(state_players, state_moves, player) for player in range(num_players)
+  )
+  layout = Layout(
+    name=tree.name,
+    num_players=num_players,
+    num_actions=num_actions,
+    max_children=int(num_children.max()),
+    levels=levels,
+    state_levels=state_levels,
+    sampling_widths=tuple(
+      _sampling_widths(tree, levels, first_children, num_children, player)
+      for player in range(num_players)
+    ),
+    state_strings=strings,
+  )
+
+  def integers(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.int32)
+
+  game = Game(
+    parents=integers(tree.parents),
+    actions=integers(tree.actions),
+    players=integers(tree.players),
+    info_states=integers(info_states),
+    first_children=integers(first_children),
+    num_children=integers(num_children),
+    children=integers(children),
+    chance_probs=tree.chance_probs.astype(dtype),
+    chance_reach=chance_reach.astype(dtype),
+    utilities=tree.utilities.astype(dtype),
+    terminals=integers(terminals),
+    sequences=integers(sequences),
+    legal=legal,
+    state_players=integers(state_players),
+    player_trees=tuple(
+      _player_tree(player, layout, sequences[terminals], parent_sequences)
+      for player in range(num_players)
+    ),
+    layout=layout,
+  )
+  return jax.device_put(game)
+
+
+def _levels(parents: np.ndarray) -> tuple[tuple[int, int], ...]:
+  levels = [(0, 1)]
+  while levels[-1][1] < len(parents):
+    stop = levels[-1][1]
+    levels.append((stop, int(np.searchsorted(parents, stop))))
+  return tuple(levels)
+
+
+def _last_sequences(
+  tree: openspiel.Tree, levels: tuple[tuple[int, int], ...]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns each player's last sequence (-1 for none) and number of moves before h, `[H, n]`."""
+  sequences = np.full(tree.utilities.shape, -1)
+  moves = np.zeros(tree.utilities.shape, int)
+  for start, stop in levels[1:]:
+    parents = tree.parents[start:stop]
+    sequences[start:stop], moves[start:stop] = sequences[parents], moves[parents]
+    by_player = np.flatnonzero(tree.players[parents] >= 0)
+    rows, columns = start + by_player, tree.players[parents[by_player]]
+    last = tree.info_states[parents[by_player]] * tree.num_actions + tree.actions[rows]
+    sequences[rows, columns] = last
+    moves[rows, columns] += 1
+  return sequences, moves
+
+
+def _check_recall(
+  tree: openspiel.Tree, sequences: np.ndarray, movers: np.ndarray, first_visits: np.ndarray
+) -> None:
+  own = sequences[movers, tree.players[movers]]
+  first = first_visits[tree.info_states[movers]]
+  forgotten = np.flatnonzero(own != sequences[first, tree.players[movers]])
+  if forgotten.size:
+    state = tree.info_states[movers[forgotten[0]]]
+    raise ValueError(
+      f"game {tree.name} has imperfect recall: at information state "
+      f"{tree.state_strings[state]!r} player {tree.players[first_visits[state]]} does not know its "
+      "own earlier moves; best responses and CFR need a game with perfect recall"
+    )
+
+
+def _check_legal(
+  info_states: np.ndarray, num_children: np.ndarray, legal: np.ndarray, strings: tuple[str, ...]
+) -> None:
+  wrong = np.flatnonzero(legal.sum(1)[info_states] != num_children)
+  if wrong.size:
+    raise ValueError(
+      f"information state {strings[info_states[wrong[0]]]!r} has different legal actions at "
+      "different histories: the mover could tell them apart"
+    )
+
+
+def _state_levels(
+  state_players: np.ndarray, state_moves: np.ndarray, player: int
+) -> tuple[tuple[int, int], ...]:
+  start = int(np.searchsorted(state_players, player))
+  sizes = np.bincount(state_moves[state_players == player])
+  stops = start + np.cumsum(sizes)
+  return tuple(zip((stops - sizes).tolist(), stops.tolist(), strict=True))
+
+
+def _player_tree(
+  player: int, layout: Layout, last: np.ndarray, parent_sequences: np.ndarray
+) -> PlayerTree:
+  """Returns the tree of one player; `last` is `[Z, n]` and `parent_sequences` `[S]`."""
+  num_actions, levels = layout.num_actions, layout.state_levels[player]
+  states = layout.player_slice(player)
+  num_sequences = (states.stop - states.start) * num_actions
+  none_yet = len(parent_sequences) * num_actions
+  own = np.where(
+    last[:, player] == none_yet, num_sequences, last[:, player] - states.start * num_actions
+  )
+  terminals = segments.make(own, num_sequences + 1)
+  others = np.delete(last, player, axis=1)
+  padded = np.concatenate([others, np.full((1, others.shape[1]), none_yet)])
+  opponents = tuple(padded[rows].astype(np.int32) for rows in terminals.rows)
+  parents, children = [], []
+  for (start, stop), (before, _) in zip(levels[1:], levels[:-1], strict=True):
+    local = parent_sequences[start:stop] - before * num_actions
+    parents.append(local.astype(np.int32))
+    children.append(segments.make(local, (start - before) * num_actions))
+  return PlayerTree(terminals, opponents, tuple(parents), tuple(children))
+
+
+def _sampling_widths(
+  tree: openspiel.Tree,
+  levels: tuple[tuple[int, int], ...],
+  first_children: np.ndarray,
+  num_children: np.ndarray,
+  player: int,
+) -> tuple[int, ...]:
+  """Returns how many histories of each depth a traversal meets that samples all other players."""
+  counts = np.zeros((len(tree.parents), len(levels)), np.int32)
+  for depth, (start, stop) in reversed(list(enumerate(levels))):
+    inner = start + np.flatnonzero(num_children[start:stop])
+    if inner.size:
+      below = counts[slice(*levels[depth + 1])]
+      offsets = first_children[inner] - levels[depth + 1][0]
+      totals, largest = np.add.reduceat(below, offsets), np.maximum.reduceat(below, offsets)
+      counts[inner] = np.where((tree.players[inner] == player)[:, None], totals, largest)
+    counts[start:stop, depth] = 1
+  return tuple(counts[0].tolist())

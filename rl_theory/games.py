@@ -1,0 +1,381 @@
+"""Games as arrays: what policies are worth, best responses and distance from equilibrium.
+
+`compile_game` reads a game of OpenSpiel once; everything after it is a pure jitted function of a
+`Game` and a policy, and maps over policies, payoffs and seeds with `jax.vmap`. A policy is one
+array `[S, A]`: the action probabilities at all information states of all players, in the order of
+`game.state_strings`.
+
+Values are sums over terminal histories of utility times the players' and chance's probabilities to
+reach them, so a policy costs a few gathers per number of own moves, whatever the depth of the tree.
+Any number of players, chance anywhere, general sums; perfect recall is required and checked.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_theory import game_tree, openspiel, segments
+
+Game = game_tree.Game
+CHANCE, TERMINAL = openspiel.CHANCE, openspiel.TERMINAL
+# float32 policies that somebody else has rounded.
+_TOLERANCE = 1e-4
+
+
+def compile_game(
+  game_or_string: Any,
+  *,
+  max_nodes: int = 1_000_000,
+  dtype: Any = jnp.float32,
+  cache: str | os.PathLike[str] | None = None,
+) -> Game:
+  """Returns the arrays of a game.
+
+  Simultaneous moves are taken in turn and hidden from each other. Trees are kept on disk by the
+  game's string and OpenSpiel's version; a file that cannot be read is made again.
+
+  Args:
+    game_or_string: OpenSpiel's string, such as "leduc_poker" or "kuhn_poker(players=3)", or a game
+      of OpenSpiel (which is not kept on disk).
+    max_nodes: histories, chance and terminal ones included, above which the game is refused.
+    dtype: of probabilities and utilities; float64 needs JAX's `jax_enable_x64`.
+    cache: folder in which trees are kept; None means `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
+
+  Raises:
+    ImportError: if OpenSpiel is absent.
+    ValueError: if there is no such game (the closest names are shown), it is larger than
+      `max_nodes`, a player forgets what it did, or float64 is not available.
+
+  Example:
+    >>> game = compile_game("kuhn_poker")  # doctest: +SKIP
+    >>> nash_conv(game, uniform_policy(game))  # doctest: +SKIP
+    Array(0.9166667, dtype=float32)
+  """
+  if isinstance(max_nodes, bool) or not isinstance(max_nodes, int) or max_nodes < 1:
+    raise ValueError(f"max_nodes must be an integer >= 1, got {max_nodes!r}")
+  wanted = jnp.dtype(dtype)
+  available = jnp.asarray(np.zeros(0, wanted)).dtype  # float32 where there is no float64
+  if available != wanted or not jnp.issubdtype(wanted, jnp.floating):
+    raise ValueError(
+      f"dtype must be a floating type that JAX has here, got {wanted}: for float64 call "
+      'jax.config.update("jax_enable_x64", True) first'
+    )
+  return game_tree.index(
+    openspiel.read_tree(game_or_string, max_nodes=max_nodes, cache=cache), wanted
+  )
+
+
+# --- policies ---
+
+
+def uniform_policy(game: Game) -> jax.Array:
+  """Returns the policy `[S, A]` that plays every legal action equally often."""
+  legal = game.legal.astype(game.utilities.dtype)
+  return legal / jnp.sum(legal, axis=-1, keepdims=True)
+
+
+def check_policy(game: Game, policy: Any) -> None:
+  """Raises `ValueError` unless `policy` is `[S, A]` and holds probabilities of legal actions.
+
+  The functions of this module check shapes always and values of NumPy arrays and lists; arrays on a
+  device are looked at here only, since that waits for them.
+  """
+  _check_shape(game, policy)
+  probs = np.asarray(policy, float)
+  legal = np.asarray(game.legal)
+  bad = np.flatnonzero(~((probs >= 0) & np.isfinite(probs)).all(1))
+  if bad.size:
+    raise ValueError(f"policy must be probabilities, got {_row(game, probs, bad[0])}")
+  bad = np.flatnonzero(np.where(legal, 0, probs).sum(1) > _TOLERANCE)
+  if bad.size:
+    raise ValueError(
+      f"policy must give illegal actions no probability, got {_row(game, probs, bad[0])} with "
+      f"legal actions {np.flatnonzero(legal[bad[0]]).tolist()}"
+    )
+  bad = np.flatnonzero(np.abs(probs.sum(1) - 1) > _TOLERANCE)
+  if bad.size:
+    raise ValueError(f"policy must sum to 1 in every row, got {_row(game, probs, bad[0])}")
+
+
+def _row(game: Game, probs: np.ndarray, state: int) -> str:
+  return f"{probs[state].tolist()} at row {state}, information state {game.state_strings[state]!r}"
+
+
+def _check_shape(game: Game, policy: Any) -> None:
+  if np.shape(policy) != game.legal.shape:
+    raise ValueError(
+      f"policy must have shape [S, A] = {list(game.legal.shape)} in {game.layout.name}, got "
+      f"{list(np.shape(policy))}: one row for each of game.state_strings; use jax.vmap for several"
+    )
+
+
+def _checked(game: Game, policy: Any) -> jax.Array:
+  """Returns the policy as an array of the game's type, looked at unless that would cost a wait."""
+  if isinstance(policy, jax.Array):
+    _check_shape(game, policy)
+  else:
+    check_policy(game, policy)
+  return jnp.asarray(policy, game.utilities.dtype)
+
+
+def policy_to_dict(game: Game, policy: Any) -> dict[str, dict[int, float]]:
+  """Returns the probability of each legal action at each information-state string."""
+  check_policy(game, policy)
+  _rows_by_string(game)
+  legal, probs = np.asarray(game.legal), np.asarray(policy, float)
+  return {
+    string: {int(action): float(probs[state, action]) for action in np.flatnonzero(legal[state])}
+    for state, string in enumerate(game.state_strings)
+  }
+
+
+def policy_from_dict(game: Game, rows: Mapping[str, Mapping[int, float]]) -> jax.Array:
+  """Returns the policy `[S, A]` with the probabilities of a dictionary by information-state string.
+
+  Actions left out of a row have probability 0.
+
+  Raises:
+    ValueError: if a state is absent or unknown, or the probabilities are none.
+  """
+  by_string = _rows_by_string(game)
+  unknown, absent = rows.keys() - by_string.keys(), by_string.keys() - rows.keys()
+  if unknown or absent:
+    problem, strings = ("unknown", unknown) if unknown else ("absent", absent)
+    raise ValueError(
+      f"the dictionary must have one row for each of the {len(by_string)} information states of "
+      f"{game.layout.name}: {len(strings)} {problem}, such as {min(strings)!r}"
+    )
+  probs = np.zeros(game.legal.shape)
+  for string, row in rows.items():
+    for action, prob in row.items():
+      if not 0 <= action < probs.shape[1]:
+        raise ValueError(f"no action {action} in {game.layout.name}, got it at {string!r}")
+      probs[by_string[string], action] = prob
+  return _checked(game, probs)
+
+
+def policy_to_openspiel(game: Game, policy: Any) -> Any:
+  """Returns the policy as OpenSpiel's `pyspiel.TabularPolicy`."""
+  rows = policy_to_dict(game, policy)
+  return openspiel.tabular_policy({string: list(row.items()) for string, row in rows.items()})
+
+
+def policy_from_openspiel(game: Game, policy: Any) -> jax.Array:
+  """Returns the array `[S, A]` of any policy of OpenSpiel, of C++ or Python.
+
+  It is asked at one history of each information state, in the game that OpenSpiel makes from
+  `game.layout.name`: for games that have no such string use `policy_from_dict`.
+  """
+  parents, actions = np.asarray(game.parents), np.asarray(game.actions)
+  states, nodes = np.unique(np.asarray(game.info_states), return_index=True)
+  paths = []
+  for node in nodes[states >= 0]:
+    path: list[int] = []
+    while node > 0:
+      path.append(int(actions[node]))
+      node = parents[node]
+    paths.append(path[::-1])
+  probs = np.zeros(game.legal.shape)
+  for state, row in enumerate(openspiel.action_probabilities(game.layout.name, paths, policy)):
+    for action, prob in row.items():
+      probs[state, action] = prob
+  return _checked(game, probs)
+
+
+def _rows_by_string(game: Game) -> dict[str, int]:
+  by_string = {string: state for state, string in enumerate(game.state_strings)}
+  if len(by_string) < len(game.state_strings):
+    raise ValueError(
+      f"two players of {game.layout.name} share an information-state string: strings do not name "
+      "the states, use the array"
+    )
+  return by_string
+
+
+# --- values ---
+
+
+def expected_values(game: Game, policy: Any) -> jax.Array:
+  """Returns `[n]`, what each player gets on average when all play `policy` `[S, A]`.
+
+  Raises:
+    ValueError: if the shape is wrong, or a NumPy `policy` is no policy; as everywhere here.
+  """
+  return _expected_values(game, _checked(game, policy))
+
+
+def reach_probabilities(game: Game, policy: Any) -> jax.Array:
+  """Returns `[H, n + 1]`, what each player and (last) chance contribute to reaching each history.
+
+  The product over the last axis is the probability of the history.
+  """
+  return _reach_probabilities(game, _checked(game, policy))
+
+
+def best_response_values(game: Game, policy: Any) -> jax.Array:
+  """Returns `[n]`, the most that each player can get while the others keep to `policy`."""
+  return _best_response_values(game, _checked(game, policy))
+
+
+def nash_conv(game: Game, policy: Any) -> jax.Array:
+  """Returns the sum over players of what a best response gains; a scalar, 0 at an equilibrium.
+
+  It is zero up to rounding, so float32 may give a small negative number.
+  """
+  return _nash_conv(game, _checked(game, policy))
+
+
+def exploitability(game: Game, policy: Any) -> jax.Array:
+  """Returns `nash_conv` over the number of players."""
+  return nash_conv(game, policy) / game.num_players
+
+
+def counterfactual_values(game: Game, policy: Any) -> jax.Array:
+  """Returns `[S, A]`, each action's value at a state weighted with others' reach.
+
+  At state s of player i: the sum over histories h in s of the probability that the other players
+  and chance contribute to h, times what i gets after the action when all follow `policy`. Illegal
+  actions have 0.
+  """
+  return _counterfactual_values(game, _checked(game, policy))
+
+
+@jax.jit
+def _expected_values(game: Game, policy: jax.Array) -> jax.Array:
+  reach = sequence_reach(game, policy)
+  last = game.sequences[game.terminals]
+  probs = game.chance_reach[game.terminals]
+  for player in range(game.num_players):
+    probs = probs * segments.take(reach, last[:, player])
+  # Not a matrix product: accelerators round its factors.
+  return jnp.sum(probs[:, None] * game.utilities[game.terminals], axis=0)
+
+
+@jax.jit
+def _reach_probabilities(game: Game, policy: jax.Array) -> jax.Array:
+  reach = sequence_reach(game, policy)
+  return jnp.concatenate([segments.take(reach, game.sequences), game.chance_reach[:, None]], axis=1)
+
+
+@jax.jit
+def _best_response_values(game: Game, policy: jax.Array) -> jax.Array:
+  reach, payoffs = sequence_reach(game, policy), terminal_payoffs(game)
+  values = []
+  for player in range(game.num_players):
+    legal = game.legal[game.layout.player_slice(player)]
+
+    def best(action_values: jax.Array, rows: slice, legal: jax.Array = legal) -> jax.Array:
+      return jnp.max(jnp.where(legal[rows], action_values, -jnp.inf), axis=1)
+
+    values.append(backward(game, player, reach, payoffs[player], best)[1])
+  return jnp.stack(values)
+
+
+@jax.jit
+def _nash_conv(game: Game, policy: jax.Array) -> jax.Array:
+  return jnp.sum(_best_response_values(game, policy) - _expected_values(game, policy))
+
+
+@jax.jit
+def _counterfactual_values(game: Game, policy: jax.Array) -> jax.Array:
+  reach, payoffs = sequence_reach(game, policy), terminal_payoffs(game)
+  values = []
+  for player in range(game.num_players):
+    follow = follow_policy(policy[game.layout.player_slice(player)])
+    values.append(backward(game, player, reach, payoffs[player], follow)[0])
+  return jnp.concatenate(values)
+
+
+# --- the passes over one player's states, for the solvers too ---
+
+
+def own_reach(game: Game, player: int, policy: jax.Array) -> jax.Array:
+  """Returns `[G, A]`, the player's own probability of each of its states and the action in it.
+
+  `policy` `[G, A]` holds the rows of this player.
+  """
+  tree = game.player_trees[player]
+  reach: list[jax.Array] = []
+  first = game.layout.player_slice(player).start
+  for level, (start, stop) in enumerate(game.layout.state_levels[player]):
+    probs = policy[start - first : stop - first]
+    if level:
+      leading = segments.take(reach[-1].reshape(-1), tree.parents[level - 1])
+      probs = probs * leading[:, None]
+    reach.append(probs)
+  return jnp.concatenate(reach) if reach else policy
+
+
+def sequence_reach(game: Game, policy: jax.Array) -> jax.Array:
+  """Returns `[S A + 1]`, own reach of every sequence of all players; the last, of no move, is 1."""
+  return join_reach(
+    [
+      own_reach(game, player, policy[game.layout.player_slice(player)])
+      for player in range(game.num_players)
+    ]
+  )
+
+
+def join_reach(reaches: list[jax.Array]) -> jax.Array:
+  """Returns all players' `own_reach` as one array `[S A + 1]`."""
+  return jnp.concatenate([*(reach.reshape(-1) for reach in reaches), jnp.ones(1, reaches[0].dtype)])
+
+
+def terminal_payoffs(game: Game) -> tuple[tuple[jax.Array, ...], ...]:
+  """Returns each player's utilities times chance's probability, in the tables of its tree."""
+  payoffs = game.utilities[game.terminals] * game.chance_reach[game.terminals][:, None]
+  return tuple(
+    segments.gather(payoffs[:, player], tree.terminals)
+    for player, tree in enumerate(game.player_trees)
+  )
+
+
+def follow_policy(policy: jax.Array) -> Callable[[jax.Array, slice], jax.Array]:
+  """Returns the `reduce` of `backward` that plays `policy` `[G, A]`."""
+  return lambda action_values, rows: jnp.sum(policy[rows] * action_values, axis=1)
+
+
+def backward(
+  game: Game,
+  player: int,
+  reach: jax.Array,
+  payoffs: tuple[jax.Array, ...],
+  reduce: Callable[[jax.Array, slice], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Returns a player's counterfactual action values, and its value of the game.
+
+  Args:
+    game: the game.
+    player: whose states are passed, from the last own move to the first.
+    reach: `[S A + 1]` from `sequence_reach`; only the other players' entries count.
+    payoffs: the player's part of `terminal_payoffs`.
+    reduce: `reduce(action_values, rows) -> [rows]`: the value of each state in the slice `rows` of
+      the player's states, from its `[rows, A]` action values.
+
+  Returns:
+    `[G, A]` action values and the scalar value before the first move.
+  """
+  tree, num_actions = game.player_trees[player], game.layout.num_actions
+  weighted = []
+  for payoff, others in zip(payoffs, tree.opponents, strict=True):
+    for column in range(others.shape[-1]):
+      payoff = payoff * segments.take(reach, others[..., column])
+    weighted.append(payoff)
+  at_terminals = segments.sum_rows(tuple(weighted), tree.terminals, reach.dtype)
+  levels, first = game.layout.state_levels[player], game.layout.player_slice(player).start
+  action_values: list[jax.Array] = []
+  values = None
+  for level in reversed(range(len(levels))):
+    rows = slice(levels[level][0] - first, levels[level][1] - first)
+    here = at_terminals[rows.start * num_actions : rows.stop * num_actions]
+    if values is not None:
+      here = here + segments.segment_sum(values, tree.children[level])
+    action_values.insert(0, here.reshape(-1, num_actions))
+    values = reduce(action_values[0], rows)
+  if values is None:
+    return jnp.zeros((0, num_actions), reach.dtype), at_terminals[-1]
+  return jnp.concatenate(action_values), at_terminals[-1] + jnp.sum(values)

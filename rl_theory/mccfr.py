@@ -1,0 +1,284 @@
+"""Monte Carlo CFR: regrets from sampled histories, by outcome sampling or external sampling.
+
+Problem, regrets, policies and averages as in `cfr`; only the cost of an iteration differs. One
+update samples for each player i in turn, and adds unbiased estimates of its regrets:
+
+- "outcome": one history to the end. Player i explores (a share epsilon of uniform play), the others
+  follow their policies, and what was sampled is divided by its probability.
+- "external": all actions of player i, one of everybody else at each history met.
+
+The average policy is cumulated where the method visits: for "outcome" at the states of player i,
+own reach * pi over the sampling probability; for "external" at the states of the next player, pi.
+
+| paper symbol | here |
+|---|---|
+| pi_i(z[I]), pi_-i(z[I]), q(z[I]) | own, others' and sampling probability of the way to a state |
+| epsilon | `Config.epsilon` |
+
+Reference: Lanctot et al. 2009, "Monte Carlo sampling for regret minimization in extensive games",
+https://papers.nips.cc/paper/3713. For more than two players the average of "external" is a
+heuristic: a state is met as often as all sampled players allow.
+"""
+
+import dataclasses
+import functools
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl_theory import cfr, games, regret_matching
+
+Metrics = dict[str, jax.Array]
+State = cfr.State
+SAMPLING = ("outcome", "external")
+init, current_policy, average_policy = cfr.init, cfr.current_policy, cfr.average_policy
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["epsilon"],
+  meta_fields=["sampling", "num_samples"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyper-parameters.
+
+  Attributes:
+    epsilon: in (0, 1], share of uniform play in what the updated player samples; "outcome" only.
+    sampling: "outcome" or "external".
+    num_samples: independent samples for each player and update, whose estimates are averaged.
+  """
+
+  epsilon: Any = 0.6
+  sampling: str = "outcome"
+  num_samples: int = 1
+
+  def __post_init__(self):
+    if self.sampling not in SAMPLING:
+      raise ValueError(f"sampling must be one of 'outcome', 'external', got {self.sampling!r}")
+    count = self.num_samples
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+      raise ValueError(f"num_samples must be an integer >= 1, got {count!r}")
+    if isinstance(self.epsilon, numbers.Real) and not 0 < float(self.epsilon) <= 1:
+      raise ValueError(f"epsilon must lie in (0, 1], got {self.epsilon}: 0 never explores")
+
+
+@jax.jit
+def update(
+  state: State, game: games.Game, key: jax.Array, *, config: Config
+) -> tuple[State, Metrics]:
+  """Returns the state after one sampled iteration of every player in turn.
+
+  Args:
+    state: from `init` or an earlier `update` of the same game.
+    game: the game.
+    key: typed PRNG key.
+    config: hyper-parameters.
+
+  Returns:
+    The new state, and `mccfr/nodes`: the mean number of histories that a sample met.
+  """
+  traverse = _outcome if config.sampling == "outcome" else _external
+  met = []
+  for player in range(game.num_players):
+    keys = jax.random.split(jax.random.fold_in(key, player), config.num_samples)
+
+    def sample(
+      key: jax.Array, player: int = player, regrets: jax.Array = state.regrets
+    ) -> "_Increments":
+      return traverse(key, game, player, regrets, config)
+
+    found = jax.vmap(sample)(keys)
+    state = state._replace(
+      regrets=_scatter(state.regrets, found.states, found.actions, found.regrets, config),
+      policy_sums=_scatter(
+        state.policy_sums, found.policy_states, found.actions, found.policies, config
+      ),
+    )
+    met.append(jnp.mean(found.nodes.astype(state.regrets.dtype)))
+  return state._replace(step=state.step + 1), {"mccfr/nodes": jnp.mean(jnp.stack(met))}
+
+
+def solve(
+  game: games.Game,
+  key: jax.Array,
+  *,
+  num_iterations: int,
+  config: Config | None = None,
+) -> cfr.Solution:
+  """Returns the average policy after a number of updates, run as one compiled scan.
+
+  Args:
+    game: the game.
+    key: typed PRNG key; map over keys with `jax.vmap` for independent runs.
+    num_iterations: at least 1; each updates every player once.
+    config: hyper-parameters; outcome sampling by default.
+
+  Raises:
+    ValueError: if `num_iterations` is no positive integer.
+  """
+  if isinstance(num_iterations, bool) or not isinstance(num_iterations, int) or num_iterations < 1:
+    raise ValueError(f"num_iterations must be an integer >= 1, got {num_iterations!r}")
+  return _solve(game, key, Config() if config is None else config, num_iterations)
+
+
+@functools.partial(jax.jit, static_argnames="num_iterations")
+def _solve(game: games.Game, key: jax.Array, config: Config, num_iterations: int) -> cfr.Solution:
+  def body(state: State, _: None) -> tuple[State, None]:
+    return update(state, game, jax.random.fold_in(key, state.step), config=config)[0], None
+
+  state, _ = jax.lax.scan(body, init(game), length=num_iterations)
+  return cfr.Solution(average_policy(game, state), state)
+
+
+class _Increments(NamedTuple):
+  """What one sample adds: `[X, W]` rows of X histories with W children at most.
+
+  Attributes:
+    states: `[X]` where regrets are added; S for nowhere.
+    policy_states: `[X]` where the average is added; S for nowhere.
+    actions: `[X, W]` the action of each child; A beyond the last.
+    regrets: `[X, W]`.
+    policies: `[X, W]`.
+    nodes: number of histories met.
+  """
+
+  states: jax.Array
+  policy_states: jax.Array
+  actions: jax.Array
+  regrets: jax.Array
+  policies: jax.Array
+  nodes: jax.Array
+
+
+def _scatter(
+  table: jax.Array, states: jax.Array, actions: jax.Array, added: jax.Array, config: Config
+) -> jax.Array:
+  """Returns the table `[S, A]` with rows added; places outside of it are dropped."""
+  return table.at[states[..., None], actions].add(added / config.num_samples, mode="drop")
+
+
+class _Local(NamedTuple):
+  """One history's moves: its children `[W]` with their actions, probabilities and validity."""
+
+  children: jax.Array
+  actions: jax.Array
+  probs: jax.Array
+  legal: jax.Array
+  state: jax.Array
+  player: jax.Array
+
+
+def _look(game: games.Game, regrets: jax.Array, node: jax.Array) -> _Local:
+  """Returns the moves at a history: regret matching's for a player, chance's own."""
+  slots = jnp.arange(game.layout.max_children, dtype=jnp.int32)
+  legal = slots < game.num_children[node]
+  children = jnp.minimum(game.first_children[node] + slots, len(game.parents) - 1)
+  actions, player, state = game.actions[children], game.players[node], game.info_states[node]
+  rows = jnp.maximum(state, 0)
+  columns = jnp.clip(actions, 0, game.layout.num_actions - 1)
+  policy = regret_matching.regret_matching(regrets[rows, columns], legal)
+  probs = jnp.where(player == games.CHANCE, game.chance_probs[children], policy)
+  return _Local(children, actions, jnp.where(legal, probs, 0), legal, state, player)
+
+
+def _draw(key: jax.Array, probs: jax.Array) -> jax.Array:
+  """Returns an index drawn with probabilities `[W]`, never one of probability 0."""
+  sums = jnp.cumsum(probs)
+  threshold = jax.random.uniform(key, dtype=probs.dtype) * sums[-1]
+  return jnp.argmax((sums > threshold) & (probs > 0))
+
+
+def _outcome(
+  key: jax.Array, game: games.Game, player: int, regrets: jax.Array, config: Config
+) -> _Increments:
+  """Samples one history to its end; all quantities are those on the way to a node."""
+  num_states, num_actions = game.legal.shape
+  one = jnp.ones((), regrets.dtype)
+
+  def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
+    node, own, others, sampled = carry
+    moves = _look(game, regrets, node)
+    mine, moving = moves.player == player, moves.player != games.TERMINAL
+    uniform = moves.legal / jnp.maximum(jnp.sum(moves.legal), 1)
+    explored = config.epsilon * uniform + (1 - config.epsilon) * moves.probs
+    sampling = jnp.where(mine, explored, moves.probs).astype(regrets.dtype)
+    slot = _draw(key, sampling)
+    prob = jnp.where(moving, moves.probs[slot], 1)
+    drawn = jnp.where(moving, sampling[slot], 1)
+    following = (
+      jnp.where(moving, moves.children[slot], node),
+      jnp.where(mine, own * prob, own),
+      jnp.where(mine, others, others * prob),
+      sampled * drawn,
+    )
+    return following, (moves, slot, prob / drawn, drawn, own, others / sampled, own / sampled)
+
+  keys = jax.random.split(key, max(len(game.layout.levels) - 1, 1))
+  (last, *_), path = jax.lax.scan(step, (jnp.zeros((), jnp.int32), one, one, one), keys)
+  moves, slots, ratios, drawn, _, others, own = path
+  # The value of the way that was taken, importance-weighted, from the end backwards.
+  end = game.utilities[last, player]
+  after = jnp.concatenate([jnp.cumprod(ratios[::-1])[::-1][1:], jnp.ones(1, ratios.dtype)]) * end
+  taken = jnp.arange(game.layout.max_children) == slots[:, None]
+  child_values = jnp.where(taken, (after / drawn)[:, None], 0)
+  values = (after * ratios)[:, None]
+  mine = moves.player == player
+  states = jnp.where(mine, moves.state, num_states)
+  return _Increments(
+    states=states,
+    policy_states=states,
+    actions=jnp.where(moves.legal, moves.actions, num_actions),
+    regrets=(child_values - values) * others[:, None],
+    policies=moves.probs * own[:, None],
+    nodes=jnp.sum(moves.player != games.TERMINAL) + 1,
+  )
+
+
+def _external(
+  key: jax.Array, game: games.Game, player: int, regrets: jax.Array, config: Config
+) -> _Increments:
+  """Goes down level by level with all histories met, then up with their values."""
+  del config
+  num_states, num_actions = game.legal.shape
+  widths = game.layout.sampling_widths[player]
+  next_player = (player + 1) % game.num_players
+  nodes, levels = jnp.zeros(1, jnp.int32), []
+  for depth, width in enumerate(widths):
+    real = nodes >= 0
+    moves = jax.vmap(lambda node: _look(game, regrets, node))(jnp.maximum(nodes, 0))
+    key, subkey = jax.random.split(key)
+    slots = jax.vmap(_draw)(jax.random.split(subkey, width), moves.probs)
+    drawn = jnp.arange(game.layout.max_children) == slots[:, None]
+    mine = real & (moves.player == player)
+    kept = real[:, None] & moves.legal & (mine[:, None] | drawn)
+    levels.append((nodes, moves, mine, kept))
+    if depth + 1 < len(widths):
+      places = jnp.flatnonzero(kept, size=widths[depth + 1], fill_value=-1)
+      nodes = jnp.where(places >= 0, moves.children.reshape(-1)[places], -1)
+  values, increments = jnp.zeros(1, regrets.dtype), []
+  for nodes, moves, mine, kept in reversed(levels):
+    places = jnp.cumsum(kept.reshape(-1)).reshape(kept.shape) - 1
+    below = jnp.where(kept, values[jnp.clip(places, 0, len(values) - 1)], 0)
+    weights = jnp.where(mine[:, None], moves.probs, 1)
+    ends = game.utilities[jnp.maximum(nodes, 0), player]  # 0 at all but terminal histories
+    values = jnp.sum(weights * below, axis=1) + ends
+    theirs = (nodes >= 0) & (moves.player == next_player)
+    increments.append(
+      _Increments(
+        states=jnp.where(mine, moves.state, num_states),
+        policy_states=jnp.where(theirs, moves.state, num_states),
+        actions=jnp.where(moves.legal, moves.actions, num_actions),
+        regrets=below - values[:, None],
+        policies=moves.probs,
+        nodes=jnp.sum(nodes >= 0),
+      )
+    )
+  nodes_met = sum(increment.nodes for increment in increments)
+  joined = jax.tree.map(
+    lambda *parts: jnp.concatenate(parts),
+    *(part._replace(nodes=jnp.zeros(1)) for part in increments),
+  )
+  return joined._replace(nodes=nodes_met)

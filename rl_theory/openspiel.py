@@ -1,0 +1,269 @@
+"""Reads whole game trees from OpenSpiel; the only room that knows OpenSpiel.
+
+The rules of a game always come from OpenSpiel, never from here. A tree is read breadth first into
+flat arrays and kept on disk under the game's string and OpenSpiel's version, so that a large game
+is walked once. OpenSpiel is imported when it is needed: arrays already compiled work without it.
+"""
+
+import difflib
+import hashlib
+import os
+import pathlib
+import tempfile
+import warnings
+import zipfile
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CHANCE, TERMINAL = -1, -2  # values of `players` beside 0, 1, ...
+_FORMAT = 1  # of the files in the cache: raise it whenever a field of `Tree` changes its meaning
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+class Tree(NamedTuple):
+  """All histories of a game, breadth first: the root is 0, children of one history are adjacent.
+
+  Attributes:
+    parents: `[H]` int32, -1 for the root.
+    actions: `[H]` int32, OpenSpiel's number of the action that leads here, -1 for the root.
+    players: `[H]` int8, who moves: 0, 1, ..., `CHANCE` or `TERMINAL`.
+    info_states: `[H]` int32, the mover's information state by order of first visit, else -1.
+    chance_probs: `[H]` float64, probability of the edge into h if chance moved, else 1.
+    utilities: `[H, n]` float64, what the players get at terminal histories, else 0.
+    state_strings: OpenSpiel's string of each information state.
+    name: OpenSpiel's string of the game.
+    num_actions: number of distinct actions.
+  """
+
+  parents: np.ndarray
+  actions: np.ndarray
+  players: np.ndarray
+  info_states: np.ndarray
+  chance_probs: np.ndarray
+  utilities: np.ndarray
+  state_strings: tuple[str, ...]
+  name: str
+  num_actions: int
+
+
+def read_tree(
+  game_or_string: Any, *, max_nodes: int, cache: str | os.PathLike[str] | None = None
+) -> Tree:
+  """Returns the whole tree of a game.
+
+  Args:
+    game_or_string: such as "kuhn_poker(players=3)", or a game of OpenSpiel. Games given by a string
+      are kept on disk, except those that are read from a file or written in Python, whose rules
+      can change under the same string.
+    max_nodes: a larger game is refused.
+    cache: where trees are kept; None means `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
+
+  Raises:
+    ImportError: if OpenSpiel is absent.
+    ValueError: if there is no such game, it is of a kind without a finite tree of information
+      states, or it has more than `max_nodes` nodes.
+  """
+  game = load_game(game_or_string)
+  name = str(game)
+  path = _cache_path(name, cache) if _cacheable(game_or_string, game) else None
+  tree = None if path is None else _load(path, name)
+  if tree is not None and len(tree.parents) > max_nodes:
+    raise ValueError(_too_large(name, max_nodes, f"{len(tree.parents)} nodes"))
+  if tree is None:
+    tree = _walk(game, name, max_nodes)
+    if path is not None:
+      _save(path, tree)
+  return tree
+
+
+def load_game(game_or_string: Any) -> Any:
+  """Returns OpenSpiel's game, with simultaneous moves taken in turn and hidden from each other."""
+  pyspiel = _pyspiel()
+  game = game_or_string
+  if isinstance(game, str):
+    short_name = game.split("(")[0].strip()
+    known = pyspiel.registered_names()
+    if short_name not in known:
+      closest = difflib.get_close_matches(short_name, known, n=5, cutoff=0.5)
+      hint = f"did you mean {', '.join(closest)}?" if closest else "none has a similar name"
+      raise ValueError(f"game must be one of OpenSpiel's, got {game!r}: {hint}")
+    try:
+      game = pyspiel.load_game(game)
+    except pyspiel.SpielError as error:
+      raise ValueError(f"game {game!r} was refused by OpenSpiel: {error}") from error
+  if not isinstance(game, pyspiel.Game):
+    raise ValueError(f"game must be a string or a game of OpenSpiel, got {type(game).__name__}")
+  kind = game.get_type()
+  if kind.dynamics == pyspiel.GameType.Dynamics.SIMULTANEOUS:
+    game = pyspiel.convert_to_turn_based(game)
+    kind = game.get_type()
+  if kind.dynamics != pyspiel.GameType.Dynamics.SEQUENTIAL:
+    raise ValueError(f"game {game} has the dynamics {kind.dynamics}: only games of turns compile")
+  if kind.chance_mode == pyspiel.GameType.ChanceMode.SAMPLED_STOCHASTIC:
+    raise ValueError(f"game {game} does not say the probabilities of chance, so it has no tree")
+  if not kind.provides_information_state_string:
+    raise ValueError(f"game {game} has no information state strings, by which states are told")
+  return game
+
+
+def tabular_policy(rows: dict[str, list[tuple[int, float]]]) -> Any:
+  """Returns OpenSpiel's policy with these actions and probabilities at each string."""
+  return _pyspiel().TabularPolicy(rows)
+
+
+def action_probabilities(name: str, paths: list[list[int]], policy: Any) -> list[dict[int, float]]:
+  """Returns what an OpenSpiel policy plays after each path of actions in the game `name`."""
+  game = load_game(name)
+  rows = []
+  for path in paths:
+    state = game.new_initial_state()
+    for action in path:
+      state.apply_action(action)
+    rows.append(dict(policy.action_probabilities(state)))
+  return rows
+
+
+def _pyspiel() -> Any:
+  try:
+    import pyspiel
+  except ImportError as error:
+    raise ImportError(
+      "games come from OpenSpiel, which is not installed: pip install 'bootstrax[games]'"
+    ) from error
+  return pyspiel
+
+
+def _walk(game: Any, name: str, max_nodes: int) -> Tree:
+  """Reads the tree level by level: one level of OpenSpiel's states is held at a time."""
+  num_players = game.num_players()
+  parents, actions, chance_probs = [-1], [-1], [1.0]
+  players: list[int] = []
+  info_states: list[int] = []
+  terminals: list[int] = []
+  payoffs: list[Any] = []
+  lookups: list[dict[str, int]] = [{} for _ in range(num_players)]
+  strings: list[str] = []
+  frontier, depth, node = [game.new_initial_state()], 0, -1
+  while frontier:
+    following: list[Any] = []
+    for state in frontier:
+      node += 1
+      player = state.current_player()
+      if player >= 0:
+        string = state.information_state_string(player)
+        lookup = lookups[player]
+        info_state = lookup.get(string)
+        if info_state is None:
+          info_state = lookup[string] = len(strings)
+          strings.append(string)
+        players.append(player)
+        info_states.append(info_state)
+        legal = state.legal_actions()
+        actions += legal
+        parents += [node] * len(legal)
+        chance_probs += [1.0] * len(legal)
+        following += map(state.child, legal)
+        continue
+      info_states.append(-1)
+      if state.is_terminal():
+        players.append(TERMINAL)
+        terminals.append(node)
+        payoffs.append(state.returns())
+      elif state.is_chance_node():
+        players.append(CHANCE)
+        for action, prob in state.chance_outcomes():
+          actions.append(action)
+          parents.append(node)
+          chance_probs.append(prob)
+          following.append(state.child(action))
+      else:
+        raise ValueError(f"game {name} has a history where player {player} moves: cannot compile")
+      if len(parents) > max_nodes:
+        break
+    if len(parents) > max_nodes:
+      raise ValueError(
+        _too_large(name, max_nodes, f"at least {len(parents)} nodes within {depth + 1} moves")
+      )
+    frontier, depth = following, depth + 1
+  utilities = np.zeros((len(parents), num_players))
+  utilities[terminals] = payoffs
+  return Tree(
+    np.array(parents, np.int32),
+    np.array(actions, np.int32),
+    np.array(players, np.int8),
+    np.array(info_states, np.int32),
+    np.array(chance_probs),
+    utilities,
+    tuple(strings),
+    name,
+    game.num_distinct_actions(),
+  )
+
+
+def _too_large(name: str, max_nodes: int, size: str) -> str:
+  return (
+    f"game {name} has {size}, more than max_nodes={max_nodes}: raise max_nodes if memory allows, "
+    "or take a smaller game"
+  )
+
+
+def _cacheable(game_or_string: Any, game: Any) -> bool:
+  in_library = type(game).__module__.split(".")[0] == "pyspiel"
+  return isinstance(game_or_string, str) and in_library and "filename" not in game_or_string
+
+
+def _cache_path(name: str, cache: str | os.PathLike[str] | None) -> pathlib.Path:
+  if cache is None:
+    cache = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path("~/.cache/bootstrax")
+  version = getattr(_pyspiel(), "__version__", "unknown")
+  digest = hashlib.sha256(f"{_FORMAT} {version} {name}".encode()).hexdigest()[:32]
+  return pathlib.Path(cache).expanduser() / "games" / f"{digest}.npz"
+
+
+def _save(path: pathlib.Path, tree: Tree) -> None:
+  """Writes the file beside its place and moves it there; without a disk there is only a warning."""
+  arrays = tree._asdict()
+  for name in ("state_strings", "name"):
+    text = "\0".join(tree.state_strings) if name == "state_strings" else tree.name
+    arrays[name] = np.frombuffer(text.encode(), np.uint8)
+  scratch = None
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+      scratch = pathlib.Path(file.name)
+      np.savez_compressed(file, **arrays)
+    os.replace(scratch, path)
+  except OSError as error:
+    warnings.warn(f"the game {tree.name} could not be kept in {path}: {error}", stacklevel=2)
+  finally:
+    if scratch is not None:
+      scratch.unlink(missing_ok=True)
+
+
+def _load(path: pathlib.Path, name: str) -> Tree | None:
+  """Returns the tree of a file, or None where there is none that is whole and of this game."""
+  if not path.exists():
+    return None
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = {field: file[field] for field in Tree._fields}
+    strings = arrays["state_strings"].tobytes().decode().split("\0")
+    tree = Tree(
+      **arrays
+      | {
+        "state_strings": tuple(strings) if strings != [""] else (),
+        "name": arrays["name"].tobytes().decode(),
+        "num_actions": int(arrays["num_actions"]),
+      }
+    )
+    whole = (
+      tree.name == name
+      and len({len(array) for array in tree[:6]}) == 1
+      and int(tree.info_states.max()) == len(tree.state_strings) - 1
+      and bool(np.all(tree.parents[1:] < np.arange(1, len(tree.parents))))
+    )
+  except _UNREADABLE:
+    return None
+  return tree if whole else None

@@ -1,0 +1,72 @@
+"""Sums over the segments of an array, with the segments known beforehand: gathers, no scatter.
+
+A scatter is serial on a CPU and atomic, so not reproducible, on a GPU. Here segments of like size
+are rows of one table of positions (padded with a position that holds zero), and a sum is a gather
+and a reduction over rows.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Segments(NamedTuple):
+  """Which entries of an array `[N, ...]` belong to which of `G` segments.
+
+  Attributes:
+    rows: tables `[n, w]` int32 of positions in the array, N where a row is shorter than w.
+    order: `[G]` int32, the row of each segment in the tables put one below the other; the row
+      after the last for an empty segment.
+  """
+
+  rows: tuple[Any, ...]
+  order: Any
+
+
+def make(ids: np.ndarray, num_segments: int) -> Segments:
+  """Returns the segments, as NumPy arrays, of an array whose entry k belongs to segment `ids[k]`.
+
+  Example:
+    >>> segment_sum(jnp.array([1.0, 2.0, 4.0, 8.0]), make(np.array([2, 0, 2, 2]), 4))
+    Array([ 2.,  0., 13.,  0.], dtype=float32)
+  """
+  ids = np.asarray(ids)
+  by_segment = np.argsort(ids, kind="stable")
+  counts = np.bincount(ids, minlength=num_segments)
+  starts = np.cumsum(counts) - counts
+  buckets = np.ceil(np.log2(np.maximum(counts, 1))).astype(int)  # padding at most doubles a row
+  order = np.full(num_segments, np.count_nonzero(counts))
+  rows, num_rows = [], 0
+  for bucket in np.unique(buckets[counts > 0]):
+    members = np.flatnonzero((buckets == bucket) & (counts > 0))
+    column = np.arange(counts[members].max())
+    taken = np.minimum(starts[members, None] + column, len(ids) - 1)
+    table = np.where(column < counts[members, None], by_segment[taken], len(ids))
+    rows.append(table.astype(np.int32))
+    order[members] = num_rows + np.arange(len(members))
+    num_rows += len(members)
+  return Segments(tuple(rows), order.astype(np.int32))
+
+
+def take(values: jax.Array, positions: Any) -> jax.Array:
+  """Returns `values[positions]` for positions known to be valid: nothing is checked or wrapped."""
+  return values.at[positions].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def gather(values: jax.Array, segments: Segments) -> tuple[jax.Array, ...]:
+  """Returns the values `[N, ...]` in the places of the tables, `[n, w, ...]`, and 0 as padding."""
+  padded = jnp.concatenate([values, jnp.zeros((1, *values.shape[1:]), values.dtype)])
+  return tuple(take(padded, table) for table in segments.rows)
+
+
+def sum_rows(tables: tuple[jax.Array, ...], segments: Segments, dtype: jnp.dtype) -> jax.Array:
+  """Returns the sums `[G]` of tables `[n, w]` laid out like the segments' own."""
+  sums = [jnp.sum(table, axis=1) for table in tables]
+  return take(jnp.concatenate([*sums, jnp.zeros(1, dtype)]), segments.order)
+
+
+def segment_sum(values: jax.Array, segments: Segments) -> jax.Array:
+  """Returns the sum `[G]` of the values `[N]` of each segment, 0 for an empty one."""
+  return sum_rows(gather(values, segments), segments, values.dtype)

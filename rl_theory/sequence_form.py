@@ -1,0 +1,120 @@
+"""The value and an equilibrium of a two-player zero-sum game by linear programming.
+
+An independent reference for the iterative solvers: a realisation plan x of player 0 is its own
+reach of every sequence, the constraints E x = e say that the actions at a state share what leads to
+it, and with the payoffs P of pairs of sequences
+
+  max over x, v of v_root  with  E x = e, x >= 0, F' v <= P' x
+
+has the value of the game as optimum. Exact to the solver's tolerance, about 1e-9, and quick up to
+some thousand information states.
+
+Reference: von Stengel 1996, "Efficient computation of behavior strategies".
+"""
+
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+
+from rl_theory import games
+
+
+def solve_zero_sum(game: games.Game) -> tuple[float, np.ndarray]:
+  """Returns player 0's value, and an equilibrium policy `[S, A]` of both players, in float64.
+
+  Each player's policy is from a program of its own. At states that the player's own plan does not
+  reach it is uniform.
+
+  Raises:
+    ValueError: if the game has not two players, or its utilities do not sum to zero.
+    RuntimeError: if the solver gives up.
+  """
+  utilities = np.asarray(game.utilities, float)
+  if game.num_players != 2 or np.abs(utilities.sum(1)).max() > 1e-6:
+    raise ValueError(
+      f"game must have two players and sum to zero for the linear program, got {game!r}"
+    )
+  plans, values = [], []
+  for player in range(2):
+    plan, value = _best_plan(game, player, utilities)
+    plans.append(plan)
+    values.append(value)
+  if abs(values[0] + values[1]) > 1e-6:
+    raise RuntimeError(f"the two linear programs disagree on the value: {values[0]}, {-values[1]}")
+  legal = np.asarray(game.legal)
+  weights = np.concatenate(plans) * legal
+  totals = weights.sum(1, keepdims=True)
+  uniform = legal / legal.sum(1, keepdims=True)
+  return values[0], np.where(totals > 1e-12, weights / np.where(totals > 0, totals, 1), uniform)
+
+
+def _best_plan(game: games.Game, player: int, utilities: np.ndarray) -> tuple[np.ndarray, float]:
+  """Returns the player's own reach `[G, A]` in an equilibrium, and its value of the game."""
+  own, own_right = _constraints(game, player)
+  other, _ = _constraints(game, 1 - player)
+  terminals = np.asarray(game.terminals)
+  payoffs = utilities[terminals, player] * np.asarray(game.chance_reach, float)[terminals]
+  rows = _local_sequences(game, 1 - player)[terminals]
+  columns = _local_sequences(game, player)[terminals]
+  matrix = scipy.sparse.csr_matrix(
+    (payoffs, (rows, columns)), shape=(other.shape[1], own.shape[1])
+  )  # duplicates add up
+  num_own, num_other = own.shape[1], other.shape[0]
+  objective = np.zeros(num_own + num_other)
+  objective[num_own + num_other - 1] = -1  # of the row that starts the other player's plan
+  result = scipy.optimize.linprog(
+    objective,
+    A_ub=scipy.sparse.hstack([-matrix, other.T], format="csr"),
+    b_ub=np.zeros(other.shape[1]),
+    A_eq=scipy.sparse.hstack(
+      [own, scipy.sparse.csr_matrix((own.shape[0], num_other))], format="csr"
+    ),
+    b_eq=own_right,
+    bounds=[(0, None)] * num_own + [(None, None)] * num_other,
+    method="highs",
+  )
+  if result.status != 0:
+    raise RuntimeError(f"the linear program of {game!r} failed: {result.message}")
+  plan = np.maximum(result.x[: num_own - 1], 0).reshape(-1, game.layout.num_actions)
+  return plan, -float(result.fun)
+
+
+def _constraints(game: games.Game, player: int) -> tuple[Any, np.ndarray]:
+  """Returns E `[rows, G A + 1]` and e `[rows]`.
+
+  A row of each state says that its legal actions share what its last sequence has; then one of
+  each illegal action holds it at zero, and the last holds the sequence of no move at one.
+  """
+  states = game.layout.player_slice(player)
+  legal = np.asarray(game.legal)[states]
+  num_states, num_actions = legal.shape
+  num_sequences = num_states * num_actions + 1
+  movers = np.flatnonzero(np.asarray(game.players) == player)
+  leading = np.zeros(num_states, int)
+  last = _local_sequences(game, player)[movers]
+  leading[np.asarray(game.info_states)[movers] - states.start] = last
+  state, action = np.nonzero(legal)
+  illegal = np.flatnonzero(~legal.reshape(-1))
+  entries = [
+    (state, state * num_actions + action, 1.0),
+    (np.arange(num_states), leading, -1.0),
+    (num_states + np.arange(len(illegal)), illegal, 1.0),
+    (np.array([num_states + len(illegal)]), np.array([num_sequences - 1]), 1.0),
+  ]
+  data = np.concatenate([np.full(len(rows), value) for rows, _, value in entries])
+  rows = np.concatenate([rows for rows, _, _ in entries])
+  columns = np.concatenate([columns for _, columns, _ in entries])
+  right = np.zeros(num_states + len(illegal) + 1)
+  right[-1] = 1
+  return scipy.sparse.csr_matrix((data, (rows, columns)), shape=(len(right), num_sequences)), right
+
+
+def _local_sequences(game: games.Game, player: int) -> np.ndarray:
+  """Returns `[H]` the player's last sequence, counted from its own first state."""
+  states, num_actions = game.layout.player_slice(player), game.layout.num_actions
+  sequences = np.asarray(game.sequences)[:, player]
+  none_yet = len(game.state_strings) * num_actions
+  count = (states.stop - states.start) * num_actions
+  return np.where(sequences == none_yet, count, sequences - states.start * num_actions)
