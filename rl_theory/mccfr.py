@@ -184,11 +184,10 @@ def _look(game: games.Game, regrets: jax.Array, node: jax.Array) -> _Local:
   return _Local(children, actions, jnp.where(legal, probs, 0), legal, state, player)
 
 
-def _draw(key: jax.Array, probs: jax.Array) -> jax.Array:
-  """Returns an index drawn with probabilities `[W]`, never one of probability 0."""
+def _draw(uniform: jax.Array, probs: jax.Array) -> jax.Array:
+  """Returns an index drawn with probabilities `[W]`, never 0, by a number in [0, 1)."""
   sums = jnp.cumsum(probs)
-  threshold = jax.random.uniform(key, dtype=probs.dtype) * sums[-1]
-  return jnp.argmax((sums > threshold) & (probs > 0))
+  return jnp.argmax((sums > uniform * sums[-1]) & (probs > 0))
 
 
 def _outcome(
@@ -198,14 +197,14 @@ def _outcome(
   num_states, num_actions = game.legal.shape
   one = jnp.ones((), regrets.dtype)
 
-  def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
+  def step(carry: Any, chosen: jax.Array) -> tuple[Any, Any]:
     node, own, others, sampled = carry
     moves = _look(game, regrets, node)
     mine, moving = moves.player == player, moves.player != games.TERMINAL
     uniform = moves.legal / jnp.maximum(jnp.sum(moves.legal), 1)
     explored = config.epsilon * uniform + (1 - config.epsilon) * moves.probs
     sampling = jnp.where(mine, explored, moves.probs).astype(regrets.dtype)
-    slot = _draw(key, sampling)
+    slot = _draw(chosen, sampling)
     prob = jnp.where(moving, moves.probs[slot], 1)
     drawn = jnp.where(moving, sampling[slot], 1)
     following = (
@@ -216,8 +215,8 @@ def _outcome(
     )
     return following, (moves, slot, prob / drawn, drawn, own, others / sampled, own / sampled)
 
-  keys = jax.random.split(key, max(len(game.layout.levels) - 1, 1))
-  (last, *_), path = jax.lax.scan(step, (jnp.zeros((), jnp.int32), one, one, one), keys)
+  uniforms = jax.random.uniform(key, (max(len(game.layout.levels) - 1, 1),), regrets.dtype)
+  (last, *_), path = jax.lax.scan(step, (jnp.zeros((), jnp.int32), one, one, one), uniforms)
   moves, slots, ratios, drawn, _, others, own = path
   # The value of the way that was taken, importance-weighted, from the end backwards.
   end = game.utilities[last, player]
@@ -245,22 +244,24 @@ def _external(
   num_states, num_actions = game.legal.shape
   widths = game.layout.sampling_widths[player]
   next_player = (player + 1) % game.num_players
+  uniforms = jax.random.uniform(key, (sum(widths),), regrets.dtype)  # one draw of all is cheap
   nodes, levels = jnp.zeros(1, jnp.int32), []
   for depth, width in enumerate(widths):
     real = nodes >= 0
     moves = jax.vmap(lambda node: _look(game, regrets, node))(jnp.maximum(nodes, 0))
-    key, subkey = jax.random.split(key)
-    slots = jax.vmap(_draw)(jax.random.split(subkey, width), moves.probs)
+    start = sum(widths[:depth])
+    slots = jax.vmap(_draw)(uniforms[start : start + width], moves.probs)
     drawn = jnp.arange(game.layout.max_children) == slots[:, None]
     mine = real & (moves.player == player)
     kept = real[:, None] & moves.legal & (mine[:, None] | drawn)
-    levels.append((nodes, moves, mine, kept))
+    places = jnp.cumsum(kept.reshape(-1)).reshape(kept.shape) - 1  # at the next level
+    levels.append((nodes, moves, mine, kept, places))
     if depth + 1 < len(widths):
-      places = jnp.flatnonzero(kept, size=widths[depth + 1], fill_value=-1)
-      nodes = jnp.where(places >= 0, moves.children.reshape(-1)[places], -1)
+      following = jnp.full(widths[depth + 1], -1, jnp.int32)
+      places = jnp.where(kept, places, len(following))
+      nodes = following.at[places].set(moves.children, mode="drop")
   values, increments = jnp.zeros(1, regrets.dtype), []
-  for nodes, moves, mine, kept in reversed(levels):
-    places = jnp.cumsum(kept.reshape(-1)).reshape(kept.shape) - 1
+  for nodes, moves, mine, kept, places in reversed(levels):
     below = jnp.where(kept, values[jnp.clip(places, 0, len(values) - 1)], 0)
     weights = jnp.where(mine[:, None], moves.probs, 1)
     ends = game.utilities[jnp.maximum(nodes, 0), player]  # 0 at all but terminal histories

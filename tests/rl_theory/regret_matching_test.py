@@ -1,5 +1,6 @@
 """Regret matching: a policy over legal actions only, whatever the regrets."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_theory import regret_matching
+
+_regret_matching = jax.jit(regret_matching.regret_matching)
 
 
 @settings(deadline=None, max_examples=30)
@@ -16,7 +19,7 @@ def test_rows_are_policies_over_legal_actions(seed, scale):
   legal = rng.random((6, 4)) < 0.6
   legal[:, rng.integers(4)] = True
   regrets = (scale * rng.normal(size=(6, 4))).astype(np.float32)
-  policy = np.asarray(regret_matching.regret_matching(jnp.asarray(regrets), jnp.asarray(legal)))
+  policy = np.asarray(_regret_matching(regrets, legal))
   np.testing.assert_allclose(policy.sum(1), 1, rtol=1e-6)  # float32
   assert (policy >= 0).all() and not policy[~legal].any()
   positive = np.where(legal, np.maximum(regrets, 0), 0)

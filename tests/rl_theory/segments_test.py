@@ -8,13 +8,13 @@ import pytest
 from rl_theory import segments
 
 
-@pytest.mark.parametrize(("size", "num_segments"), [(1, 1), (50, 7), (200, 400)])
+@pytest.mark.parametrize(("size", "num_segments"), [(1, 1), (200, 400)])
 def test_sums_equal_numpy(x64, size, num_segments):
   rng = np.random.default_rng(size)
   ids = rng.integers(0, num_segments, size) ** 2 // num_segments  # of very different sizes
   values = rng.normal(size=(3, size))
   parts = segments.make(ids, num_segments)
-  mapped = jax.vmap(lambda row: segments.segment_sum(row, parts))(jnp.asarray(values))
+  mapped = jax.jit(jax.vmap(lambda row: segments.segment_sum(row, parts)))(jnp.asarray(values))
   for row, sums in zip(values, mapped, strict=True):
     expected = np.bincount(ids, weights=row, minlength=num_segments)
     np.testing.assert_allclose(sums, expected, atol=1e-12)
