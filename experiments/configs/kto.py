@@ -15,8 +15,8 @@ PRESETS = {
   "tiny": base.Preset("random two-layer character model, no weights", "20 seconds", "runs"),
   "sentiment": base.Preset(
     "SmolLM2-135M towards positive continuations, good and bad completions",
-    "not measured",
-    "unrun",
+    "12 minutes",
+    "win rate 0.95, far from the reference (21 nats)",
   ),
 }
 
