@@ -21,7 +21,7 @@ import numpy as np
 
 from alignment import checks, sequences
 from alignment.models import sampling
-from experiments import evaluation, metrics, report, training
+from experiments import digit_methods, evaluation, metrics, report, training
 from experiments import workdir as run_folder
 from experiments.data import digits
 from experiments.papers import digits as runs
@@ -51,9 +51,9 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
     The outcome of the run that a signal stopped, or the last one's with the numbers of all.
   """
   for name in config.methods:
-    checks.choice("config.methods", name, tuple(runs.METHODS))
+    checks.choice("config.methods", name, tuple(digit_methods.METHODS))
   if not config.methods:
-    raise ValueError(f"config.methods is empty: choose from {', '.join(runs.METHODS)}")
+    raise ValueError(f"config.methods is empty: choose from {', '.join(digit_methods.METHODS)}")
   results = {}
   world = runs.World(config, workdir)
   for name in ("sft", "reward_model", *config.methods):
@@ -91,7 +91,7 @@ def players_at(
   """Returns every method at `eval.kl`, or as far as it goes."""
   return [
     _at_kl(
-      runs.METHODS[name].name,
+      digit_methods.METHODS[name].name,
       {key: np.asarray(values)[judge] for key, values in results[name].arrays.items()},
       reference,
       config.eval.kl,
@@ -198,7 +198,7 @@ def compare(
     versus = {p.name: row[num_methods] for p, row in zip(methods, rates, strict=False)}
     worst = {p.name: _worst(everyone, row)[1] for p, row in zip(methods, rates, strict=False)}
     for name in config.methods:
-      label = runs.METHODS[name].name
+      label = digit_methods.METHODS[name].name
       found[f"{oracle}/{name}"] = versus[label]
     checks_ += _checks(oracle, methods, reference, versus, worst)
   tables.insert(0, report.checks_table("Expected before the run", checks_))
@@ -269,7 +269,7 @@ def _matrix(oracle, everyone, rates) -> report.Table:
 def _curves_table(config, results) -> report.Table:
   rows = []
   for name in config.methods:
-    method = runs.METHODS[name]
+    method = digit_methods.METHODS[name]
     for oracle in digits.ORACLES:
       for value in config.algorithm[name][method.knob]:
         tag = f"{oracle}/{value:g}"
@@ -305,7 +305,7 @@ class _Figures:
 def _curves(config: Any, results: Mapping[str, evaluation.Result]) -> list[report.Figure]:
   """Reward and win rate against KL, a panel for each family of methods."""
   start = results["sft"].metrics["reward"].value
-  families = list(dict.fromkeys(runs.METHODS[name].family for name in config.methods))
+  families = list(dict.fromkeys(digit_methods.METHODS[name].family for name in config.methods))
   panels = [("scalar", "reward", start), *((oracle, "win_rate", 0.5) for oracle in digits.ORACLES)]
   figure, axes = report.subplots(len(panels), len(families), sharex=True, sharey="row")
   words = {"reward": "mean reward", "win_rate": "win rate against reference"}
@@ -313,15 +313,15 @@ def _curves(config: Any, results: Mapping[str, evaluation.Result]) -> list[repor
     for column, family in enumerate(families):
       axis = axes[row][column]
       for name in config.methods:
-        if runs.METHODS[name].family == family:
-          values = config.algorithm[name][runs.METHODS[name].knob]
+        if digit_methods.METHODS[name].family == family:
+          values = config.algorithm[name][digit_methods.METHODS[name].knob]
           found = results[name].metrics
           points = [
             tuple(found[f"{what}/{oracle}/{value:g}"].value for what in ("kl", key))
             for value in values
           ]
           kls, heights = zip((0.0, first), *sorted(points), strict=True)
-          axis.plot(kls, heights, marker="o", ms=3, label=runs.METHODS[name].name)
+          axis.plot(kls, heights, marker="o", ms=3, label=digit_methods.METHODS[name].name)
       axis.axvline(config.eval.kl, color="#8a8f98", linestyle=":", linewidth=1)
       axis.set_title(f"{oracle}: {family}")
       if row == len(panels) - 1:
@@ -337,14 +337,14 @@ def _curves(config: Any, results: Mapping[str, evaluation.Result]) -> list[repor
 
 def _revisions(config: Any, results: Mapping[str, evaluation.Result]) -> list[report.Figure]:
   """Win rate against the reference's first answers after each revision."""
-  shown = [name for name in runs.REVISED if name in config.methods]
+  shown = [name for name in digit_methods.REVISED if name in config.methods]
   if not shown or not config.eval.num_revisions:
     return []
   figure, axes = report.subplots(1, len(digits.ORACLES), sharey=True)
   for judge, oracle in enumerate(digits.ORACLES):
     axis = axes[0][judge]
     for name in shown:
-      method = runs.METHODS[name]
+      method = digit_methods.METHODS[name]
       values = config.algorithm[name][method.knob]
       revised = np.asarray(results[name].arrays["revised"])[judge].mean(1)
       for value, rates, style in zip(values, revised, ("-", "--", ":", "-."), strict=False):

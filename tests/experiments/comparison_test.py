@@ -9,7 +9,7 @@ import pytest
 
 from alignment import dro
 from alignment.models import scalar_head, transformer
-from experiments import evaluation, presets, training
+from experiments import digit_methods, evaluation, presets, training
 from experiments.data import digits
 from experiments.papers import comparison
 from experiments.papers import digits as runs
@@ -82,9 +82,9 @@ def _problem():
   return network, params, fitted, one
 
 
-@pytest.mark.parametrize("name", runs.METHODS)
+@pytest.mark.parametrize("name", digit_methods.METHODS)
 def test_every_method_makes_a_batch_that_its_loss_takes(name):
-  method = runs.METHODS[name]
+  method = digit_methods.METHODS[name]
   network, params, fitted, data = _problem()
   knob = method.algorithm.Config(**{method.knob: 0.5}, **method.options)
   logps_fn = transformer.make_apply_fn(network)
@@ -97,7 +97,7 @@ def test_every_method_makes_a_batch_that_its_loss_takes(name):
   def loss(params, fitted, data, key):
     state = _State()
     state.params = state.ema_params = params
-    draw = runs.Draw(
+    draw = digit_methods.Draw(
       data,
       jnp.arange(4),
       key,
@@ -115,11 +115,11 @@ def test_every_method_makes_a_batch_that_its_loss_takes(name):
 
 
 def test_the_settings_of_a_method_are_one_config_with_an_axis():
-  config = runs.METHODS["nash_ema"].configs((0.5, 0.1))
+  config = digit_methods.METHODS["nash_ema"].configs((0.5, 0.1))
   np.testing.assert_allclose(config.tau, [0.5, 0.1])
   np.testing.assert_allclose(config.ema_decay, [0.99, 0.99])
   with pytest.raises(ValueError, match="tau must be positive"):
-    runs.METHODS["ipo"].configs((0.5, -0.1))
+    digit_methods.METHODS["ipo"].configs((0.5, -0.1))
 
 
 def test_bad_settings_are_named_before_any_work(tmp_path):
