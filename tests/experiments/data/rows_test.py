@@ -134,7 +134,8 @@ def test_finegrained_feedback_becomes_the_pairs_that_differ(tmp_path):
 
 
 def test_scitldr_becomes_demonstrations(tmp_path):
-  path = _jsonl(tmp_path / "s.jsonl", PAPER)
+  blank = {**PAPER, "source": [*PAPER["source"], "  "]}  # row 1538 of its training file has one
+  path = _jsonl(tmp_path / "s.jsonl", blank)
   (found,) = text.load_demonstrations(f"scitldr:{path}")
   assert found.prompt == "One. Two.\nTL;DR:" and found.completion == " Short."
   assert found.references == ("Short.", "Shorter.")
@@ -151,7 +152,7 @@ def test_scitldr_becomes_demonstrations(tmp_path):
     ),
     ("finegrained_rlhf", {**FEEDBACK, "prediction 2": None}, "prediction 2 must be a text"),
     ("scitldr", {**PAPER, "target": []}, "target must be a list"),
-    ("scitldr", {**PAPER, "source": ["", "x"]}, "source is empty"),
+    ("scitldr", {**PAPER, "source": ["", " "]}, "source is empty"),
   ],
 )
 def test_a_bad_row_of_a_published_format_is_named_by_its_line(tmp_path, kind, row, message):
