@@ -69,6 +69,18 @@ def compile_game(
   )
 
 
+def information_state_tensors(game: Game) -> jax.Array:
+  """Returns `[H, n, O]` float32, what OpenSpiel tells each player at each history, for networks.
+
+  Zero at chance and terminal histories. The game is walked again: seconds for 100,000 histories.
+
+  Raises:
+    ValueError: if OpenSpiel makes no such tensors for this game.
+  """
+  parents, actions = np.asarray(game.parents), np.asarray(game.actions)
+  return jnp.asarray(openspiel.information_state_tensors(game.layout.name, parents, actions))
+
+
 # --- policies ---
 
 
@@ -234,6 +246,14 @@ def exploitability(game: Game, policy: Any) -> jax.Array:
   return nash_conv(game, policy) / game.num_players
 
 
+def history_values(game: Game, policy: Any) -> jax.Array:
+  """Returns `[H, n]`, what each player gets after each history when all play `policy`.
+
+  The value q(h, a) of an action is that of the history `game.children[h, a]`.
+  """
+  return _history_values(game, _checked(game, policy))
+
+
 def counterfactual_values(game: Game, policy: Any) -> jax.Array:
   """Returns `[S, A]`, each action's value at a state weighted with others' reach.
 
@@ -259,6 +279,22 @@ def _expected_values(game: Game, policy: jax.Array) -> jax.Array:
 def _reach_probabilities(game: Game, policy: jax.Array) -> jax.Array:
   reach = sequence_reach(game, policy)
   return jnp.concatenate([segments.take(reach, game.sequences), game.chance_reach[:, None]], axis=1)
+
+
+@jax.jit
+def _history_values(game: Game, policy: jax.Array) -> jax.Array:
+  flat = policy.reshape(-1)
+  values = [game.utilities[slice(*game.layout.levels[-1])]]
+  for level in range(len(game.layout.levels) - 2, -1, -1):
+    start, stop = game.layout.levels[level]
+    below = slice(*game.layout.levels[level + 1])
+    parents = game.parents[below]
+    places = game.info_states[parents] * game.layout.num_actions + game.actions[below]
+    moved = jnp.where(game.players[parents] < 0, 1, flat[jnp.maximum(places, 0)])
+    weighted = values[0] * (moved * game.chance_probs[below])[:, None]
+    sums = jax.ops.segment_sum(weighted, parents - start, stop - start, indices_are_sorted=True)
+    values.insert(0, sums + game.utilities[start:stop])  # utilities are 0 before the end
+  return jnp.concatenate(values)
 
 
 @jax.jit

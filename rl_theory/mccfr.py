@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl_theory import cfr, games, regret_matching
+from rl_theory import cfr, games, regret_matching, rollouts
 
 Metrics = dict[str, jax.Array]
 State = cfr.State
@@ -173,21 +173,12 @@ class _Local(NamedTuple):
 
 def _look(game: games.Game, regrets: jax.Array, node: jax.Array) -> _Local:
   """Returns the moves at a history: regret matching's for a player, chance's own."""
-  slots = jnp.arange(game.layout.max_children, dtype=jnp.int32)
-  legal = slots < game.num_children[node]
-  children = jnp.minimum(game.first_children[node] + slots, len(game.parents) - 1)
-  actions, player, state = game.actions[children], game.players[node], game.info_states[node]
-  rows = jnp.maximum(state, 0)
-  columns = jnp.clip(actions, 0, game.layout.num_actions - 1)
-  policy = regret_matching.regret_matching(regrets[rows, columns], legal)
-  probs = jnp.where(player == games.CHANCE, game.chance_probs[children], policy)
-  return _Local(children, actions, jnp.where(legal, probs, 0), legal, state, player)
-
-
-def _draw(uniform: jax.Array, probs: jax.Array) -> jax.Array:
-  """Returns an index drawn with probabilities `[W]`, never 0, by a number in [0, 1)."""
-  sums = jnp.cumsum(probs)
-  return jnp.argmax((sums > uniform * sums[-1]) & (probs > 0))
+  state = game.info_states[node]
+  row = jnp.maximum(state, 0)
+  found = rollouts.moves(game, node)
+  policy = regret_matching.regret_matching(regrets[row], game.legal[row])
+  probs = rollouts.move_probs(game, node, found, policy)
+  return _Local(found.children, found.actions, probs, found.legal, state, game.players[node])
 
 
 def _outcome(
@@ -204,7 +195,7 @@ def _outcome(
     uniform = moves.legal / jnp.maximum(jnp.sum(moves.legal), 1)
     explored = config.epsilon * uniform + (1 - config.epsilon) * moves.probs
     sampling = jnp.where(mine, explored, moves.probs).astype(regrets.dtype)
-    slot = _draw(chosen, sampling)
+    slot = rollouts.draw(chosen, sampling)
     prob = jnp.where(moving, moves.probs[slot], 1)
     drawn = jnp.where(moving, sampling[slot], 1)
     following = (
@@ -250,7 +241,7 @@ def _external(
     real = nodes >= 0
     moves = jax.vmap(lambda node: _look(game, regrets, node))(jnp.maximum(nodes, 0))
     start = sum(widths[:depth])
-    slots = jax.vmap(_draw)(uniforms[start : start + width], moves.probs)
+    slots = rollouts.draw(uniforms[start : start + width], moves.probs)
     drawn = jnp.arange(game.layout.max_children) == slots[:, None]
     mine = real & (moves.player == player)
     kept = real[:, None] & moves.legal & (mine[:, None] | drawn)

@@ -108,6 +108,37 @@ def load_game(game_or_string: Any) -> Any:
   return game
 
 
+def information_state_tensors(name: str, parents: np.ndarray, actions: np.ndarray) -> np.ndarray:
+  """Returns `[H, n, O]` float32, what each player knows at the histories of a tree.
+
+  Args:
+    name: OpenSpiel's string of the game.
+    parents, actions: of its tree; chance and terminal histories have zeros.
+
+  Raises:
+    ValueError: if the game has no such tensors.
+  """
+  game = load_game(name)
+  if not game.get_type().provides_information_state_tensor:
+    raise ValueError(f"game {name} has no information state tensors: give observations of your own")
+  num_players = game.num_players()
+  tensors = np.zeros((len(parents), num_players, game.information_state_tensor_size()), np.float32)
+  states: dict[int, Any] = {}
+  children = np.bincount(parents[1:], minlength=len(parents))
+  for node, (parent, action) in enumerate(zip(parents.tolist(), actions.tolist(), strict=True)):
+    state = game.new_initial_state() if parent < 0 else states[parent].child(action)
+    if state.current_player() >= 0:
+      for player in range(num_players):
+        tensors[node, player] = state.information_state_tensor(player)
+    if children[node]:
+      states[node] = state
+    if parent >= 0:  # breadth first: once all children are read the parent is no longer needed
+      children[parent] -= 1
+      if not children[parent]:
+        del states[parent]
+  return tensors
+
+
 def tabular_policy(rows: dict[str, list[tuple[int, float]]]) -> Any:
   """Returns OpenSpiel's policy with these actions and probabilities at each string."""
   return _pyspiel().TabularPolicy(rows)
