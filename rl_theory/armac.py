@@ -28,7 +28,7 @@ Reference: Gruslys et al. 2020, https://arxiv.org/abs/2008.12234.
 | lambda | `Config.trace_decay` |
 | mu_i | uniform play, RM(W) and the mean policy of the current or a past actor, one an episode |
 
-Deviations and choices where the paper leaves one: regrets of past policies use the critic of their
+Deviations: none in the exact form. Choices where the paper leaves one: regrets of past policies use the critic of their
 own epoch, never the current one, so the critic learns before the actor in each epoch. States of the
 others are stored, without which the mean policy has no data. Behaviour is a fixed mixture; the
 paper's candidate that plays on q(h, .) is left out, since it looks at the hidden cards and then
@@ -46,11 +46,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import sharding
 from rl_theory import games, regret_matching, returns, rollouts
 
 Metrics = dict[str, jax.Array]
 _COUNTS = (
-  "num_episodes", "num_groups", "batch_size", "num_critic_steps", "num_actor_steps", "capacity"
+  "num_episodes", "num_groups", "batch_size", "num_critic_steps", "num_actor_steps", "capacity",
+  "num_microbatches",
 )  # fmt: skip
 
 
@@ -71,6 +73,7 @@ class Config:
     batch_size: episodes in one optimisation step; must divide `num_episodes`.
     num_critic_steps, num_actor_steps: optimisation steps in an epoch.
     capacity: past policies kept; once full the oldest goes.
+    num_microbatches: parts into which a batch is split to save memory; same result.
   """
 
   trace_decay: Any = 1.0
@@ -81,6 +84,7 @@ class Config:
   num_critic_steps: int = 64
   num_actor_steps: int = 64
   capacity: int = 512
+  num_microbatches: int = 1
 
   def __post_init__(self):
     for name in ("trace_decay", "epsilon"):
@@ -175,7 +179,7 @@ class State(NamedTuple):
 # --- losses ---
 
 
-def regret_loss(regrets: jax.Array, targets: jax.Array, legal: jax.Array) -> jax.Array:
+def regret_loss(regrets: jax.Array, targets: jax.Array, *, legal: jax.Array) -> jax.Array:
   """Returns the squared error of mean regrets, summed over legal actions.
 
   Args:
@@ -187,14 +191,14 @@ def regret_loss(regrets: jax.Array, targets: jax.Array, legal: jax.Array) -> jax
     `[...]`; gradients reach `regrets` only.
 
   Example:
-    >>> regret_loss(jnp.array([1.0, 9.0]), jnp.zeros(2), jnp.array([True, False]))
+    >>> regret_loss(jnp.array([1.0, 9.0]), jnp.zeros(2), legal=jnp.array([True, False]))
     Array(1., dtype=float32)
   """
   error = jnp.where(legal, regrets - jax.lax.stop_gradient(targets), 0)
   return jnp.sum(error**2, axis=-1)
 
 
-def mean_policy_loss(logits: jax.Array, policies: jax.Array, legal: jax.Array) -> jax.Array:
+def mean_policy_loss(logits: jax.Array, policies: jax.Array, *, legal: jax.Array) -> jax.Array:
   """Returns KL(past policy || mean policy): the cross-entropy less what cannot be helped.
 
   Args:
@@ -206,7 +210,7 @@ def mean_policy_loss(logits: jax.Array, policies: jax.Array, legal: jax.Array) -
     `[...]` nats; gradients reach `logits` only.
 
   Example:
-    >>> mean_policy_loss(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.ones(2, bool))
+    >>> mean_policy_loss(jnp.zeros(2), jnp.array([1.0, 0.0]), legal=jnp.ones(2, bool))
     Array(0.6931472, dtype=float32)
   """
   policies = jax.lax.stop_gradient(policies)
@@ -283,9 +287,8 @@ def init(
   """
   if past is None:
     past = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], config.capacity, axis=0), params)
-  zero = jnp.zeros((), jnp.int32)
   opt_state = Params(optimizer.init(params.actor), optimizer.init(params.critic))
-  return State(params, past, opt_state, zero, zero, zero)
+  return State(params, past, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
 def loss(
@@ -302,7 +305,7 @@ def loss(
     config: hyper-parameters.
 
   Returns:
-    The scalar loss, a mean over decisions, and `(metrics, ())`.
+    The scalar loss, a mean over episodes of sums over decisions, and `(metrics, ())`.
   """
   del state, key
   mask = jnp.asarray(batch.mask, bool)
@@ -320,20 +323,22 @@ def loss(
       mask,
       trace_decay=config.trace_decay,
     )
-    parts["armac/critic_loss"] = value = _mean(losses, mask)
+    parts["armac/critic_loss"] = value = _per_episode(losses, mask)
   else:
     own = _of_mover(flat, batch.players.reshape(-1))
     regrets, logits = (x.reshape(*shape, -1) for x in apply_fn.actor(params.actor, own))
     mine = batch.players == batch.learners[:, None]
-    regret = _mean(regret_loss(regrets, batch.regrets, batch.legal), mask & mine)
-    policy = _mean(mean_policy_loss(logits, batch.past_policies, batch.legal), mask & ~mine)
+    regret = _per_episode(regret_loss(regrets, batch.regrets, legal=batch.legal), mask & mine)
+    policy = _per_episode(
+      mean_policy_loss(logits, batch.past_policies, legal=batch.legal), mask & ~mine
+    )
     parts |= {"armac/regret_loss": regret, "armac/policy_loss": policy}
     value = regret + policy
   return value, ({"loss": value, **parts}, ())
 
 
-def _mean(losses: jax.Array, mask: jax.Array) -> jax.Array:
-  return jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
+def _per_episode(losses: jax.Array, mask: jax.Array) -> jax.Array:
+  return jnp.mean(jnp.sum(jnp.where(mask, losses, 0), axis=1))
 
 
 def _of_mover(observations: jax.Array, players: jax.Array) -> jax.Array:
@@ -355,7 +360,7 @@ def update(
 
   Args:
     state: not donated.
-    batch: B episodes, as many as you like.
+    batch: B episodes; `config.num_microbatches` must divide B.
     key: unused: nothing is random.
     apply_fn: the networks.
     optimizer: any optax transformation; build it once, a rebuilt one compiles again.
@@ -368,12 +373,15 @@ def update(
   """
   name = "critic" if batch.regrets is None else "actor"
 
-  def of_network(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+  def of_network(
+    params: Any, state: State, batch: Batch, key: Any, *, apply_fn: Networks, config: Config
+  ) -> tuple[jax.Array, tuple[Metrics, Any]]:
     joint = state.params._replace(**{name: params})
     return loss(joint, state, batch, key, apply_fn=apply_fn, config=config)
 
   params, opt_state = getattr(state.params, name), getattr(state.opt_state, name)
-  (_, (metrics, _)), grads = jax.value_and_grad(of_network, has_aux=True)(params)
+  grad_fn = sharding.accumulate_grads(of_network, config.num_microbatches)
+  (_, (metrics, _)), grads = grad_fn(params, state, batch, key, apply_fn=apply_fn, config=config)
   updates, opt_state = optimizer.update(grads, opt_state, params)
   metrics["grad_norm"] = optax.global_norm(grads)
   return state._replace(

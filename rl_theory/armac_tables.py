@@ -147,8 +147,7 @@ def init(game: games.Game, *, config: armac.Config) -> armac.State:
   critic = jnp.zeros((num_histories, game.num_players, game.layout.num_actions), dtype)
   params = armac.Params(actor, critic)
   past = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], config.capacity, axis=0), params)
-  zero = jnp.zeros((), jnp.int32)
-  return armac.State(params, past, (), zero, zero, zero)
+  return armac.State(params, past, (), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
 @functools.partial(jax.jit, static_argnames="exact_critic")

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
+from rl_theory import armac
 
 
 class Init(Protocol):
@@ -260,7 +261,44 @@ def _sft() -> Case:
   return Case(sft, _policy_params(), batch, _policy, config, None, rules=_POLICY_RULES)
 
 
+def _act(params, observations):
+  hidden = jnp.tanh(observations @ params["kernel"])
+  return hidden @ params["regrets"], hidden @ params["policy"]
+
+
+def _values(params, observations):
+  flat = observations.reshape(len(observations), -1)
+  return (jnp.tanh(flat @ params["kernel"]) @ params["head"]).reshape(-1, 2, 3)
+
+
+def _armac(*, actor: bool = False) -> Case:
+  rng = np.random.default_rng(8)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
+
+  policies, past_policies = (
+    jnp.asarray(rng.dirichlet(np.ones(3), (8, 4)), jnp.float32) for _ in range(2)
+  )
+  batch = armac.Batch(
+    normal(8, 4, 2, 5), jnp.asarray(rng.integers(0, 2, (8, 4))), jnp.ones((8, 4, 3), bool),
+    jnp.asarray(rng.integers(0, 3, (8, 4))), jnp.asarray(rng.random((8, 4)) < 0.8),
+    jnp.asarray(rng.integers(0, 2, 8)), jnp.zeros(8, jnp.int32), past_policies, policies,
+    normal(8, 2), normal(8, 4, 3) if actor else None,
+  )  # fmt: skip
+  params = armac.Params(
+    {"kernel": normal(5, 6), "regrets": normal(6, 3), "policy": normal(6, 3)},
+    {"kernel": normal(10, 6), "head": normal(6, 6)},
+  )
+  past = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+  return Case(
+    armac, params, batch, armac.Networks(_act, _values), armac.Config(trace_decay=0.9, capacity=2),
+    None if actor else ("trace_decay", 0.2), trees={"past": past},
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
+  "armac": _armac, "armac_actor": functools.partial(_armac, actor=True),
   "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "kto": _kto, "nash_md": _nash_md,
   "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo, "sft": _sft,
   "srpo": _srpo,
