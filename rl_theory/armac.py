@@ -28,12 +28,12 @@ Reference: Gruslys et al. 2020, https://arxiv.org/abs/2008.12234.
 | lambda | `Config.trace_decay` |
 | mu_i | uniform play, RM(W) and the mean policy of the current or a past actor, one an episode |
 
-Deviations: none in the exact form. Choices where the paper leaves one: regrets of past policies use the critic of their
-own epoch, never the current one, so the critic learns before the actor in each epoch. States of the
-others are stored, without which the mean policy has no data. Behaviour is a fixed mixture; the
-paper's candidate that plays on q(h, .) is left out, since it looks at the hidden cards and then
-mu_i no longer cancels. Episodes come in groups that share j, whose draws are stratified: each j is
-still uniform, and a group is one matrix product.
+Deviations: none in the exact form. Choices where the paper leaves one: regrets of past policies use
+the critic of their own epoch, never the current one, so the critic learns before the actor in each
+epoch. States of the others are stored, without which the mean policy has no data. Behaviour is a
+fixed mixture; the paper's candidate that plays on q(h, .) is left out, since it looks at the hidden
+cards and then mu_i no longer cancels. Episodes come in groups that share j, whose draws are
+stratified: each j is still uniform, and a group is one matrix product.
 """
 
 import dataclasses
@@ -119,8 +119,8 @@ class Networks(NamedTuple):
       each action of the mover; it sees what all players see.
   """
 
-  actor: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
-  critic: Callable[[Any, jax.Array], jax.Array]
+  actor: Callable[..., Any]
+  critic: Callable[..., Any]
 
 
 class Batch(NamedTuple):
@@ -437,7 +437,8 @@ def sample(
     seen = jax.vmap(_of_mover)(observations[nodes], movers)
     legal = game.legal[jnp.maximum(game.info_states[nodes], 0)]
     past_policies = regret_matching.regret_matching(act(past, seen)[0], legal)
-    explore = _behaviour(*act(base, seen), legal, candidates, config.epsilon)
+    regrets, logits = act(base, seen)
+    explore = _behaviour(regrets, logits, legal, candidates, config.epsilon)
     policies = jnp.where((movers == learners)[..., None], explore, past_policies)
     following, actions = rollouts.advance(game, nodes, policies, key)
     return following, (nodes, actions, past_policies, players >= 0)

@@ -81,6 +81,30 @@ def information_state_tensors(game: Game) -> jax.Array:
   return jnp.asarray(openspiel.information_state_tensors(game.layout.name, parents, actions))
 
 
+def observation_histories(game: Game, observations: jax.Array) -> jax.Array:
+  """Returns `[H, n, L, ...]`: what players saw at the decisions up to each history, for an LSTM.
+
+  The newest comes last; rows before the first decision are zero. L is the most decisions on a way
+  through the game.
+
+  Args:
+    game: the game.
+    observations: `[H, n, ...]`, such as `information_state_tensors`.
+  """
+  parents, players = np.asarray(game.parents), np.asarray(game.players)
+  length = sum(map(len, game.layout.state_levels))
+  none = len(parents)  # a row of zeros
+  paths = np.full((len(parents), length), none)
+  for start, stop in game.layout.levels:
+    if start:
+      paths[start:stop] = paths[parents[start:stop]]
+    deciding = start + np.flatnonzero(players[start:stop] >= 0)
+    paths[deciding] = np.concatenate([paths[deciding, 1:], deciding[:, None]], axis=1)
+  used = (paths != none).any(0)
+  padded = jnp.concatenate([observations, jnp.zeros_like(observations[:1])])
+  return jnp.moveaxis(padded[paths[:, used]], 1, 2)
+
+
 # --- policies ---
 
 

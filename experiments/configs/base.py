@@ -49,6 +49,27 @@ def bandit(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collecti
   )
 
 
+def game(
+  paper: str, preset: str, name: str, *, algorithm: dict[str, Any], bar: float = 0.0
+) -> ml_collections.ConfigDict:
+  """Solves a game of OpenSpiel: all seeds run as one program, measured on the whole tree.
+
+  With a `bar` above 0 the run passes if the NashConv of every seed ends below it.
+  """
+  return _config(
+    paper,
+    preset,
+    algorithm=algorithm,
+    network={},
+    environment={"game": name, "num_seeds": 3, "max_nodes": 1_000_000, "bar": bar},
+    optimizer={},
+    sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
+    train={"num_steps": 100, "log_every": 1},
+    eval={"every": 0},
+    checkpoint={"every": 50, "keep": 1},
+  )
+
+
 def language_model(
   paper: str, preset: str, *, algorithm: dict[str, Any]
 ) -> ml_collections.ConfigDict:

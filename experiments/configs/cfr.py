@@ -1,0 +1,36 @@
+r"""CFR (Zinkevich et al. 2007) and its variants on games of OpenSpiel; `*_sampled` is MCCFR.
+
+Command:   python -m experiments.main --config=cfr:leduc --workdir=runs/cfr-leduc
+Hardware:  two CPU cores
+Wall time, expected result: the table PRESETS below, also printed by --list
+"""
+
+import ml_collections
+
+from experiments.configs import armac, base
+
+PRESETS = {
+  name: base.Preset(f"{what} on {where}", "not measured", "unrun")
+  for name, what, where in (
+    *((name, "CFR, alternating", game) for name, game in armac.GAMES.items() if name != "paper"),
+    *(
+      (f"{name}_sampled", "outcome-sampling MCCFR, three seeds", game)
+      for name, game in armac.GAMES.items()
+      if name not in ("tiny", "paper")
+    ),
+  )
+}
+
+
+def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
+  """Returns the config of one preset."""
+  base.check_preset(preset, PRESETS)
+  name = preset.removesuffix("_sampled")
+  sampled = name != preset
+  algorithm = {"variant": "mccfr" if sampled else "cfr", "num_samples": 1}
+  config = base.game("cfr", preset, armac.GAMES[name], algorithm=algorithm)
+  config.environment.num_seeds = 3 if sampled else 1  # nothing is random in CFR
+  config.train.update({"num_steps": 200, "inner_steps": 250 if sampled else 1})
+  if preset == "tiny":
+    config.train.num_steps = 20
+  return config

@@ -1,0 +1,62 @@
+"""ARMAC (arXiv:2008.12234) on a compiled game; a step of the loop is one epoch of every seed."""
+
+import pathlib
+from typing import Any
+
+import jax
+import optax
+
+from experiments import solving, training
+from rl_theory import armac, games, networks
+
+
+def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+  """Returns the experiment of one preset."""
+  del workdir
+  game = solving.compile_game(config)
+  return solving.build(config, game, solver(config, game))
+
+
+def solver(config: Any, game: games.Game) -> solving.Solver:
+  """Returns ARMAC with networks of the config's sizes."""
+  hyperparameters = armac.Config(**config.algorithm)
+  recurrent = {"mlp": False, "lstm": True}.get(config.network.encoder)
+  if recurrent is None:
+    raise ValueError(f"config.network.encoder={config.network.encoder!r}: give 'mlp' or 'lstm'")
+  observations = games.information_state_tensors(game)
+  if recurrent:
+    observations = games.observation_histories(game, observations)
+  sizes = (config.network.width, config.network.block_width, recurrent)
+  actor = networks.Actor(game.layout.num_actions, *sizes)
+  critic = networks.Critic(game.num_players, game.layout.num_actions, *sizes)
+  apply_fn = armac.Networks(actor.apply, critic.apply)
+  scale = config.optimizer.final_scale
+  num_steps = config.train.num_steps * hyperparameters.num_actor_steps
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(config.optimizer.clip_norm),
+    optax.adam(
+      optax.linear_schedule(
+        config.optimizer.learning_rate, config.optimizer.learning_rate * scale, num_steps
+      )
+    ),
+  )
+
+  def init(key):
+    actor_key, critic_key = jax.random.split(key)
+    params = armac.Params(
+      actor.init(actor_key, observations[:1, 0]), critic.init(critic_key, observations[:1])
+    )
+    return armac.init(params, optimizer=optimizer, config=hyperparameters)
+
+  def update(state, key):
+    return armac.epoch(
+      state, game, observations, key, apply_fn=apply_fn, optimizer=optimizer,
+      config=hyperparameters,
+    )  # fmt: skip
+
+  return solving.Solver(
+    init=init,
+    update=update,
+    mean_policy=lambda state: armac.policy(state.params, game, observations, apply_fn=apply_fn),
+    env_steps=lambda state: state.env_steps,
+  )
