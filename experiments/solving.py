@@ -7,7 +7,7 @@ little beside the step, so that the record of a run is its curve.
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,7 +149,7 @@ def _export(game: games.Game, policy: np.ndarray, folder: pathlib.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
 
 
-def curves(records: dict[str, Sequence[dict[str, Any]]]) -> report.Figure:
+def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> report.Figure:
   """Draws NashConv against decisions played and against seconds, one curve a method."""
   figure, axes = report.subplots(1, 2, sharey=True)
   for axis, name, label in (

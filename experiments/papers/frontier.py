@@ -1,13 +1,11 @@
 """Reward against sequence KL along the training of several algorithms: runs of runs."""
 
-import importlib
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from experiments import evaluation, metrics, presets, report, training
-from experiments import workdir as run_folder
+from experiments import evaluation, metrics, presets, report, several, training
 
 NAMES = {
   "copg": "CoPG",
@@ -33,19 +31,16 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
     raise ValueError(
       f"config.algorithms={tuple(config.algorithms)}: choose one or more of {', '.join(NAMES)}"
     )
-  records = {}
+  configs = {}
   for name in config.algorithms:
-    sub = presets.resolve(f"{name}:{config.preset}")
+    configs[name] = sub = presets.resolve(f"{name}:{config.preset}")
     sub.seed = config.seed
     for section in ("eval", "sharding", "train", "checkpoint"):
       sub[section].update(config[section])
-    folder = workdir / name
-    run_folder.claim(sub, folder)
-    module = importlib.import_module(f"experiments.papers.{name}")
-    outcome = training.train(module.build(sub, folder), sub, folder)
-    if outcome.result is None:
-      return outcome
-    records[name] = metrics.JsonLines(folder / "metrics.jsonl").read().evals
+  outcome, histories = several.train_each(configs, workdir)
+  if outcome.result is None:
+    return outcome
+  records = {name: history.evals for name, history in histories.items()}
   result = _result(records)
   report.write_run(workdir, _Figures(records), config, metrics.History(), result)
   return outcome._replace(result=result)
