@@ -19,7 +19,7 @@ OpenSpiel's examples for Kuhn and Leduc poker (one hidden layer of 128, `optax.s
 | paper | here |
 |---|---|
 | Q(s, a; theta^Q), Pi(s, a; theta^Pi) | `Networks.values`, `Networks.policy` |
-| theta^Q, theta^Pi, theta^Q' | `State.params`, `State.target_params`, `[n, ...]`: each player's own |
+| theta^Q, theta^Pi; theta^Q' | `State.params`; `State.target_params`: leaves `[n, ...]` |
 | M_RL, M_SL | `State.replay` (circular), `State.reservoir` |
 | eta | `Config.anticipatory` |
 | epsilon | `epsilon`: from `epsilon_start` to `epsilon_end` |
@@ -599,9 +599,9 @@ def _check_state(state: State, game: games.Game, config: Config) -> None:
   expected = (game.num_players, config.replay_capacity, config.reservoir_capacity)
   if found != expected:
     raise ValueError(
-      f"the state is of {found[0]} players with memories of {found[1]} and {found[2]}, but the game "
-      f"has {expected[0]} and config asks for {expected[1]} and {expected[2]}: give init one set of "
-      "parameters a player, and epoch the config of init"
+      f"the state is of {found[0]} players with memories of {found[1]} and {found[2]}, but the "
+      f"game has {expected[0]} and config asks for {expected[1]} and {expected[2]}: give init one "
+      "set of parameters a player, and epoch the config of init"
     )
 
 
