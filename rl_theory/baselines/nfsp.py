@@ -358,21 +358,22 @@ def loss(
   """
   del key, config
   values, logits = (jax.vmap(f, in_axes=(0, 1), out_axes=1) for f in apply_fn)
-  best_response = best_response_loss(
+  responses = best_response_loss(
     values(params.values, batch.observations),
     batch.actions,
     batch.rewards,
     values(state.target_params, batch.next_observations),
     next_legal=batch.next_legal,
   )
-  average_policy = average_policy_loss(
+  averages = average_policy_loss(
     logits(params.policy, batch.imitated_observations),
     batch.imitated_actions,
     legal=batch.imitated_legal,
   )
-  parts = [jnp.mean(jnp.sum(part, axis=1)) for part in (best_response, average_policy)]
-  metrics = {"nfsp/best_response_loss": parts[0], "nfsp/average_policy_loss": parts[1]}
-  return sum(parts), ({"loss": sum(parts), **metrics}, ())
+  response, average = (jnp.mean(jnp.sum(losses, axis=1)) for losses in (responses, averages))
+  value = response + average
+  metrics = {"nfsp/best_response_loss": response, "nfsp/average_policy_loss": average}
+  return value, ({"loss": value, **metrics}, ())
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
@@ -458,7 +459,6 @@ def sample(
   averages = policy(state.params, game, observations, apply_fn=apply_fn)
   shape = (game.num_players, config.num_episodes)
   by_best_response = jax.random.bernoulli(mode_key, config.anticipatory, shape)
-  everyone = jnp.arange(game.num_players)
 
   def step(nodes: jax.Array, key: Any) -> tuple[jax.Array, Any]:
     players, states = game.players[nodes], jnp.maximum(game.info_states[nodes], 0)
@@ -470,7 +470,7 @@ def sample(
   keys = jax.random.split(play_key, max(len(game.layout.levels) - 1, 1))
   last, path = jax.lax.scan(step, jnp.zeros(config.num_episodes, jnp.int32), keys)
   states, actions, players = (x.T for x in path)  # [B, T]
-  mask = players == everyone[:, None, None]
+  mask = players == jnp.arange(game.num_players)[:, None, None]
   # The player's next decision: the first place from t + 1 on, T for none.
   num_steps = len(keys)
   places = jnp.where(mask, jnp.arange(num_steps), num_steps)
@@ -493,8 +493,9 @@ def sample(
 @jax.jit
 def remember(state: State, episodes: Episodes, key: Any) -> State:
   """Returns the state with the episodes in its memories."""
-  flat = jax.tree.map(lambda x: x.reshape(len(x), -1), (episodes.transitions, episodes.mask))
-  transitions, mask = flat
+  transitions, mask = jax.tree.map(
+    lambda x: x.reshape(len(x), -1), (episodes.transitions, episodes.mask)
+  )
   imitated = (episodes.mask & episodes.by_best_response[..., None]).reshape(mask.shape)
   keys = jax.random.split(key, len(mask))
   choices = Choices(transitions.states, transitions.actions)
@@ -506,19 +507,16 @@ def remember(state: State, episodes: Episodes, key: Any) -> State:
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
-def draw(
-  state: State, game: games.Game, observations: jax.Array, key: Any, *, batch_size: int
-) -> Batch:
+def draw(state: State, game: games.Game, seen: jax.Array, key: Any, *, batch_size: int) -> Batch:
   """Returns a batch drawn from the memories, uniformly and with replacement.
 
   Args:
     state: whose memories are not empty.
     game: the game.
-    observations: `[H, n, ...]` as in `sample`.
+    seen: `[S, ...]` from `games.state_observations`.
     key: typed PRNG key.
     batch_size: B, from each player and memory.
   """
-  seen = games.state_observations(game, observations)
 
   def choose(buffer: Buffer, key: Any) -> Any:
     players, capacity = jax.tree.leaves(buffer.items)[0].shape
@@ -576,12 +574,12 @@ def epoch(
   due = state.env_steps // config.learn_every - before // config.learn_every
   held = jnp.minimum(jnp.min(state.replay.seen), jnp.min(state.reservoir.seen))
   due = jnp.where(held >= config.learning_starts, due, 0)
-  full = state
+  full, seen = state, games.state_observations(game, observations)
 
   def learn(index: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
     state, sums = carry
     step_key = jax.random.fold_in(draw_key, index)
-    batch = draw(full, game, observations, step_key, batch_size=config.batch_size)
+    batch = draw(full, game, seen, step_key, batch_size=config.batch_size)
     state, metrics = update(
       state, batch, None, apply_fn=apply_fn, optimizer=optimizer, config=config
     )

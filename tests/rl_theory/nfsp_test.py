@@ -249,9 +249,8 @@ def test_a_batch_is_drawn_from_each_players_own_memories():
   game, observations, state, _, bound = _problem()
   episodes = nfsp.sample(state, game, observations, jax.random.key(2), **bound)
   state = nfsp.remember(state, episodes, jax.random.key(3))
-  # States in place of observations, so that rows can be looked up.
-  states = jnp.broadcast_to(jnp.maximum(game.info_states, 0)[:, None], observations.shape[:2])
-  batch = nfsp.draw(state, game, states, jax.random.key(4), batch_size=2000)
+  seen = jnp.arange(len(game.legal))  # states in place of observations
+  batch = nfsp.draw(state, game, seen, jax.random.key(4), batch_size=2000)
   batch, memories = jax.tree.map(np.asarray, (batch, (state.replay, state.reservoir)))
   legal, end = np.asarray(game.legal), ~batch.next_legal.any(-1)
   following = np.where(end, -1, batch.next_observations)
