@@ -315,7 +315,8 @@ def test_average_play_comes_near_the_equilibrium_of_kuhn_poker():
   found = games.nash_conv(
     game, nfsp.policy(state.params, game, observations, apply_fn=bound["apply_fn"])
   )
-  assert found < 0.3 and np.all(np.isfinite(metrics["loss"]))
+  # Five seeds gave 0.08 to 0.14 after these 128,000 episodes.
+  assert found < 0.25 and np.all(np.isfinite(metrics["loss"]))
 
 
 # --- bad input ---
