@@ -618,8 +618,5 @@ def policy(
     observations: `[H, n, ...]` as in `sample`.
     apply_fn: the networks.
   """
-  num_states, num_histories = len(game.legal), len(game.parents)
-  states = jnp.where(game.info_states < 0, num_states, game.info_states)
-  first = jnp.full(num_states, num_histories).at[states].min(jnp.arange(num_histories), mode="drop")
-  own = observations[first, game.state_players]
+  own = games.state_observations(game, observations)
   return mean_policy(apply_fn.actor(params.actor, own)[1], game.legal)

@@ -69,6 +69,14 @@ def compile_game(
   )
 
 
+def state_observations(game: Game, observations: jax.Array) -> jax.Array:
+  """Returns `[S, ...]`, what the mover has seen at each information state, from `[H, n, ...]`."""
+  num_states, num_histories = len(game.legal), len(game.parents)
+  states = jnp.where(game.info_states < 0, num_states, game.info_states)
+  first = jnp.full(num_states, num_histories).at[states].min(jnp.arange(num_histories), mode="drop")
+  return observations[first, game.state_players]
+
+
 def information_state_tensors(game: Game) -> jax.Array:
   """Returns `[H, n, O]` float32, what OpenSpiel tells each player at each history, for networks.
 

@@ -102,3 +102,23 @@ class Critic(nn.Module):
     x = Block(self.block_width)(mixed.reshape(*mixed.shape[:-2], -1))
     values = nn.Dense(self.num_players * self.num_actions, name="values")(x)
     return values.reshape(*values.shape[:-1], self.num_players, self.num_actions)
+
+
+class MLP(nn.Module):
+  """Observations `[..., O]` to one number for each action, `[..., A]`, all 0 at the start.
+
+  Attributes:
+    num_actions: A.
+    widths: of the hidden layers, with plain rectifiers.
+  """
+
+  num_actions: int
+  widths: tuple[int, ...] = (128,)
+
+  @nn.compact
+  def __call__(self, observations: jax.Array) -> jax.Array:
+    x = observations
+    for width in self.widths:
+      x = nn.relu(nn.Dense(width)(x))
+    zeros: Any = nn.initializers.zeros
+    return nn.Dense(self.num_actions, kernel_init=zeros, name="head")(x)

@@ -26,6 +26,7 @@ import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from rl_theory import armac
+from rl_theory.baselines import nfsp
 
 
 class Init(Protocol):
@@ -297,11 +298,32 @@ def _armac(*, actor: bool = False) -> Case:
   )  # fmt: skip
 
 
+def _nfsp() -> Case:
+  rng = np.random.default_rng(9)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
+
+  def score(params, observations):
+    return jnp.tanh(observations @ params["kernel"]) @ params["head"]
+
+  legal = jnp.asarray(rng.random((8, 2, 3)) < 0.6)
+  batch = nfsp.Batch(
+    normal(8, 2, 5), jnp.asarray(rng.integers(0, 3, (8, 2))), normal(8, 2), normal(8, 2, 5),
+    legal, normal(8, 2, 5), legal.at[..., 0].set(True), jnp.zeros((8, 2), jnp.int32),
+  )  # fmt: skip
+  params = nfsp.Params(*({"kernel": normal(2, 5, 6), "head": normal(2, 6, 3)} for _ in range(2)))
+  config = nfsp.Config(
+    learning_starts=1, replay_capacity=16, reservoir_capacity=8, target_period=2
+  )  # fmt: skip
+  return Case(nfsp, params, batch, nfsp.Networks(score, score), config, None)
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "armac": _armac, "armac_actor": functools.partial(_armac, actor=True),
   "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "kto": _kto, "nash_md": _nash_md,
-  "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo, "sft": _sft,
-  "srpo": _srpo,
+  "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo,
+  "sft": _sft, "srpo": _srpo,
 }  # fmt: skip
 
 
