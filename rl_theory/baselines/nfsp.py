@@ -125,8 +125,8 @@ class Networks(NamedTuple):
     policy: `policy(params, observations [B, ...]) -> [B, A]` logits.
   """
 
-  values: Callable[[Any, jax.Array], jax.Array]
-  policy: Callable[[Any, jax.Array], jax.Array]
+  values: Callable[..., Any]
+  policy: Callable[..., Any]
 
 
 class Batch(NamedTuple):
