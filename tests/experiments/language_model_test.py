@@ -15,11 +15,15 @@ from alignment.models import transformer
 from experiments import language_task, main, online_language_model, presets, revision, training
 from experiments.data import pretrained, rewards
 from experiments.papers import copg as copg_paper
+from experiments.papers import dpo as dpo_paper
 from experiments.papers import dro as dro_paper
 from experiments.papers import frontier as frontier_paper
 from experiments.papers import ipo as ipo_paper
 from experiments.papers import kto as kto_paper
+from experiments.papers import kto as kto_paper
 from experiments.papers import nash_md as nash_md_paper
+from experiments.papers import online_ipo as online_ipo_paper
+from experiments.papers import rloo as rloo_paper
 from experiments.papers import rloo as rloo_paper
 from experiments.papers import srpo as srpo_paper
 
@@ -258,10 +262,17 @@ PAPERS = {
   "dro": (dro_paper, 2.47),
   "nash_md": (nash_md_paper, 1.24),
   "srpo": (srpo_paper, 6.74),
+  "dpo": (dpo_paper, 6.74),
+  "kto": (kto_paper, 6.74),
+  "online_ipo": (online_ipo_paper, 1.24),
+  "rloo": (rloo_paper, 6.74),
 }
+_ALWAYS = {"copg", "dro", "nash_md", "srpo"}  # the others are wired as one of these is
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize(
+  "paper", [pytest.param(n, marks=() if n in _ALWAYS else pytest.mark.slow) for n in PAPERS]
+)
 def test_paper_preset_traces_at_full_size(paper, tmp_path, monkeypatch):
   """Model, data and update as the launcher builds them; shapes only, nothing is allocated."""
   module, billions = PAPERS[paper]
@@ -284,7 +295,8 @@ def test_paper_preset_traces_at_full_size(paper, tmp_path, monkeypatch):
     "scored": [{"prompt": p, "completions": ["a", "b"], "rewards": [1, 0]} for p in prompts],
     "preferences": [{"prompt": p, "chosen": "a", "rejected": "b"} for p in prompts],
   }
-  needed = {"nash_md": ["prompts"], "srpo": ["prompts", "preferences"]}
+  needed = {name: ["prompts"] for name in ("nash_md", "online_ipo", "rloo")}
+  needed |= {name: ["prompts", "preferences"] for name in ("srpo", "dpo")}
   for name in needed.get(paper, ["prompts", "scored"]):
     path = tmp_path / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
@@ -293,7 +305,7 @@ def test_paper_preset_traces_at_full_size(paper, tmp_path, monkeypatch):
 
   experiment = module.build(config, None)
   state = jax.eval_shape(experiment.init, jax.random.key(0), *experiment.init_args)
-  learner = state.learner if paper == "nash_md" else state
+  learner = getattr(state, "learner", state)
   trained = sum(leaf.size for leaf in jax.tree.leaves(learner.params)) / 1e9
   np.testing.assert_allclose(trained, billions, atol=0.01)
   _, batch = next(experiment.batches())
