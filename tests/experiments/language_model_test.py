@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sharding
 from alignment import dro, sequences, srpo
 from alignment.baselines import kto
 from alignment.models import transformer
@@ -20,10 +21,8 @@ from experiments.papers import dro as dro_paper
 from experiments.papers import frontier as frontier_paper
 from experiments.papers import ipo as ipo_paper
 from experiments.papers import kto as kto_paper
-from experiments.papers import kto as kto_paper
 from experiments.papers import nash_md as nash_md_paper
 from experiments.papers import online_ipo as online_ipo_paper
-from experiments.papers import rloo as rloo_paper
 from experiments.papers import rloo as rloo_paper
 from experiments.papers import srpo as srpo_paper
 
@@ -240,6 +239,42 @@ def test_an_online_run_resumes_to_the_bit(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, *states)
   reference = pretrained.load("tiny-random").params
   jax.tree.map(np.testing.assert_array_equal, states[0].ref_params, reference)
+
+
+@pytest.mark.slow  # three compilations of a step that draws, judges, scores and learns
+def test_an_online_step_on_eight_devices_is_that_of_one():
+  config = tiny("nash_md", optimizer__warmup_steps=0, data__mixture_beta=0.25)
+  experiment = nash_md_paper.build(config, None)
+  batches = [next(experiment.batches())[1] for _ in range(2)]
+
+  def run(axes, num_devices):
+    mesh = sharding.make_mesh(axes, jax.devices()[:num_devices])
+    step = sharding.jit_update(experiment.update, mesh, experiment.rules)
+    state = sharding.init_sharded(
+      experiment.init, mesh, experiment.rules, jax.random.key(0), *experiment.init_args
+    )
+    records = []
+    for i, batch in enumerate(batches):
+      state, metrics = step(state, sharding.shard_batch(batch, mesh), jax.random.key(i))
+      records.append(jax.device_get(metrics))
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {num_devices}
+    return records, jax.device_get(state.learner.params)
+
+  records, params = run({"data": 1, "fsdp": 1, "tensor": 1}, 1)
+  start = jax.device_get(experiment.init_args[0])
+  largest = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start)))
+  assert largest > 0.9 * config.optimizer.learning_rate  # it has learned
+  for axes in ({"data": 8, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    many_records, many_params = run(axes, 8)
+    for one, many in zip(records, many_records, strict=True):
+      # The same completions and judgements: one other token would move these by percents.
+      for name, value in one.items():
+        np.testing.assert_allclose(
+          many[name], value, rtol=1e-3, atol=1e-5, err_msg=f"{name} {axes}"
+        )
+    # Adam divides by the size of a gradient: rounding shows where that is nothing but rounding.
+    for one, many in zip(jax.tree.leaves(params), jax.tree.leaves(many_params), strict=True):
+      assert np.mean(np.abs(many - one) > 0.01 * largest) < 1e-3, axes
 
 
 # --- the paper presets ---
