@@ -207,10 +207,11 @@ def build(
 
 def _error_figure(history, methods, settings, symbol, config) -> report.Figure:
   figure, axes = report.subplots(1, len(settings), sharey=True)
-  steps = (np.array([record["step"] for record in history]) + 1) * config.train.inner_steps
-  for axis, setting in zip(axes[0], settings, strict=True):
+  steps = np.array([0, *(record["step"] + 1 for record in history)]) * config.train.inner_steps
+  for i, (axis, setting) in enumerate(zip(axes[0], settings, strict=True)):
     for name, method in methods.items():
-      errors = [record[f"{name}/{setting}/error"] for record in history]
+      start = np.abs(np.asarray(method.read(jnp.asarray(method.start))) - method.exact[i]).max()
+      errors = [start, *(record[f"{name}/{setting}/error"] for record in history)]
       axis.semilogy(steps, np.maximum(errors, 1e-8), label=method.label)
     axis.set(title=f"{symbol} = {setting}", xlabel="step")
   axes[0][0].set_ylabel("largest error over the bandits")
