@@ -19,7 +19,7 @@ PRESETS = {
   "bandit": base.Preset(
     "DPO on Bradley-Terry and on cyclic preferences, and IPO on the same pairs, three beta",
     "1 minute",
-    "ref exp(r / beta); with cycles the log-loss projection, which IPO reaches at no tau",
+    "ref exp(r / beta); with cycles the log-loss projection, another one for other pairs",
   ),
   "tiny": base.Preset("random two-layer character model, no weights", "20 seconds", "runs"),
   "sentiment": base.Preset(
