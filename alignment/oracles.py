@@ -3,7 +3,8 @@
 All take hyper-parameters positionally or by name, are batched over leading axes, and return
 arrays in the dtype of `ref_logps` (or of the first argument). NumPy inputs are computed with NumPy,
 so float64 works without touching JAX's settings; JAX inputs with JAX, so all but
-`ipo_dataset_optimum` and `regularised_nash` (and what is made from it) can be traced. A sequence
+`ipo_dataset_optimum`, `bradley_terry_scores` and `regularised_nash` (and what is made from it) can
+be traced. A sequence
 model is tabular too, once its completions are enumerated.
 
 Why they are exact: max over pi of E_pi[f] - tau KL(pi || ref) has the one solution
@@ -361,8 +362,11 @@ def bradley_terry_scores(preferences: Array, weights: Array) -> Array:
     new -= new.mean(-1, keepdims=True)
     moved, scores = np.abs(new - scores).max(initial=0), new
     if moved < 1e-13:
-      break
-  return scores
+      return scores
+  raise ValueError(
+    f"the scores still move by {moved:.0e} after 100,000 iterations: preferences lie too near 0 or "
+    f"1, or weights differ by too much, got {preferences} and {weights}"
+  )
 
 
 def regularised_exploitability(

@@ -40,7 +40,8 @@ def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
   base.check_preset(preset, PRESETS)
   if preset == "bandit":
     config = base.random_bandits("rloo", algorithm={"beta": (0.3, 1.0, 3.0)})
-    config.data.update({"batch_size": 16, "num_samples": 4})
+    # The mean under the reference decides what a baseline saves at the start.
+    config.data.update({"batch_size": 16, "num_samples": 4, "mean_reward": 1.0})
     config.optimizer.learning_rate = 0.2  # constant, of plain gradient descent
     return config
   algorithm = {"beta": 0.05, "baseline": "leave_one_out", "num_microbatches": 1}

@@ -1,6 +1,6 @@
 """RLOO (arXiv:2402.14740), the baseline of CoPG's paper: the bandits and the online LM run.
 
-The bandits are random, the rewards one on average under the reference. At the optimum the
+The bandits are random, with rewards of a given mean under the reference. At the optimum the
 regularised reward is the same for every arm: with the leave-one-out baseline every single gradient
 vanishes there, so that RLOO arrives with a constant step size. Without a baseline (REINFORCE) the
 gradient vanishes only on average, and the policy trembles.
@@ -77,7 +77,8 @@ def _bandit(config: Any) -> training.Experiment:
   bandit.check_counts(config, batch_size=1, num_samples=2)
   betas, bandits = bandit.positives(config, "algorithm.beta"), bandit_grid.random_bandits(config)
   ref_logps, num_samples = bandits.ref_logps, config.data.num_samples
-  rewards = bandits.rewards + 1 - (np.exp(ref_logps) * bandits.rewards).sum(1, keepdims=True)
+  means = (np.exp(ref_logps) * bandits.rewards).sum(1, keepdims=True)
+  rewards = bandits.rewards - means + config.data.mean_reward
   problems = (jnp.asarray(ref_logps, jnp.float32), jnp.asarray(rewards, jnp.float32))
   optima = [oracles.kl_regularised_optimum(ref_logps, rewards, beta) for beta in betas]
 
