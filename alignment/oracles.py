@@ -4,8 +4,7 @@ All take hyper-parameters positionally or by name, are batched over leading axes
 arrays in the dtype of `ref_logps` (or of the first argument). NumPy inputs are computed with NumPy,
 so float64 works without touching JAX's settings; JAX inputs with JAX, so all but
 `ipo_dataset_optimum`, `bradley_terry_scores` and `regularised_nash` (and what is made from it) can
-be traced. A sequence
-model is tabular too, once its completions are enumerated.
+be traced. A sequence model is tabular too, once its completions are enumerated.
 
 Why they are exact: max over pi of E_pi[f] - tau KL(pi || ref) has the one solution
 ref exp(f / tau) / Z with value tau log Z, and the value lost by another policy is
