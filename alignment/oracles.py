@@ -3,8 +3,8 @@
 All take hyper-parameters positionally or by name, are batched over leading axes, and return
 arrays in the dtype of `ref_logps` (or of the first argument). NumPy inputs are computed with NumPy,
 so float64 works without touching JAX's settings; JAX inputs with JAX, so all but
-`ipo_dataset_optimum` and `regularised_nash` (and what is made from it) can be traced. A sequence
-model is tabular too, once its completions are enumerated.
+`ipo_dataset_optimum`, `bradley_terry_scores` and `regularised_nash` (and what is made from it) can
+be traced. A sequence model is tabular too, once its completions are enumerated.
 
 Why they are exact: max over pi of E_pi[f] - tau KL(pi || ref) has the one solution
 ref exp(f / tau) / Z with value tau log Z, and the value lost by another policy is
@@ -305,6 +305,67 @@ def regularised_nash(
       matrix[index][np.ix_(support, support)], reference[index][support], float(temperatures[index])
     )
   return xp.asarray(logps).astype(ref_logps.dtype)
+
+
+def bradley_terry_scores(preferences: Array, weights: Array) -> Array:
+  """Returns the rewards whose Bradley-Terry model has the least log-loss on labelled pairs.
+
+  argmin over s of sum over i, j of weights_ij H(P(i beats j), sigmoid(s_i - s_j)), H the
+  cross-entropy: the rewards themselves, up to a constant, where preferences are Bradley-Terry; a
+  projection that depends on who wrote the pairs where they are not. DPO ends at
+  ref * exp(scores / beta), normalised. Zermelo's iteration, which converges from everywhere.
+
+  Args:
+    preferences: `[..., A, A]`, entry i, j is P(i beats j); entry j, i must be 1 minus it.
+    weights: `[..., A, A]` how often i and j are compared, non-negative; counts i, j and j, i are
+      added, the diagonal says nothing.
+
+  Returns:
+    `[..., A]` scores with mean zero, a NumPy array.
+
+  Raises:
+    ValueError: if the shapes do not fit, an argument is out of range, or scores grow for ever: some
+      actions never lose to (or are never compared with) the others.
+
+  Example:
+    >>> rewards = np.array([1.0, 0.0, -1.0])
+    >>> preferences = 1 / (1 + np.exp(rewards[None, :] - rewards[:, None]))
+    >>> bradley_terry_scores(preferences, np.ones((3, 3))).round(6)
+    array([ 1.,  0., -1.])
+
+  Reference: Zermelo 1929; Hunter 2004, https://doi.org/10.1214/aos/1079120141, section 2.
+  """
+  preferences, weights = np.asarray(preferences, float), np.asarray(weights, float)
+  num_actions = np.shape(preferences)[-1] if np.ndim(preferences) else 0
+  _check_preferences(preferences, np.full(num_actions, 1 / max(num_actions, 1)), name="actions")
+  if weights.ndim < 2 or weights.shape[-2:] != preferences.shape[-2:] or not np.all(weights >= 0):
+    raise ValueError(
+      f"weights must be non-negative of shape [..., {num_actions}, {num_actions}], as preferences, "
+      f"got {weights}"
+    )
+  counts = (weights + np.swapaxes(weights, -1, -2)) * (1 - np.eye(num_actions))
+  wins = counts * preferences
+  batch_shape = np.broadcast_shapes(counts.shape[:-2], preferences.shape[:-2])
+  for index in np.ndindex(*batch_shape):
+    graph = np.broadcast_to(wins, (*batch_shape, num_actions, num_actions))[index] > 0
+    if scipy.sparse.csgraph.connected_components(graph, connection="strong")[0] > 1:
+      raise ValueError(
+        "preferences and weights have no finite scores: every action must beat, directly or over "
+        f"others, every other one with a positive probability, got wins {wins}"
+      )
+  scores = np.zeros((*batch_shape, num_actions))
+  for _ in range(100_000):
+    strengths = np.exp(scores)
+    rates = counts / (strengths[..., :, None] + strengths[..., None, :])
+    new = np.log(wins.sum(-1) / rates.sum(-1))
+    new -= new.mean(-1, keepdims=True)
+    moved, scores = np.abs(new - scores).max(initial=0), new
+    if moved < 1e-13:
+      return scores
+  raise ValueError(
+    f"the scores still move by {moved:.0e} after 100,000 iterations: preferences lie too near 0 or "
+    f"1, or weights differ by too much, got {preferences} and {weights}"
+  )
 
 
 def regularised_exploitability(

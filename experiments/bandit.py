@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from alignment import checks, sequences
 from experiments import report
@@ -74,6 +75,15 @@ def scan_updates(
   return run
 
 
+def draw_arms(key: jax.Array, logits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Draws arms of the policy softmax(logits `[A]`), one uniform number each.
+
+  `jax.random.categorical` needs A of them, which is most of a step's time here.
+  """
+  edges = jnp.cumsum(jax.nn.softmax(logits))[:-1]
+  return jnp.sum(jax.random.uniform(key, shape)[..., None] > edges, axis=-1)
+
+
 class NoData:
   """The batch iterator of a run that draws its batches on the device: ids count the steps.
 
@@ -120,6 +130,12 @@ def check_counts(config: Any, **least: int) -> None:
   for name, (value, bound) in sizes.items():
     if isinstance(value, bool) or not isinstance(value, int) or value < bound:
       raise ValueError(f"config.{name}={value!r}: give an integer of at least {bound}")
+
+
+def cosine_adam(config: Any) -> optax.GradientTransformation:
+  """Adam whose rate falls to zero over the run: what is random about the steps averages out."""
+  num_steps = config.train.num_steps * config.train.inner_steps
+  return optax.adam(optax.cosine_decay_schedule(config.optimizer.learning_rate, num_steps))
 
 
 def triple(probs: np.ndarray) -> str:

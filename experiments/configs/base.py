@@ -70,6 +70,18 @@ def game(
   )
 
 
+def random_bandits(paper: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
+  """The tabular runs of the baselines (`experiments/bandit_grid.py`): 4,000 steps on 8 bandits."""
+  config = bandit(paper, "bandit", algorithm=algorithm)
+  config.data = ml_collections.ConfigDict(
+    {"name": paper + "_bandit", "num_bandits": 8, "num_arms": 5, "batch_size": 256}
+  )
+  config.optimizer.learning_rate = 3e-2
+  config.train.update({"num_steps": 20, "inner_steps": 200})
+  config.checkpoint.every = 10
+  return config
+
+
 def language_model(
   paper: str, preset: str, *, algorithm: dict[str, Any]
 ) -> ml_collections.ConfigDict:

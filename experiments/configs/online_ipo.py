@@ -1,9 +1,12 @@
 r"""Online IPO, Calandriello et al. 2024, https://arxiv.org/abs/2403.08635: beside Nash-MD.
 
-IPO-MD, whose completions come from a mixture, is `--config.data.mixture_beta=0.125`.
+IPO-MD, whose completions come from a mixture, is `--config.data.mixture_beta=0.125`. `bandit` is
+ours: random games with cycles. `paper` is the TL;DR run. Published: the task, tau 1, batch 32 and a
+learning rate of 1e-4. Ours: the number of steps and the judge; Adam in the place of AdaFactor, and
+a decoder in that of an encoder-decoder (T5-L, 770 million).
 
 Command:   python -m experiments.main --config=online_ipo:sentiment --workdir=runs/online-ipo
-Hardware:  two CPU cores
+Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
 Wall time, expected result: the table PRESETS below, also printed by --list
 """
 
@@ -12,10 +15,21 @@ import ml_collections
 from experiments.configs import base
 
 PRESETS = {
+  "bandit": base.Preset(
+    "online IPO, IPO-MD and IPO on the reference's pairs, random games, three tau",
+    "1 minute",
+    "the regularised Nash equilibrium; with a mixture the end of Nash-MD-PG",
+  ),
   "tiny": base.Preset("random two-layer character model, no weights", "30 seconds", "runs"),
   "sentiment": base.Preset(
     "SmolLM2-135M towards continuations that beat its own, two a prompt",
     "not measured",
+    "unrun",
+  ),
+  "paper": base.Preset(
+    "TL;DR with a 1B policy; needs --config.data.prompts=FILE, --config.preference=module:function "
+    "and an accelerator",
+    "hours",
     "unrun",
   ),
 }
@@ -24,6 +38,10 @@ PRESETS = {
 def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
   """Returns the config of one preset."""
   base.check_preset(preset, PRESETS)
+  if preset == "bandit":
+    config = base.random_bandits("online_ipo", algorithm={"tau": (0.1, 0.3, 1.0)})
+    config.data.mixture_beta = 0.25
+    return config
   config = base.online_language_model(
     "online_ipo",
     preset,
@@ -32,4 +50,14 @@ def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
     pairwise=True,
   )
   config.train.batch_size = 16  # as many completions a step as the other methods have
+  if preset == "paper":
+    config.algorithm.tau = 1.0
+    config.network.update({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "remat": True})
+    config.data.update({"name": "tldr", "num_prompts": 92_000})
+    config.data.update({"prompt_length": 512, "completion_length": 64})
+    config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 0, "final_scale": 1.0})
+    config.train.update({"num_steps": 10_000, "batch_size": 32})
+    config.eval.update({"every": 500, "num_prompts": 1000})
+    config.sharding.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
+    config.checkpoint.every = 500
   return config

@@ -6,8 +6,10 @@ r"""Reward and preference models from labelled pairs, and what they predict on h
 a finished Bradley-Terry run is a reward:
 --config=copg:sentiment --config.reward=runs/reward_model-human/model
 
+`bandit` fits tables to random preferences, to show what either model can represent.
+
 Command:   python -m experiments.main --config=reward_model:human --config.data.preferences=SOURCE
-Hardware:  two CPU cores (tiny, human); an accelerator (paper)
+Hardware:  two CPU cores (bandit, tiny, human); an accelerator (paper)
 Wall time, expected result: the table PRESETS below, also printed by --list
 
 Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886, section 8 (92,820 TL;DR comparisons;
@@ -19,6 +21,11 @@ import ml_collections
 from experiments.configs import base
 
 PRESETS = {
+  "bandit": base.Preset(
+    "Bradley-Terry and pairwise tables fitted to random preferences, three strengths of cycles",
+    "1 minute",
+    "rewards up to a constant; with cycles only the pairwise model reaches the entropy",
+  ),
   "tiny": base.Preset(
     "random two-layer character model, made-up pairs (more vowels win)", "20 seconds", "runs"
   ),
@@ -38,6 +45,10 @@ PRESETS = {
 def get_config(preset: str = "human") -> ml_collections.ConfigDict:
   """Returns the config of one preset."""
   base.check_preset(preset, PRESETS)
+  if preset == "bandit":
+    config = base.random_bandits("reward_model", algorithm={})
+    config.data.cycles = (0.0, 1.0, 2.0)  # strengths; the rewards are standard normal
+    return config
   algorithm = {"kind": "bradley_terry", "centring": 0.0, "num_microbatches": 1}
   # The sections, their defaults and the optimiser are those of the other language-model runs.
   config = base.language_model("reward_model", preset, algorithm=algorithm)

@@ -90,10 +90,7 @@ def triples(samples: language_task.Samples) -> dro.Batch:
 def _bandit(config: Any) -> training.Experiment:
   bandit.check_counts(config)
   taus, num_steps = bandit.positives(config, "algorithm.tau"), config.train.inner_steps
-  schedule = optax.cosine_decay_schedule(
-    config.optimizer.learning_rate, config.train.num_steps * num_steps
-  )
-  optimizer = optax.adam(schedule)
+  optimizer = bandit.cosine_adam(config)
   optima = [oracles.dro_optimum(REFERENCE, REWARDS, tau) for tau in taus]
   exact = np.exp(np.stack([logps for logps, _ in optima]))  # [taus, prompts, A]
   exact_values = np.stack([value for _, value in optima])  # [taus, prompts]

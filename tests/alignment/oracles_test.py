@@ -172,6 +172,40 @@ def test_batches_dtypes_and_both_array_libraries():
       assert result.dtype == jnp.float32 and isinstance(result, type(array))
 
 
+def test_bradley_terry_scores_have_the_least_log_loss_and_give_back_rewards():
+  rng = np.random.default_rng(0)
+  rewards, skew = rng.normal(size=(2, 4)), np.triu(rng.normal(size=(2, 4, 4)), 1)
+  log_odds = rewards[:, :, None] - rewards[:, None, :]
+  weights = rng.integers(0, 4, (2, 4, 4)) + 1.0
+  straight = oracles.bradley_terry_scores(scipy.special.expit(log_odds), weights)
+  np.testing.assert_allclose(straight, rewards - rewards.mean(1, keepdims=True), atol=1e-10)
+
+  preferences = scipy.special.expit(log_odds + skew - np.swapaxes(skew, 1, 2))
+  for found, probs, counts in zip(
+    oracles.bradley_terry_scores(preferences, weights), preferences, weights, strict=True
+  ):
+
+    def log_loss(scores, probs=probs, counts=counts):
+      gaps = scores[:, None] - scores[None, :]
+      losses = probs * np.logaddexp(0, -gaps) + (1 - probs) * np.logaddexp(0, gaps)
+      return (counts * losses).sum()
+
+    least = scipy.optimize.minimize(log_loss, np.zeros(4), tol=1e-12).x
+    # BFGS with numerical derivatives ends at 1e-6 or so.
+    np.testing.assert_allclose(found, least - least.mean(), atol=1e-5)
+
+
+def test_scores_that_would_grow_for_ever_are_refused():
+  never_loses = np.array([[0.5, 1.0, 1.0], [0.0, 0.5, 0.6], [0.0, 0.4, 0.5]])
+  with pytest.raises(ValueError, match="no finite scores"):
+    oracles.bradley_terry_scores(never_loses, np.ones((3, 3)))
+  apart = np.diag([1.0, 1.0], 1)[:3, :3] * np.array([[1.0], [0.0], [0.0]])  # c is never compared
+  with pytest.raises(ValueError, match="no finite scores"):
+    oracles.bradley_terry_scores(np.full((3, 3), 0.5), apart)
+  with pytest.raises(ValueError, match="weights must be non-negative"):
+    oracles.bradley_terry_scores(np.full((3, 3), 0.5), -np.ones((3, 3)))
+
+
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), np.array([0.1, 0.0])])
 def test_bad_temperatures_raise(bad):
   ref_logps, scores = _problem(2)

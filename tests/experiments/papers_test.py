@@ -9,13 +9,19 @@ import numpy as np
 import optax
 import pytest
 
+from alignment import oracles
 from alignment.models import huggingface
 from experiments import language_model, language_task, main, presets
 from experiments.data import pretrained
 from experiments.papers import copg as copg_paper
+from experiments.papers import dpo as dpo_paper
 from experiments.papers import dro as dro_paper
 from experiments.papers import ipo as ipo_paper
+from experiments.papers import kto as kto_paper
 from experiments.papers import nash_md as nash_md_paper
+from experiments.papers import online_ipo as online_ipo_paper
+from experiments.papers import reward_model as reward_model_paper
+from experiments.papers import rloo as rloo_paper
 from experiments.papers import srpo as srpo_paper
 
 TINY = ("--config.train.num_steps=4", "--config.checkpoint.every=2", "--config.eval.num_prompts=16")
@@ -257,15 +263,26 @@ def test_bandits_follow_the_published_protocol():
     assert abs(metrics[f"{name}/regret"] - value) < 0.005
 
 
-@pytest.mark.parametrize("paper", [dro_paper, nash_md_paper, srpo_paper])
+@pytest.mark.parametrize(
+  "paper",
+  [
+    *(dro_paper, nash_md_paper, srpo_paper),
+    *(dpo_paper, kto_paper, rloo_paper, online_ipo_paper, reward_model_paper),
+  ],
+)
 def test_untrained_bandits_fail_their_criteria_and_can_be_sampled(paper):
   """A criterion that a policy at its reference meets would test no training."""
   config = presets.resolve(f"{paper.__name__.rsplit('.', 1)[-1]}:bandit")
   experiment = paper.build(config, None)
   state = experiment.init(jax.random.key(0))
-  assert "fail" in {row[1] for row in experiment.evaluate(state).tables[0].rows}
+  checks = experiment.evaluate(state).tables[0].rows
+  if paper in (dro_paper, nash_md_paper, srpo_paper):
+    assert "fail" in {row[1] for row in checks}
+  else:
+    assert {row[1] for row in checks} == {"fail"}
   rows = experiment.sample(state).rows
-  assert rows and all(len(row[2].split()) == 20 for row in rows)
+  drawn = 1 if paper is reward_model_paper else 20  # a probability, or arms
+  assert rows and all(len(row[2].split()) == drawn for row in rows)
 
 
 def test_the_closed_forms_of_revision_have_the_published_win_rates():
@@ -290,8 +307,62 @@ def test_the_policy_gradient_of_nash_md_approaches_its_fixed_points():
   assert np.all(np.diff(values) > 0)
 
 
+def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
+  rng = np.random.default_rng(0)
+  gains, ref_logps = rng.uniform(-0.3, 0.3, (3, 5)), np.log(rng.dirichlet(np.ones(5), 3))
+  gains[:, 0] = 0.2
+  shares = np.maximum(gains, 0) / np.maximum(gains, 0).sum(1, keepdims=True)
+  # For beta to 0: in proportion to the gains. The next term is of order beta.
+  small = kto_paper.population_optimum(gains, ref_logps, 1e-4, np.zeros(3))
+  np.testing.assert_allclose(small, shares, atol=1e-3)
+  # A far point of reference: sigmoid(x) is exp(x), and gains ref^-beta pi^(beta - 1) is constant.
+  far = kto_paper.population_optimum(gains, ref_logps, 0.5, np.full(3, 60.0))
+  want = np.maximum(gains, 0) ** 2 * np.exp(-ref_logps)
+  np.testing.assert_allclose(far, want / want.sum(1, keepdims=True), atol=1e-9)
+
+  def value(probs, beta, kl):
+    with np.errstate(divide="ignore"):
+      z = beta[..., None] * (np.log(probs) - ref_logps - kl[..., None])
+    return (gains / (1 + np.exp(-z))).sum(-1)
+
+  others, beta = rng.dirichlet(np.full(5, 0.3), (2000, 2, 3)), np.array([[0.1], [1.0]])
+  own = kto_paper.self_consistent_optimum(gains, ref_logps, beta)
+  with np.errstate(divide="ignore"):
+    kl = oracles.kl(np.log(own), np.broadcast_to(ref_logps, own.shape))
+  # The best policy where its own KL is held is itself; 25 bisections of the KL end at 1e-7.
+  best = kto_paper.population_optimum(gains, ref_logps, beta, kl)
+  np.testing.assert_allclose(best, own, atol=1e-6)
+  assert np.all(value(others, beta, kl) < value(own, beta, kl))
+  with pytest.raises(ValueError, match=r"beta must lie in \(0, 1\]"):
+    kto_paper.population_optimum(gains, ref_logps, 2.0, np.zeros(3))
+
+
+@pytest.mark.parametrize(
+  ("paper", "changes", "match"),
+  [
+    ("dpo", {"data.num_arms": 2}, "config.data.num_arms=2: give an integer of at least 3"),
+    ("kto", {"algorithm.beta": "(2.0,)"}, "beta must lie in"),
+    ("online_ipo", {"data.mixture_beta": 1.0}, "config.data.mixture_beta=1.0"),
+    ("reward_model", {"data.cycles": "(1.0, 2.0)"}, "config.data.cycles"),
+    ("rloo", {"data.num_samples": 1}, "config.data.num_samples=1"),
+  ],
+)
+def test_bad_input_of_a_grid_is_named(paper, changes, match):
+  config = presets.override(
+    presets.resolve(f"{paper}:bandit"), [(name, str(value)) for name, value in changes.items()]
+  )
+  with pytest.raises(ValueError, match=match):
+    importlib.import_module(f"experiments.papers.{paper}").build(config, None)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("paper", ["ipo", "copg", "dro", "nash_md", "srpo"])
+@pytest.mark.parametrize(
+  "paper",
+  [
+    *("ipo", "copg", "dro", "nash_md", "srpo"),
+    *("dpo", "kto", "rloo", "online_ipo", "reward_model"),
+  ],
+)
 def test_bandit_figures_meet_their_criteria(paper, tmp_path):
   assert run(f"{paper}:bandit", tmp_path / "run") == 0
   results = json.loads((tmp_path / "run" / "results.json").read_text())
