@@ -68,7 +68,7 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
     config.network.update({"encoder": "lstm", "width": 256, "block_width": 128})
     config.train.num_steps = 1000
   elif preset != "kuhn":
-    config.algorithm.update({"num_episodes": 2048, "num_groups": 64})
-    config.algorithm.update({"num_critic_steps": 128, "num_actor_steps": 128})
+    config.algorithm.update({"num_episodes": 1024, "num_groups": 64, "capacity": 600})
     config.network.width = 128
+    config.train.num_steps = 600
   return config
