@@ -172,6 +172,29 @@ def policy_from_openspiel(game: Game, policy: Any) -> jax.Array:
   It is asked at one history of each information state, in the game that OpenSpiel makes from
   `game.layout.name`: for games that have no such string use `policy_from_dict`.
   """
+  probs = np.zeros(game.legal.shape)
+  for state, row in enumerate(
+    openspiel.action_probabilities(game.layout.name, _paths(game), policy)
+  ):
+    for action, prob in row.items():
+      probs[state, action] = prob
+  return _checked(game, probs)
+
+
+def action_names(game: Game) -> list[dict[int, str]]:
+  """Returns OpenSpiel's name of each legal action at each information state, such as "Bet".
+
+  Empty where OpenSpiel is absent or has no game of the string `game.layout.name`.
+  """
+  players = np.asarray(game.state_players).tolist()
+  try:
+    return openspiel.action_names(game.layout.name, _paths(game), players)
+  except (ImportError, ValueError):
+    return [{} for _ in players]
+
+
+def _paths(game: Game) -> list[list[int]]:
+  """Returns the actions that lead to one history of each information state."""
   parents, actions = np.asarray(game.parents), np.asarray(game.actions)
   states, nodes = np.unique(np.asarray(game.info_states), return_index=True)
   paths = []
@@ -181,11 +204,7 @@ def policy_from_openspiel(game: Game, policy: Any) -> jax.Array:
       path.append(int(actions[node]))
       node = parents[node]
     paths.append(path[::-1])
-  probs = np.zeros(game.legal.shape)
-  for state, row in enumerate(openspiel.action_probabilities(game.layout.name, paths, policy)):
-    for action, prob in row.items():
-      probs[state, action] = prob
-  return _checked(game, probs)
+  return paths
 
 
 def _rows_by_string(game: Game) -> dict[str, int]:
