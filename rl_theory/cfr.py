@@ -31,8 +31,8 @@ and the guarantee is gone.
 Actions of symmetric games tie exactly, and regret matching jumps there: a regret of 1e-17 that
 only rounding made would be played with probability 1, where all regrets at 0 play uniformly. So an
 r that is no larger than the rounding error of the sums it comes from counts as 0: 8 ulp of the
-largest utility times chance's reach of the state. That keeps the ties of exact arithmetic; the bound
-on the average policy does not depend on it, up to that rounding.
+largest utility times chance's reach of the state. That keeps the ties of exact arithmetic; up to
+that rounding, the bound on the average policy does not depend on it.
 
 References: Zinkevich et al. 2007 (CFR), Tammelin 2014, https://arxiv.org/abs/1407.5042 (CFR+),
 Brown and Sandholm 2019, https://arxiv.org/abs/1809.04040 (linear and discounted CFR).
