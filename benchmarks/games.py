@@ -1,7 +1,7 @@
 """Solving games beside OpenSpiel's C++ solvers and LiteEFG: CFR iterations and NashConv.
 
 All hold the same game, in one process, and are asked in turn, so all meet the same machine; medians
-over rounds of the time per call of a few calls in a row. Ours has the game as an argument (never a
+over rounds of the time per call of a few calls in a row, the fastest in brackets. Ours has the game as an argument (never a
 constant of the compiled program), in float32 or with --double in float64; the others have float64
 only. CFR is alternating here and in OpenSpiel; LiteEFG's own CFR updates both players at once.
 
@@ -27,7 +27,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,15 +55,25 @@ def milliseconds(function: Callable[[], Any], count: int) -> float:
   return (time.perf_counter() - start) / count * 1e3
 
 
-def medians(work: Work, rounds: int) -> dict[str, float]:
-  """Returns the median milliseconds of each work, asked in turn; the first round compiles."""
+class Times(NamedTuple):
+  """Milliseconds over the rounds; where others use the machine too, the fastest says more."""
+
+  median: float
+  fastest: float
+
+  def __str__(self) -> str:
+    return f"{self.median:10.4f} ({self.fastest:10.4f}) ms"
+
+
+def measure_in_turn(work: Work, rounds: int) -> dict[str, Times]:
+  """Returns the times of each work, asked in turn; the first round compiles."""
   times: dict[str, list[float]] = {label: [] for label in work}
   for number in range(rounds + 1):
     for label, (function, count) in work.items():
       elapsed = milliseconds(function, count)
       if number:
         times[label].append(elapsed)
-  return {label: statistics.median(values) for label, values in times.items()}
+  return {label: Times(statistics.median(found), min(found)) for label, found in times.items()}
 
 
 def repeat(function: Callable[[], Any], count: int) -> Callable[[], Any]:
@@ -160,10 +170,11 @@ def measure(name: str, *, rounds: int, iterations: int, accuracy: int, dtype: An
   if liteefg is not None:
     work["CFR iteration, LiteEFG"] = repeat(liteefg.iterate, few), few
     work["NashConv, LiteEFG"] = liteefg.nash_conv, 1
-  found = medians(work, rounds)
-  for label, value in sorted(found.items()):
-    ratio = value / found[label.split(",")[0] + ", ours"]
-    print(f"  {label:36s} {value:11.4f} ms {ratio:8.2f} x ours")
+  found = measure_in_turn(work, rounds)
+  for label, times in sorted(found.items()):
+    ours = found[label.split(",")[0] + ", ours"]
+    ratios = [time / own for time, own in zip(times, ours, strict=True)]
+    print(f"  {label:36s} {times}; {ratios[0]:7.1f} ({ratios[1]:7.1f}) x ours")
   solved = cfr.solve(game, num_iterations=accuracy, variant="cfr+").average_policy
   distance = pyspiel.nash_conv(theirs, games.policy_to_openspiel(game, solved))
   print(f"  NashConv after {accuracy} iterations of CFR+: {distance:.3g}", flush=True)
@@ -199,8 +210,8 @@ def measure_copies(name: str, *, rounds: int, iterations: int, copies: int, dtyp
   for label, way in ways.items():
     work[label] = (lambda way=way: way(game, scales)), iterations * copies
   print(f"\n{name}, {copies} copies, {iterations} iterations, {jnp.dtype(dtype).name}")
-  for label, value in medians(work, rounds).items():
-    print(f"  {label:36s} {value:11.4f} ms an iteration and copy", flush=True)
+  for label, times in measure_in_turn(work, rounds).items():
+    print(f"  {label:36s} {times} an iteration and copy", flush=True)
 
 
 def measure_sampling(name: str, *, rounds: int, iterations: int, dtype: Any) -> None:
@@ -220,12 +231,12 @@ def measure_sampling(name: str, *, rounds: int, iterations: int, dtype: Any) -> 
       return mccfr.solve(game, key, num_iterations=iterations, config=config)
 
     first = milliseconds(solve, 1)
-    found = medians(
-      {"ours": (solve, iterations), "them": (repeat(solver.run_iteration, few), few)}, rounds
-    )
+    work: Work = {"ours": (solve, iterations), "theirs": (repeat(solver.run_iteration, few), few)}
+    found = measure_in_turn(work, rounds)
+    compiling = (first - iterations * found["ours"].median) / 1e3
     print(
-      f"  {kind:10s} compiles in {(first - iterations * found['ours']) / 1e3:6.2f} s; an iteration "
-      f"{found['ours']:9.4f} ms, OpenSpiel {found['them']:9.4f} ms",
+      f"  {kind:10s} compiles in {compiling:.1f} s; an iteration {found['ours']}, "
+      f"OpenSpiel {found['theirs']}",
       flush=True,
     )
 
