@@ -1,9 +1,10 @@
 """Solving games beside OpenSpiel's C++ solvers and LiteEFG: CFR iterations and NashConv.
 
 All hold the same game, in one process, and are asked in turn, so all meet the same machine; medians
-over rounds of the time per call of a few calls in a row, the fastest in brackets. Ours has the game as an argument (never a
-constant of the compiled program), in float32 or with --double in float64; the others have float64
-only. CFR is alternating here and in OpenSpiel; LiteEFG's own CFR updates both players at once.
+over rounds of the time per call of a few calls in a row, the fastest in brackets. Ours has the game
+as an argument (never a constant of the compiled program), in float32 or with --double in float64;
+the others have float64 only. CFR is alternating here and in OpenSpiel; LiteEFG's own CFR updates
+both players at once.
 
 Before anything is timed all must agree, or nothing is reported: on the NashConv of the same policy,
 and on that of what each finds alone in ten iterations. After it, the accuracy: the NashConv of
