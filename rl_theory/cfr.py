@@ -28,6 +28,12 @@ With `alternating` the players are updated in turn, each against the newest poli
 before; without it all at once. For more than two players or general sums the updates are the same
 and the guarantee is gone.
 
+Actions of symmetric games tie exactly, and regret matching jumps there: a regret of 1e-17 that
+only rounding made would be played with probability 1, where all regrets at 0 play uniformly. So an
+r that is no larger than the rounding error of the sums it comes from counts as 0: 8 ulp of the
+largest utility times chance's reach of the state. That keeps the ties of exact arithmetic; up to
+that rounding, the bound on the average policy does not depend on it.
+
 References: Zinkevich et al. 2007 (CFR), Tammelin 2014, https://arxiv.org/abs/1407.5042 (CFR+),
 Brown and Sandholm 2019, https://arxiv.org/abs/1809.04040 (linear and discounted CFR).
 """
@@ -154,7 +160,7 @@ def update(
     `nash_conv` of the average policy of a two-player zero-sum game.
   """
   del key
-  state = _iterate(state, game, games.terminal_payoffs(game), config)
+  state = _iterate(state, game, games.terminal_payoffs(game), _rounding_errors(game), config)
   largest = jnp.max(jnp.where(game.legal, jnp.maximum(state.regrets, 0), 0), axis=1)
   return state, {"cfr/regret_bound": jnp.sum(largest) / state.step}
 
@@ -194,16 +200,24 @@ def solve(
 
 @functools.partial(jax.jit, static_argnames="num_iterations")
 def _solve(game: games.Game, config: Config, num_iterations: int) -> Solution:
-  payoffs = games.terminal_payoffs(game)
+  payoffs, errors = games.terminal_payoffs(game), _rounding_errors(game)
 
   def body(state: State, _: None) -> tuple[State, None]:
-    return _iterate(state, game, payoffs, config), None
+    return _iterate(state, game, payoffs, errors, config), None
 
   state, _ = jax.lax.scan(body, init(game), length=num_iterations)
   return Solution(average_policy(game, state), state)
 
 
-def _iterate(state: State, game: games.Game, payoffs: Any, config: Config) -> State:
+def _rounding_errors(game: games.Game) -> jax.Array:
+  """Returns `[S, 1]`, up to which a regret of one iteration may be rounding; see the module."""
+  largest = jnp.max(jnp.abs(game.utilities)) * jnp.finfo(game.utilities.dtype).eps
+  return 8 * largest * game.state_chance_reach[:, None]
+
+
+def _iterate(
+  state: State, game: games.Game, payoffs: Any, errors: jax.Array, config: Config
+) -> State:
   slices = [game.layout.player_slice(player) for player in range(game.num_players)]
   regrets = [state.regrets[rows] for rows in slices]
   sums = [state.policy_sums[rows] for rows in slices]
@@ -221,7 +235,9 @@ def _iterate(state: State, game: games.Game, payoffs: Any, config: Config) -> St
     follow = games.follow_policy(policies[player])
     action_values, _ = games.backward(game, player, joint, payoffs[player], follow)
     values = follow(action_values, slice(None))
-    added = regrets[player] + jnp.where(legal[player], action_values - values[:, None], 0)
+    added = action_values - values[:, None]
+    counts = legal[player] & (jnp.abs(added) > errors[rows])
+    added = regrets[player] + jnp.where(counts, added, 0)
     regrets[player] = jnp.where(added > 0, kept[0] * added, kept[1] * added)
     sums[player] = ageing * sums[player] + reaches[player]
     if config.alternating and rows.stop > rows.start:

@@ -95,6 +95,7 @@ class PlayerTree(NamedTuple):
     "sequences",
     "legal",
     "state_players",
+    "state_chance_reach",
     "player_trees",
   ],
   meta_fields=["layout"],
@@ -124,6 +125,7 @@ class Game:
     sequences: `[H, n]` each player's last state and action before h as s A + a, or S A for none.
     legal: `[S, A]` which actions are legal.
     state_players: `[S]` whose information state it is.
+    state_chance_reach: `[S]` sum of `chance_reach` over the histories of an information state.
     player_trees: each player's decisions, for passes over information states only.
     layout: what is static.
   """
@@ -142,6 +144,7 @@ class Game:
   sequences: Any
   legal: Any
   state_players: Any
+  state_chance_reach: Any
   player_trees: tuple[PlayerTree, ...]
   layout: Layout
 
@@ -243,6 +246,9 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
     sequences=integers(sequences),
     legal=legal,
     state_players=integers(state_players),
+    state_chance_reach=np.bincount(
+      info_states[movers], chance_reach[movers], minlength=num_states
+    ).astype(dtype),
     player_trees=tuple(
       _player_tree(player, layout, sequences[terminals], parent_sequences)
       for player in range(num_players)

@@ -161,6 +161,8 @@ def _checked(game: Game, policy: Any) -> jax.Array:
   """Returns the policy as an array of the game's type, looked at unless that would cost a wait."""
   if isinstance(policy, jax.Array):
     _check_shape(game, policy)
+    if policy.dtype == game.utilities.dtype:
+      return policy  # a conversion that does nothing takes half as long as Kuhn poker's NashConv
   else:
     check_policy(game, policy)
   return jnp.asarray(policy, game.utilities.dtype)
@@ -214,6 +216,29 @@ def policy_from_openspiel(game: Game, policy: Any) -> jax.Array:
   It is asked at one history of each information state, in the game that OpenSpiel makes from
   `game.layout.name`: for games that have no such string use `policy_from_dict`.
   """
+  probs = np.zeros(game.legal.shape)
+  for state, row in enumerate(
+    openspiel.action_probabilities(game.layout.name, _paths(game), policy)
+  ):
+    for action, prob in row.items():
+      probs[state, action] = prob
+  return _checked(game, probs)
+
+
+def action_names(game: Game) -> list[dict[int, str]]:
+  """Returns OpenSpiel's name of each legal action at each information state, such as "Bet".
+
+  Empty where OpenSpiel is absent or has no game of the string `game.layout.name`.
+  """
+  players = np.asarray(game.state_players).tolist()
+  try:
+    return openspiel.action_names(game.layout.name, _paths(game), players)
+  except (ImportError, ValueError):
+    return [{} for _ in players]
+
+
+def _paths(game: Game) -> list[list[int]]:
+  """Returns the actions that lead to one history of each information state."""
   parents, actions = np.asarray(game.parents), np.asarray(game.actions)
   states, nodes = np.unique(np.asarray(game.info_states), return_index=True)
   paths = []
@@ -223,11 +248,7 @@ def policy_from_openspiel(game: Game, policy: Any) -> jax.Array:
       path.append(int(actions[node]))
       node = parents[node]
     paths.append(path[::-1])
-  probs = np.zeros(game.legal.shape)
-  for state, row in enumerate(openspiel.action_probabilities(game.layout.name, paths, policy)):
-    for action, prob in row.items():
-      probs[state, action] = prob
-  return _checked(game, probs)
+  return paths
 
 
 def _rows_by_string(game: Game) -> dict[str, int]:
@@ -334,18 +355,29 @@ def _best_response_values(game: Game, policy: jax.Array) -> jax.Array:
   reach, payoffs = sequence_reach(game, policy), terminal_payoffs(game)
   values = []
   for player in range(game.num_players):
-    legal = game.legal[game.layout.player_slice(player)]
-
-    def best(action_values: jax.Array, rows: slice, legal: jax.Array = legal) -> jax.Array:
-      return jnp.max(jnp.where(legal[rows], action_values, -jnp.inf), axis=1)
-
-    values.append(backward(game, player, reach, payoffs[player], best)[1])
+    payoff = sequence_payoffs(game, player, reach, payoffs[player])
+    values.append(pass_up(game, player, payoff, _best(game, player))[1])
   return jnp.stack(values)
 
 
 @jax.jit
 def _nash_conv(game: Game, policy: jax.Array) -> jax.Array:
-  return jnp.sum(_best_response_values(game, policy) - _expected_values(game, policy))
+  reach, payoffs = sequence_reach(game, policy), terminal_payoffs(game)
+  gains = []
+  for player in range(game.num_players):
+    payoff = sequence_payoffs(game, player, reach, payoffs[player])
+    best = pass_up(game, player, payoff, _best(game, player))[1]
+    rows = game.layout.player_slice(player)
+    follow = follow_policy(policy[rows])  # the same sums serve both: no pass over all histories
+    gains.append(best - pass_up(game, player, payoff, follow)[1])
+  return jnp.sum(jnp.stack(gains))
+
+
+def _best(game: Game, player: int) -> Callable[[jax.Array, slice], jax.Array]:
+  legal = game.legal[game.layout.player_slice(player)]
+  return lambda action_values, rows: jnp.max(
+    jnp.where(legal[rows], action_values, -jnp.inf), axis=1
+  )
 
 
 @jax.jit
@@ -427,13 +459,33 @@ def backward(
   Returns:
     `[G, A]` action values and the scalar value before the first move.
   """
-  tree, num_actions = game.player_trees[player], game.layout.num_actions
+  return pass_up(game, player, sequence_payoffs(game, player, reach, payoffs), reduce)
+
+
+def sequence_payoffs(
+  game: Game, player: int, reach: jax.Array, payoffs: tuple[jax.Array, ...]
+) -> jax.Array:
+  """Returns `[G A + 1]`, a player's payoff right after each of its sequences, times others' reach.
+
+  Arguments as of `backward`; the last entry is of the histories before the first own move.
+  """
+  tree = game.player_trees[player]
   weighted = []
   for payoff, others in zip(payoffs, tree.opponents, strict=True):
     for column in range(others.shape[-1]):
       payoff = payoff * segments.take(reach, others[..., column])
     weighted.append(payoff)
-  at_terminals = segments.sum_rows(tuple(weighted), tree.terminals, reach.dtype)
+  return segments.sum_rows(tuple(weighted), tree.terminals, reach.dtype)
+
+
+def pass_up(
+  game: Game,
+  player: int,
+  at_terminals: jax.Array,
+  reduce: Callable[[jax.Array, slice], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what `backward` does, from `sequence_payoffs`."""
+  tree, num_actions = game.player_trees[player], game.layout.num_actions
   levels, first = game.layout.state_levels[player], game.layout.player_slice(player).start
   action_values: list[jax.Array] = []
   values = None
@@ -445,5 +497,5 @@ def backward(
     action_values.insert(0, here.reshape(-1, num_actions))
     values = reduce(action_values[0], rows)
   if values is None:
-    return jnp.zeros((0, num_actions), reach.dtype), at_terminals[-1]
+    return jnp.zeros((0, num_actions), at_terminals.dtype), at_terminals[-1]
   return jnp.concatenate(action_values), at_terminals[-1] + jnp.sum(values)

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,14 +147,24 @@ def tabular_policy(rows: dict[str, list[tuple[int, float]]]) -> Any:
 
 def action_probabilities(name: str, paths: list[list[int]], policy: Any) -> list[dict[int, float]]:
   """Returns what an OpenSpiel policy plays after each path of actions in the game `name`."""
+  return [dict(policy.action_probabilities(state)) for state in _states(name, paths)]
+
+
+def action_names(name: str, paths: list[list[int]], players: list[int]) -> list[dict[int, str]]:
+  """Returns the names of the legal actions of a player after each path of actions."""
+  return [
+    {action: state.action_to_string(player, action) for action in state.legal_actions()}
+    for state, player in zip(_states(name, paths), players, strict=True)
+  ]
+
+
+def _states(name: str, paths: list[list[int]]) -> Iterator[Any]:
   game = load_game(name)
-  rows = []
   for path in paths:
     state = game.new_initial_state()
     for action in path:
       state.apply_action(action)
-    rows.append(dict(policy.action_probabilities(state)))
-  return rows
+    yield state
 
 
 def _pyspiel() -> Any:

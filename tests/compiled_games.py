@@ -26,6 +26,8 @@ UNIVERSAL = (
   "stack=20 20)"
 )
 GOOFSPIEL = "goofspiel(num_cards=4,imp_info=True,points_order=descending)"
+# Exact ties: two symmetric players and a prize by chance.
+TIES3, TIES4 = (f"goofspiel(num_cards={count},imp_info=True)" for count in (3, 4))
 LIARS_DICE4, LIARS_DICE = "liars_dice(numdice=1,dice_sides=4)", "liars_dice"
 
 CACHE = tempfile.mkdtemp(prefix="bootstrax-games-")

@@ -91,6 +91,22 @@ def test_policies_equal_openspiels(x64, name, counts, variant):
 
 
 @pytest.mark.parametrize(
+  "name", [compiled_games.TIES3, pytest.param(compiled_games.TIES4, marks=pytest.mark.slow)]
+)
+def test_exact_ties_stay_ties_in_float32(name):
+  # Where rounding decides which of two equal actions is played, policies are 0.26 and 0.48 off.
+  game = compiled_games.compile_game(name)
+  solver = pyspiel.CFRSolver(pyspiel.load_game(game.layout.name))
+  for _ in range(10):
+    solver.evaluate_and_update_policy()
+  np.testing.assert_allclose(
+    cfr.solve(game, num_iterations=10).average_policy,
+    games.policy_from_openspiel(game, solver.average_policy()),
+    atol=1e-4,  # ten iterations in float32
+  )
+
+
+@pytest.mark.parametrize(
   ("variant", "solver"), [("discounted", "DCFRSolver"), ("linear", "LCFRSolver")]
 )
 def test_discounted_policies_equal_openspiels(x64, variant, solver):
