@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import bandit, evaluation, report, training
-from rl_theory import games
+from experiments import bandit, evaluation, game_figures, report, training
+from rl_theory import games, policy_files
 
 _MAX_ROWS = 40  # of a heat map
 
@@ -91,7 +91,7 @@ def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
     export=lambda runs, folder: _export(game, np.asarray(policies(runs))[0], folder),
     figures=lambda history, result: [
       curves({str(config.paper): history}),
-      heat_map(game, result.arrays["policy"]),
+      game_figures.policy_heat_map(game, result.arrays["policy"], states=_first_states(game)),
     ],
   )
 
@@ -147,6 +147,8 @@ def policy_table(game: games.Game, policy: np.ndarray) -> report.Table:
 
 def _export(game: games.Game, policy: np.ndarray, folder: pathlib.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
+  for ending in ("json", "csv"):  # of one run: what an interrupted end has left may be replaced
+    policy_files.write_policy(folder / f"policy.{ending}", game, policy, overwrite=True)
 
 
 def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> report.Figure:
@@ -169,18 +171,8 @@ def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> report.Figure:
   return report.Figure(name="nash_conv", caption=caption, figure=figure)
 
 
-def heat_map(game: games.Game, policy: np.ndarray) -> report.Figure:
-  """Draws the probability of each action, a row for each of the first information states."""
-  legal = np.asarray(game.legal)[:_MAX_ROWS]
-  shown = np.where(legal, policy[:_MAX_ROWS], np.nan)
-  figure, axes = report.subplots(1, 1, size=(3.2, 1.2 + 0.17 * len(shown)))
-  axis = axes[0][0]
-  image = axis.imshow(shown, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-  axis.grid(False)
-  strings = [string.replace("\n", " ")[-28:] for string in game.state_strings[: len(shown)]]
-  axis.set_yticks(range(len(shown)), strings, fontsize=6)
-  axis.set_xticks(range(shown.shape[1]))
-  axis.set(xlabel="action", title="probability of each action")
-  figure.colorbar(image, ax=axis)
-  caption = f"Seed 0, {len(shown)} of {len(policy)} information states; illegal actions are white."
-  return report.Figure(name="policy", caption=caption, figure=figure)
+def _first_states(game: games.Game) -> list[int]:
+  """Returns the first information states of each player, as many as one figure can show."""
+  each = _MAX_ROWS // game.num_players
+  slices = [game.layout.player_slice(player) for player in range(game.num_players)]
+  return [row for own in slices for row in range(own.start, min(own.start + each, own.stop))]
