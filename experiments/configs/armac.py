@@ -15,7 +15,11 @@ from experiments.configs import base
 
 PRESETS = {
   "tiny": base.Preset("Kuhn poker, two seeds, a few epochs", "30 seconds", "runs"),
-  "kuhn": base.Preset("Kuhn poker, three seeds", "not measured", "unrun"),
+  "kuhn": base.Preset(
+    "Kuhn poker, three seeds",
+    "5 minutes",
+    "NashConv 0.070, seeds 0.062 to 0.076; passes below 0.10",
+  ),
   "leduc": base.Preset("Leduc poker, three seeds", "not measured", "unrun"),
   "liars_dice": base.Preset("Liar's dice, one die of four sides each", "not measured", "unrun"),
   "goofspiel": base.Preset("Goofspiel, four cards, imperfect information", "not measured", "unrun"),

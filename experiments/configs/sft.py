@@ -19,8 +19,8 @@ PRESETS = {
   "tiny": base.Preset("random two-layer character model, made-up words", "20 seconds", "runs"),
   "summarise": base.Preset(
     "SmolLM2-135M on abstracts and their TLDRs; needs data.demonstrations, data.prompts, reward",
-    "20 minutes",
-    "ROUGE-L above that of the start: docs/results/human_preferences.md",
+    "9 minutes",
+    "held-out ROUGE-L 0.140 [0.129, 0.151] from 0.105 [0.097, 0.113]",
   ),
 }
 
