@@ -394,6 +394,77 @@ def update(
 # --- episodes and epochs ---
 
 
+class Cast(NamedTuple):
+  """Who plays the episodes of an epoch, in G groups of E.
+
+  Attributes:
+    past_slots: `[G]` int, where in `State.past` the others' policy pi^j is.
+    base_slots: `[G]` int, the same for the networks that the explorer goes by.
+    candidates: `[G, E]` int, how it does: 0 uniform play, 1 regret matching, 2 the mean policy.
+    learners: `[G, E]` int, the player i who explores.
+  """
+
+  past_slots: jax.Array
+  base_slots: jax.Array
+  candidates: jax.Array
+  learners: jax.Array
+
+
+def draw_cast(state: State, key: Any, *, num_players: int, config: Config) -> Cast:
+  """Returns who plays the episodes of an epoch; for n players."""
+  groups, size = config.num_groups, config.num_episodes // config.num_groups
+  past_key, base_key, base_slot_key, candidate_key, learner_key, _ = jax.random.split(key, 6)
+  slot, count = _slot(state), _num_kept(state)
+  # Stratified: the g-th of G draws is uniform in the g-th part, so a group's draw is uniform.
+  strata = (jnp.arange(groups) + jax.random.uniform(past_key, (groups,))) / groups
+  past_slots = jnp.minimum((strata * count).astype(jnp.int32), count - 1)
+  # The explorer's own policies are drawn independently of j, or it would not cancel.
+  recent = jax.random.bernoulli(base_key, 0.5, (groups,))
+  base_slots = jnp.where(recent, slot, jax.random.randint(base_slot_key, (groups,), 0, count))
+  candidates = jax.random.randint(candidate_key, (groups, size), 0, 3)
+  # Which episode of a group explores for whom must not depend on the stratum.
+  learners = jax.random.randint(learner_key, (groups, size), 0, num_players)
+  return Cast(past_slots, base_slots, candidates, learners)
+
+
+def acting_policies(
+  state: State,
+  cast: Cast,
+  observations: jax.Array,
+  movers: jax.Array,
+  legal: jax.Array,
+  *,
+  apply_fn: Networks,
+  config: Config,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what is played at one decision of each episode, and pi^j there, `[G, E, A]` each.
+
+  Args:
+    state: whose past plays.
+    cast: from `draw_cast`.
+    observations: `[G, E, ...]` of the player who moves.
+    movers: `[G, E]` int.
+    legal: `[G, E, A]` bool.
+    apply_fn: the networks.
+    config: hyper-parameters.
+  """
+  past, base = (_take(state.past.actor, slots) for slots in (cast.past_slots, cast.base_slots))
+  act = jax.vmap(apply_fn.actor)
+  past_policies = regret_matching.regret_matching(act(past, observations)[0], legal)
+  regrets, logits = act(base, observations)
+  explore = _behaviour(regrets, logits, legal, cast.candidates, config.epsilon)
+  return jnp.where((movers == cast.learners)[..., None], explore, past_policies), past_policies
+
+
+def current_policies(
+  state: State, observations: jax.Array, legal: jax.Array, *, apply_fn: Networks
+) -> jax.Array:
+  """Returns pi^t `[..., A]`, from observations `[B, ...]` of the movers and `legal` `[..., A]`."""
+  actor = jax.tree.map(lambda leaf: leaf[_slot(state)], state.past.actor)
+  regrets = apply_fn.actor(actor, observations)[0].reshape(legal.shape)
+  return regret_matching.regret_matching(regrets, legal)
+
+
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def sample(
   state: State,
@@ -416,55 +487,39 @@ def sample(
     apply_fn: the networks.
     config: hyper-parameters.
   """
-  groups, size = config.num_groups, config.num_episodes // config.num_groups
-  past_key, base_key, base_slot_key, candidate_key, learner_key, play_key = jax.random.split(key, 6)
-  slot, count = _slot(state), _num_kept(state)
-  # Stratified: the g-th of G draws is uniform in the g-th part, so a group's draw is uniform.
-  strata = (jnp.arange(groups) + jax.random.uniform(past_key, (groups,))) / groups
-  past_slots = jnp.minimum((strata * count).astype(jnp.int32), count - 1)
-  # The explorer's own policies are drawn independently of j, or it would not cancel.
-  recent = jax.random.bernoulli(base_key, 0.5, (groups,))
-  base_slots = jnp.where(recent, slot, jax.random.randint(base_slot_key, (groups,), 0, count))
-  past, base = (_take(state.past.actor, slots) for slots in (past_slots, base_slots))
-  candidates = jax.random.randint(candidate_key, (groups, size), 0, 3)
-  # Which episode of a group explores for whom must not depend on the stratum.
-  learners = jax.random.randint(learner_key, (groups, size), 0, game.num_players)
-  act = jax.vmap(apply_fn.actor)
+  cast = draw_cast(state, key, num_players=game.num_players, config=config)
+  play_key = jax.random.split(key, 6)[5]
 
   def step(nodes: jax.Array, key: Any) -> tuple[jax.Array, Any]:
     players = game.players[nodes]
     movers = jnp.maximum(players, 0)
     seen = jax.vmap(_of_mover)(observations[nodes], movers)
     legal = game.legal[jnp.maximum(game.info_states[nodes], 0)]
-    past_policies = regret_matching.regret_matching(act(past, seen)[0], legal)
-    regrets, logits = act(base, seen)
-    explore = _behaviour(regrets, logits, legal, candidates, config.epsilon)
-    policies = jnp.where((movers == learners)[..., None], explore, past_policies)
+    policies, past_policies = acting_policies(
+      state, cast, seen, movers, legal, apply_fn=apply_fn, config=config
+    )
     following, actions = rollouts.advance(game, nodes, policies, key)
     return following, (nodes, actions, past_policies, players >= 0)
 
   keys = jax.random.split(play_key, max(len(game.layout.levels) - 1, 1))
-  last, path = jax.lax.scan(step, jnp.zeros((groups, size), jnp.int32), keys)
-  last = last.reshape(-1)
+  last, path = jax.lax.scan(step, jnp.zeros(cast.learners.shape, jnp.int32), keys)
   path = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(-1, len(keys), *x.shape[3:]), path)
   nodes, actions, past_policies, mask = _decisions_first(path, game)
-  actions = jnp.where(mask, actions, 0)  # chance's have numbers of their own
   info_states = jnp.maximum(game.info_states[nodes], 0)
   players, legal = jnp.maximum(game.players[nodes], 0), game.legal[info_states]
   flat = observations[nodes.reshape(-1)]
   own = _of_mover(flat, players.reshape(-1))
-  current = apply_fn.actor(jax.tree.map(lambda leaf: leaf[slot], state.past.actor), own)[0]
   return Batch(
     observations=flat.reshape(*nodes.shape, *flat.shape[1:]),
     players=players,
     legal=legal,
-    actions=actions,
+    actions=jnp.where(mask, actions, 0),  # chance's have numbers of their own
     mask=mask,
-    learners=learners.reshape(-1),
-    slots=jnp.repeat(past_slots, size),
+    learners=cast.learners.reshape(-1),
+    slots=jnp.repeat(cast.past_slots, cast.learners.shape[1]),
     past_policies=past_policies,
-    policies=regret_matching.regret_matching(current.reshape(legal.shape), legal),
-    utilities=game.utilities[last],
+    policies=current_policies(state, own, legal, apply_fn=apply_fn),
+    utilities=game.utilities[last.reshape(-1)],
   )
 
 
@@ -526,19 +581,44 @@ def epoch(
   Returns:
     The new state and the metrics of `update`, means over the steps of the network concerned.
   """
-  _check_capacity(state, config)
-  sample_key, critic_key, actor_key = jax.random.split(key, 3)
+  sample_key, learn_key = jax.random.split(key)
   batch = sample(state, game, observations, sample_key, apply_fn=apply_fn, config=config)
-  learn = functools.partial(_learn, apply_fn=apply_fn, optimizer=optimizer, config=config)
-  state, critic_metrics = learn(state, batch, critic_key, num_steps=config.num_critic_steps)
+  return learn(state, batch, learn_key, apply_fn=apply_fn, optimizer=optimizer, config=config)
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def learn(
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: Networks,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, Metrics]:
+  """Returns the state after an epoch's learning from its episodes, wherever they were played.
+
+  Args:
+    state: not donated.
+    batch: `config.num_episodes` episodes without regrets.
+    key: typed PRNG key; what is random is the order of the episodes.
+    apply_fn: the networks.
+    optimizer: as in `update`.
+    config: hyper-parameters.
+
+  Returns:
+    As `epoch`.
+  """
+  _check_capacity(state, config)
+  critic_key, actor_key = jax.random.split(key)
+  steps = functools.partial(_learn, apply_fn=apply_fn, optimizer=optimizer, config=config)
+  state, critic_metrics = steps(state, batch, critic_key, num_steps=config.num_critic_steps)
   state = keep_critic(state)
   batch = add_regrets(state, batch, apply_fn=apply_fn, config=config)
-  state, metrics = learn(state, batch, actor_key, num_steps=config.num_actor_steps)
-  state = next_epoch(
-    state._replace(env_steps=state.env_steps + jnp.sum(batch.mask, dtype=jnp.int32))
-  )
-  metrics["armac/critic_loss"] = critic_metrics["armac/critic_loss"]
-  return state, metrics
+  state, metrics = steps(state, batch, actor_key, num_steps=config.num_actor_steps)
+  played = jnp.sum(batch.mask, dtype=jnp.int32)
+  state = next_epoch(state._replace(env_steps=state.env_steps + played))
+  return state, metrics | {"armac/critic_loss": critic_metrics["armac/critic_loss"]}
 
 
 def _learn(
