@@ -154,16 +154,16 @@ def _export(game: games.Game, policy: np.ndarray, folder: pathlib.Path) -> None:
 def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> report.Figure:
   """Draws NashConv against decisions played and against seconds, one curve a method."""
   figure, axes = report.subplots(1, 2, sharey=True)
-  for axis, name, label in (
-    (axes[0][0], "env_steps", "decisions played"),
-    (axes[0][1], "seconds", "seconds, compilation included"),
+  for axis, name, label, scale in (
+    (axes[0][0], "env_steps", "decisions played", "log"),
+    (axes[0][1], "seconds", "seconds, compilation included", "linear"),
   ):
     for method, rows in records.items():
       along = np.array([row[name] for row in rows])
-      (line,) = axis.loglog(along, [row["nash_conv"] for row in rows], label=method)
+      (line,) = axis.plot(along, [row["nash_conv"] for row in rows], label=method)
       low, high = ([row[f"nash_conv/{end}"] for row in rows] for end in ("low", "high"))
       axis.fill_between(along, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axis.set_xlabel(label)
+    axis.set(xlabel=label, xscale=scale, yscale="log")
   axes[0][0].set_ylabel("NashConv of the mean policy")
   if len(records) > 1:
     report.legend_below(figure, axes[0][0])
