@@ -38,6 +38,7 @@ stratified: each j is still uniform, and a group is one matrix product.
 
 import dataclasses
 import functools
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ _COUNTS = (
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["trace_decay", "epsilon"],
+  data_fields=["trace_decay", "epsilon", "recency"],
   meta_fields=list(_COUNTS),
 )
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Config:
   Attributes:
     trace_decay: lambda in [0, 1] of Tree-Backup.
     epsilon: in [0, 1], share of uniform play in the explorer's regret matching.
+    recency: p >= 0: the past policy of epoch j is drawn in proportion to about j^p. 0 is the
+      paper's method, and CFR in expectation; 1 is linear CFR, which forgets its first policies.
     num_episodes: played in an epoch.
     num_groups: how many past policies are drawn for them; must divide `num_episodes`.
     batch_size: episodes in one optimisation step; must divide `num_episodes`.
@@ -78,6 +81,7 @@ class Config:
 
   trace_decay: Any = 1.0
   epsilon: Any = 0.05
+  recency: Any = 0.0
   num_episodes: int = 1024
   num_groups: int = 32
   batch_size: int = 128
@@ -91,6 +95,8 @@ class Config:
       value = getattr(self, name)
       if isinstance(value, str) or (isinstance(value, numbers.Real) and not 0 <= float(value) <= 1):
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    if isinstance(self.recency, numbers.Real) and not 0 <= float(self.recency) < math.inf:
+      raise ValueError(f"recency must be finite and not negative, got {self.recency!r}")
     for name in _COUNTS:
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -417,7 +423,10 @@ def draw_cast(state: State, key: Any, *, num_players: int, config: Config) -> Ca
   slot, count = _slot(state), _num_kept(state)
   # Stratified: the g-th of G draws is uniform in the g-th part, so a group's draw is uniform.
   strata = (jnp.arange(groups) + jax.random.uniform(past_key, (groups,))) / groups
-  past_slots = jnp.minimum((strata * count).astype(jnp.int32), count - 1)
+  # (k + 1)^(1 + p) - k^(1 + p) of count^(1 + p) fall to the k-th oldest: in proportion to about
+  # k^p.
+  order = (count * strata ** (1 / (1 + config.recency))).astype(jnp.int32)
+  past_slots = (slot - (count - 1 - jnp.minimum(order, count - 1))) % _capacity(state)
   # The explorer's own policies are drawn independently of j, or it would not cancel.
   recent = jax.random.bernoulli(base_key, 0.5, (groups,))
   base_slots = jnp.where(recent, slot, jax.random.randint(base_slot_key, (groups,), 0, count))
@@ -662,7 +671,7 @@ def next_epoch(state: State) -> State:
 
 
 def _check_capacity(state: State, config: Config) -> None:
-  held = len(jax.tree.leaves(state.past)[0])
+  held = _capacity(state)
   if held != config.capacity:
     raise ValueError(
       f"config.capacity={config.capacity}, but the state keeps {held} past networks: give init and "
@@ -670,13 +679,17 @@ def _check_capacity(state: State, config: Config) -> None:
     )
 
 
+def _capacity(state: State) -> int:
+  return len(jax.tree.leaves(state.past)[0])
+
+
 def _slot(state: State) -> jax.Array:
-  return state.epoch % len(jax.tree.leaves(state.past)[0])
+  return state.epoch % _capacity(state)
 
 
 def _num_kept(state: State) -> jax.Array:
   """Number of policies that can be drawn: those of epochs 0 to t that are still kept."""
-  return jnp.minimum(state.epoch + 1, len(jax.tree.leaves(state.past)[0]))
+  return jnp.minimum(state.epoch + 1, _capacity(state))
 
 
 def _take(tree: Any, slots: jax.Array) -> Any:

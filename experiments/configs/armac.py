@@ -44,6 +44,7 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
   algorithm = {
     "trace_decay": 1.0,
     "epsilon": 0.05,
+    "recency": 0.0,
     "num_episodes": 512,
     "num_groups": 32,
     "batch_size": 64,

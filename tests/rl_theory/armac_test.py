@@ -203,6 +203,22 @@ def test_every_past_policy_and_learner_is_drawn_equally_often():
 
 
 @pytest.mark.slow
+def test_recent_policies_can_be_drawn_more_often():
+  """Epoch k of n has ((k + 1)^2 - k^2) / n^2 with recency 1, in a buffer that has gone round too."""
+  config = armac.Config(num_episodes=4096, num_groups=4096, batch_size=64, capacity=8, recency=1.0)
+  _, state = _tables(compiled_games.KUHN, config)
+  for epoch, oldest in ((7, 0), (21, 6)):
+    cast = armac.draw_cast(
+      state._replace(epoch=jnp.asarray(epoch, jnp.int32)), jax.random.key(0), num_players=2,
+      config=config,
+    )  # fmt: skip
+    ages = (np.asarray(cast.past_slots) - oldest) % 8
+    shares = np.bincount(ages, minlength=8) / len(ages)
+    # Stratified: at most one draw of 4,096 off at each end of a part.
+    np.testing.assert_allclose(shares, (2 * np.arange(8) + 1) / 64, atol=2 / 4096)
+
+
+@pytest.mark.slow
 def test_only_kept_epochs_are_drawn():
   config = armac.Config(num_episodes=64, num_groups=64, capacity=8, batch_size=64)
   game, state = _tables(compiled_games.KUHN, config)
@@ -371,6 +387,7 @@ def test_networks_come_near_the_equilibrium_of_kuhn_poker():
   [
     ("trace_decay", 1.5, "trace_decay must lie in"),
     ("epsilon", "much", "epsilon must lie in"),
+    ("recency", -1, "recency must be finite and not negative, got -1"),
     ("num_episodes", 0, "num_episodes must be an integer"),
     ("num_groups", 7, "num_groups must divide num_episodes=1024, got 7"),
     ("batch_size", 100, "batch_size must divide"),
