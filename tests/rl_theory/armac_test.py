@@ -204,7 +204,7 @@ def test_every_past_policy_and_learner_is_drawn_equally_often():
 
 @pytest.mark.slow
 def test_recent_policies_can_be_drawn_more_often():
-  """Epoch k of n has ((k + 1)^2 - k^2) / n^2 with recency 1, in a buffer that has gone round too."""
+  """Epoch k of n has ((k + 1)^2 - k^2) / n^2 with recency 1, once the buffer has gone round too."""
   config = armac.Config(num_episodes=4096, num_groups=4096, batch_size=64, capacity=8, recency=1.0)
   _, state = _tables(compiled_games.KUHN, config)
   for epoch, oldest in ((7, 0), (21, 6)):
