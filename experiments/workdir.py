@@ -25,7 +25,7 @@ from experiments import metrics
 PLACEMENT = ("sharding.",)
 
 _PACKAGES = (
-  "bootstrax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy", "grain",
+  "bootstrax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy", "grain", "open-spiel",
   "transformers", "tokenizers",
 )  # fmt: skip
 

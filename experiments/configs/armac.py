@@ -17,7 +17,7 @@ PRESETS = {
   "tiny": base.Preset("Kuhn poker, two seeds, a few epochs", "30 seconds", "runs"),
   "kuhn": base.Preset(
     "Kuhn poker, three seeds",
-    "5 minutes",
+    "8 minutes",
     "NashConv 0.070, seeds 0.062 to 0.076; passes below 0.10",
   ),
   "leduc": base.Preset("Leduc poker, three seeds", "not measured", "unrun"),
