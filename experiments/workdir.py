@@ -25,8 +25,8 @@ from experiments import metrics
 PLACEMENT = ("sharding.",)
 
 _PACKAGES = (
-  "bootstrax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy", "grain", "open-spiel",
-  "transformers", "tokenizers",
+  "bootstrax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy", "grain",
+  "open-spiel", "transformers", "tokenizers",
 )  # fmt: skip
 
 
