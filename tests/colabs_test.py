@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "colabs").g
 
 
 # Ten to twenty seconds each. The others run with the slow tests, in continuous integration too.
-_ALWAYS = {"quickstart", "ipo", "copg"}
+_ALWAYS = {"quickstart", "copg"}
 
 
 def _code(notebook):

@@ -71,6 +71,7 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
     config.algorithm.update({"num_episodes": 4096, "num_groups": 256, "batch_size": 256})
     config.algorithm.update({"num_critic_steps": 256, "num_actor_steps": 256, "capacity": 1024})
     config.network.update({"encoder": "lstm", "width": 256, "block_width": 128})
+    config.environment.num_seeds = 1  # 1,024 past networks are 6 GB
     config.train.num_steps = 1000
   elif preset != "kuhn":
     config.algorithm.update({"num_episodes": 1024, "num_groups": 64, "capacity": 600})

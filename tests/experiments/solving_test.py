@@ -1,5 +1,6 @@
 """Runs on games: they measure what they say, resume, export, and stand beside each other."""
 
+import importlib
 import json
 
 import compiled_games  # noqa: F401  skips without OpenSpiel
@@ -71,6 +72,17 @@ def test_an_lstm_reads_the_way_to_a_history(tmp_path):
   third = int(np.flatnonzero(np.asarray(game.info_states) == len(game.legal) - 1)[0])
   parent = int(game.parents[third])
   np.testing.assert_array_equal(ways[third, :, 1], observations[parent])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paper", ["armac", "nfsp"])
+def test_paper_presets_trace(paper):
+  config = presets.resolve(f"{paper}:paper")
+  experiment = importlib.import_module(f"experiments.papers.{paper}").build(config, None)
+  runs = jax.eval_shape(experiment.init, jax.random.key(0))
+  new_runs, metrics = jax.eval_shape(experiment.update, runs, (), jax.random.key(0))
+  assert jax.tree.structure(new_runs) == jax.tree.structure(runs)
+  assert metrics["nash_conv"].shape == ()
 
 
 @pytest.mark.slow

@@ -286,7 +286,8 @@ def _problem(config=None, *, width=16, recurrent=False, name=compiled_games.KUHN
   return game, observations, state, optimizer, bound
 
 
-@pytest.mark.parametrize("recurrent", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recurrent", [False, True])
 def test_the_first_policy_is_uniform_and_each_step_moves_one_network(recurrent):
   game, observations, state, optimizer, bound = _problem(recurrent=recurrent)
   mean = armac.policy(state.params, game, observations, apply_fn=bound["apply_fn"])

@@ -130,13 +130,17 @@ def test_no_limit_holdem_runs_from_end_to_end():
 
 
 def test_bad_input_is_named():
-  config = armac.Config(num_episodes=4, num_groups=2, batch_size=4, capacity=4)
   with pytest.raises(ValueError, match="two players, got 3"):
     large_games.local_best_response(compiled_games.KUHN3, None, num_hands=2)
   with pytest.raises(ValueError, match="num_hands must be an integer >= 2, got 1"):
     large_games.local_best_response("kuhn_poker", None, num_hands=1)
   with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
     large_games.local_best_response("kuhn_poker", None, num_hands=2, num_particles=0)
+
+
+@pytest.mark.slow
+def test_an_episode_that_is_too_long_is_named():
+  config = armac.Config(num_episodes=4, num_groups=2, batch_size=4, capacity=4)
   state, apply_fn = _start(2, 2, 11, config)
   with pytest.raises(
     ValueError, match=r"max_decisions=1, but an episode of kuhn_poker\(\) goes on"

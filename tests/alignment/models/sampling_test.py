@@ -62,8 +62,8 @@ def teacher_forced(params, prompts, samples, config=CONFIG):
   [
     (0.7, {}),
     (0.0, {}),
-    (0.7, {"rope_pairing": "adjacent", "num_kv_heads": 4}),
-    (0.0, {"tied_head": False, "num_kv_heads": 1}),
+    pytest.param(0.7, {"rope_pairing": "adjacent", "num_kv_heads": 4}, marks=pytest.mark.slow),
+    pytest.param(0.0, {"tied_head": False, "num_kv_heads": 1}, marks=pytest.mark.slow),
     (0.7, {"scan_layers": False, "remat": True}),
   ],
 )
