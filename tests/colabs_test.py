@@ -12,8 +12,8 @@ import pytest
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "colabs").glob("*.ipynb"))
 
 
-# Ten to twenty seconds each. The others run with the slow tests, in continuous integration too.
-_ALWAYS = {"quickstart", "copg"}
+# Ten seconds. The others run with the slow tests, in continuous integration too.
+_ALWAYS = {"quickstart"}
 
 
 def _code(notebook):

@@ -155,9 +155,8 @@ def _sample(game, state, config, key=0):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  "name", [compiled_games.KUHN, pytest.param(compiled_games.KUHN3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [compiled_games.KUHN, compiled_games.KUHN3])
 def test_episodes_are_what_the_method_asks_for(name):
   config = armac.Config(num_episodes=256, num_groups=32, capacity=8)
   game, state = _tables(name, config)

@@ -98,9 +98,8 @@ def _utilities_by_decisions(game):
   return found
 
 
-@pytest.mark.parametrize(
-  "name", [compiled_games.KUHN, pytest.param(compiled_games.KUHN3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [compiled_games.KUHN, compiled_games.KUHN3])
 def test_transitions_lead_to_the_players_own_next_decision(name):
   game, observations, state, _, bound = _problem(name)
   first = jax.jit(functools.partial(nfsp.policy, apply_fn=bound["apply_fn"]))(

@@ -64,7 +64,7 @@ def teacher_forced(params, prompts, samples, config=CONFIG):
     (0.0, {}),
     pytest.param(0.7, {"rope_pairing": "adjacent", "num_kv_heads": 4}, marks=pytest.mark.slow),
     pytest.param(0.0, {"tied_head": False, "num_kv_heads": 1}, marks=pytest.mark.slow),
-    (0.7, {"scan_layers": False, "remat": True}),
+    pytest.param(0.7, {"scan_layers": False, "remat": True}, marks=pytest.mark.slow),
   ],
 )
 def test_logps_equal_a_teacher_forced_pass(changes, temperature, prompts):
