@@ -191,9 +191,10 @@ def local_best_response(
   game = openspiel.load_game(game_or_string)
   if game.num_players() != 2:
     raise ValueError(f"game must have two players, got {game.num_players()} in {game}")
-  for name, value in (("num_hands", num_hands), ("num_particles", num_particles)):
-    if isinstance(value, bool) or not isinstance(value, int) or value < (2 if "h" in name else 1):
-      raise ValueError(f"{name} must be an integer >= {2 if 'h' in name else 1}, got {value!r}")
+  # Two hands: one has no standard error.
+  for name, value, least in (("num_hands", num_hands, 2), ("num_particles", num_particles, 1)):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+      raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
   rng = np.random.default_rng(seed)
   results = np.zeros((2, num_hands))
   for seat in range(2):
@@ -207,9 +208,10 @@ def _play_hand(game: Any, exploiter: _Exploiter, rng: np.random.Generator) -> fl
   real, seat = game.new_initial_state(), exploiter.seat
   believed = [game.new_initial_state() for _ in range(exploiter.num_particles)]
   weights = np.ones(len(believed))
+  moves: list[tuple[int, bool]] = []  # and whether the exploiter cannot see it
   while not real.is_terminal():
     if real.is_chance_node():
-      believed, weights = _deal(real, believed, weights, seat, rng)
+      believed, weights = _deal(real, believed, weights, moves, seat, rng)
       continue
     if real.current_player() == seat:
       action = _choose(real, believed, weights, exploiter, rng)
@@ -217,24 +219,32 @@ def _play_hand(game: Any, exploiter: _Exploiter, rng: np.random.Generator) -> fl
       probs = _probs(exploiter.policy, [real, *believed])
       action = _draw(rng, probs[0])
       weights = weights * probs[1:, action]
+    moves.append((action, False))
     for state in (real, *believed):
       state.apply_action(action)
   return float(real.returns()[seat])
 
 
 def _deal(
-  real: Any, believed: list[Any], weights: np.ndarray, seat: int, rng: np.random.Generator
+  real: Any,
+  believed: list[Any],
+  weights: np.ndarray,
+  moves: list[tuple[int, bool]],
+  seat: int,
+  rng: np.random.Generator,
 ) -> tuple[list[Any], np.ndarray]:
   """Plays one move of chance: what the exploiter sees of it holds in its belief, the rest is drawn.
 
   A particle that cannot follow, since it holds the card that is now seen, gives way to a copy of
-  another one.
+  another one. Where none can, the hidden cards are dealt anew, and what the opponent did is
+  forgotten: the truth must not enter the belief, or the bound would be none.
   """
   actions, probs = zip(*real.chance_outcomes(), strict=True)
   action = actions[_draw(rng, np.array(probs))]
   other = next((a for a in actions if a != action), action)
   hidden = _view(real.child(other), seat) == _view(real.child(action), seat)
   real.apply_action(action)
+  moves.append((action, hidden))
   following, kept = [], []
   for state, weight in zip(believed, weights, strict=True):
     own, chances = zip(*state.chance_outcomes(), strict=True)
@@ -243,12 +253,28 @@ def _deal(
     state.apply_action(own[_draw(rng, np.array(chances))] if hidden else action)
     following.append(state)
     kept.append(weight)
-  if not following:  # nobody can hold what was believed: the truth is all that is left
-    following, kept = [real.clone()], [1.0]
+  if not following:
+    game = real.get_game()
+    return [_redeal(game, moves, rng) for _ in believed], np.ones(len(believed))
   missing = len(believed) - len(following)
   copies = rng.integers(len(following), size=missing)
   following += [following[k].clone() for k in copies]
   return following, np.array(kept + [kept[k] for k in copies])
+
+
+def _redeal(game: Any, moves: list[tuple[int, bool]], rng: np.random.Generator) -> Any:
+  """Returns a history with the moves that the exploiter has seen, and other hidden ones."""
+  while True:  # until no hidden card is one that is seen later; few are
+    state = game.new_initial_state()
+    for action, hidden in moves:
+      if hidden:
+        actions, probs = zip(*state.chance_outcomes(), strict=True)
+        action = actions[_draw(rng, np.array(probs))]
+      elif action not in state.legal_actions():
+        break
+      state.apply_action(action)
+    else:
+      return state
 
 
 def _view(state: Any, seat: int) -> str:

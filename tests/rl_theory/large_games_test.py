@@ -95,6 +95,32 @@ def test_a_local_best_response_wins_less_than_an_exact_one_and_more_than_nothing
 
 
 @pytest.mark.slow
+def test_the_belief_never_learns_what_is_hidden():
+  """One particle that turns out impossible: Leduc's board shows the card that it believed in."""
+  game = compiled_games.pyspiel.load_game("leduc_poker")
+  rng, told, redealt = np.random.default_rng(0), 0, 0
+  for _ in range(400):
+    real, believed, moves = game.new_initial_state(), [game.new_initial_state()], []
+    weights = np.ones(1)
+    for _ in range(2):
+      believed, weights = large_games._deal(real, believed, weights, moves, 0, rng)
+    assert [hidden for _, hidden in moves] == [False, True]
+    held = believed[0].history()[1]
+    for action in (1, 1):  # both call; the board follows
+      moves.append((action, False))
+      for state in (real, *believed):
+        state.apply_action(action)
+    believed, weights = large_games._deal(real, believed, weights, moves, 0, rng)
+    seen, now = real.history(), believed[0].history()
+    assert now[0] == seen[0] and now[2:] == seen[2:] and now[1] not in (seen[0], seen[4])
+    if held == seen[4]:
+      redealt += 1
+      told += now[1] == seen[1]
+  # Four cards are possible: a quarter of some 80 cases, within four standard errors.
+  assert redealt > 40 and abs(told / redealt - 0.25) < 4 * (0.1875 / redealt) ** 0.5
+
+
+@pytest.mark.slow
 def test_nothing_is_won_against_an_equilibrium():
   game = compiled_games.compile_game(compiled_games.LEDUC)
   policy = cfr.solve(game, num_iterations=1000, variant="cfr+").average_policy
