@@ -224,6 +224,13 @@ def mean_policy_loss(logits: jax.Array, policies: jax.Array, *, legal: jax.Array
   return jnp.sum(jax.scipy.special.xlogy(policies, policies) - policies * logps, axis=-1)
 
 
+def final_rewards(utilities: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns the utilities `[B, n]` at the last decision of each episode, `[B, T, n]`, else 0."""
+  real = jnp.asarray(mask, bool)
+  last = real & (jnp.cumsum(real[:, ::-1], axis=1)[:, ::-1] == 1)
+  return jnp.where(last[..., None], utilities[:, None], 0)
+
+
 def critic_loss(
   action_values: jax.Array,
   policies: jax.Array,
@@ -247,8 +254,7 @@ def critic_loss(
     `[B, T]`, summed over players, 0 where masked out; targets carry no gradient.
   """
   num_players = action_values.shape[2]
-  real = jnp.asarray(mask, bool)
-  last = real & (jnp.cumsum(real[:, ::-1], axis=1)[:, ::-1] == 1)
+  real, rewards = jnp.asarray(mask, bool), final_rewards(utilities, mask)
   total = jnp.zeros(actions.shape, action_values.dtype)
   for player in range(num_players):
     values = action_values[:, :, player]
@@ -256,7 +262,7 @@ def critic_loss(
       jax.lax.stop_gradient(values),
       policies,
       actions,
-      jnp.where(last, utilities[:, player, None], 0),
+      rewards[..., player],
       real,
       trace_decay=trace_decay,
     )

@@ -205,9 +205,7 @@ def _learn_values(
   critic: jax.Array, batch: armac.Batch, nodes: jax.Array, config: armac.Config, rate: Any
 ) -> jax.Array:
   """Moves the values of each episode's actions towards their targets, one episode at a time."""
-  steps = batch.mask.shape[1]
-  last = batch.mask & (jnp.cumsum(batch.mask[:, ::-1], axis=1)[:, ::-1] == 1)
-  rewards = jnp.where(last[..., None], batch.utilities[:, None], 0)
+  steps, rewards = batch.mask.shape[1], armac.final_rewards(batch.utilities, batch.mask)
 
   def learn(critic: jax.Array, episode: Any) -> tuple[jax.Array, None]:
     nodes, policies, actions, rewards, mask = episode
