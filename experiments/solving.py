@@ -108,7 +108,7 @@ def _judge(
       float(distances.mean()),
       float(distances.min()),
       float(distances.max()),
-      note=f"range of {len(distances)} seeds",
+      note=f"range of {len(distances)} seeds" if len(distances) > 1 else "",
     ),
     "env_steps": float(steps),
   }
