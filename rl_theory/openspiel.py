@@ -104,9 +104,15 @@ def load_game(game_or_string: Any) -> Any:
     raise ValueError(f"game {game} has the dynamics {kind.dynamics}: only games of turns compile")
   if kind.chance_mode == pyspiel.GameType.ChanceMode.SAMPLED_STOCHASTIC:
     raise ValueError(f"game {game} does not say the probabilities of chance, so it has no tree")
-  if not kind.provides_information_state_string:
+  if not kind.provides_information_state_string and not _is_a_search(game):
     raise ValueError(f"game {game} has no information state strings, by which states are told")
   return game
+
+
+def _is_a_search(game: Any) -> bool:
+  """Whether one player meets no chance: it knows its own moves, and they are all that happens."""
+  deterministic = game.get_type().chance_mode == _pyspiel().GameType.ChanceMode.DETERMINISTIC
+  return bool(game.num_players() == 1 and deterministic)
 
 
 def information_state_tensors(name: str, parents: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -187,6 +193,7 @@ def _walk(game: Any, name: str, max_nodes: int) -> Tree:
   payoffs: list[Any] = []
   lookups: list[dict[str, int]] = [{} for _ in range(num_players)]
   strings: list[str] = []
+  has_strings = game.get_type().provides_information_state_string
   frontier, depth, node = [game.new_initial_state()], 0, -1
   while frontier:
     following: list[Any] = []
@@ -194,7 +201,7 @@ def _walk(game: Any, name: str, max_nodes: int) -> Tree:
       node += 1
       player = state.current_player()
       if player >= 0:
-        string = state.information_state_string(player)
+        string = state.information_state_string(player) if has_strings else state.history_str()
         lookup = lookups[player]
         info_state = lookup.get(string)
         if info_state is None:

@@ -61,6 +61,29 @@ def test_tiny_runs_learn_and_measure(paper, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_single_agent_keeps_what_it_has_found(tmp_path, capsys):
+  """The replayed past against the newest policy alone, on the same seas with the same seeds."""
+  folder = tmp_path / "run"
+  assert run("exploration:tiny", folder) == 0
+  results = json.loads((folder / "results.json").read_text())["result"]["metrics"]
+  assert results["criteria_passed"]["value"] == 1
+  records = _records(folder)
+  for size in (2, 3):
+    whole, newest = (
+      np.mean([record[f"return/{size}/recency {recency}"] for record in records])
+      for recency in ("0", "1e+06")
+    )
+    np.testing.assert_allclose(whole - newest, results[f"gain/{size}"]["value"], atol=1e-4)
+  assert (folder / "figures" / "exploration.png").exists()
+  capsys.readouterr()
+  other = tmp_path / "other"
+  assert run("exploration:tiny", other, "--config.environment.sizes=(2,0)") == 2
+  assert run("exploration:tiny", other, "--config.algorithm.recency=(1.0,)") == 2
+  errors = capsys.readouterr().err
+  assert "sizes: give integers of at least 1" in errors and "give two numbers" in errors
+
+
+@pytest.mark.slow
 def test_an_lstm_reads_the_way_to_a_history(tmp_path):
   arguments = ["--config.network.encoder=lstm", "--config.train.num_steps=2"]
   assert run("armac:tiny", tmp_path / "run", *arguments) == 0

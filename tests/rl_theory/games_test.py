@@ -140,6 +140,26 @@ def test_linear_program_finds_equilibria(x64, name, expected):
     np.testing.assert_allclose(value, expected, atol=1e-6)  # seven digits
 
 
+def test_one_player_without_chance_is_told_by_its_moves(tmp_path):
+  """Deep sea has no information states of its own; one way of 2^3 brings 1, less its cost."""
+  game = games.compile_game("deep_sea(size=3)", max_nodes=100, cache=tmp_path)
+  assert len(game.parents) == 15 and len(game.legal) == len(set(game.state_strings)) == 7
+  best = games.best_response_values(game, games.uniform_policy(game))[0]
+  np.testing.assert_allclose(best, 0.99, atol=1e-6)
+  root = openspiel.load_game("deep_sea(size=3)").new_initial_state()
+  np.testing.assert_allclose(
+    games.expected_values(game, games.uniform_policy(game))[0], _mean_return(root), atol=1e-6
+  )
+  with pytest.raises(ValueError, match="no information state strings"):
+    openspiel.load_game("catch")  # chance places the ball
+
+
+def _mean_return(state):
+  if state.is_terminal():
+    return state.returns()[0]
+  return np.mean([_mean_return(state.child(action)) for action in state.legal_actions()])
+
+
 def test_linear_program_refuses_general_sums():
   with pytest.raises(ValueError, match="sum to zero"):
     sequence_form.solve_zero_sum(compiled_games.compile_game(compiled_games.HANABI))
