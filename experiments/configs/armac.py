@@ -82,4 +82,6 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
     config.algorithm.recency = 1.0  # not the paper's: nearer by a tenth at equal decisions here
     config.network.width = 128
     config.train.num_steps = 600
+    if preset == "leduc":
+      config.algorithm.capacity = config.train.num_steps = 1200
   return config
