@@ -16,7 +16,11 @@ from experiments.configs import base
 
 PRESETS = {
   "tiny": base.Preset("deep seas of 2 and 3 rows, a few epochs", "15 seconds", "runs"),
-  "deep_sea": base.Preset("deep seas of 3 to 9 rows, eight seeds", "not measured", "unrun"),
+  "deep_sea": base.Preset(
+    "deep seas of 3 to 9 rows, eight seeds",
+    "35 seconds",
+    "4 of 4 criteria; returns 0.92 to 0.58, newest policy alone 0.45 to 0.09",
+  ),
 }
 
 
