@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo weights
 
 #   make lint    ruff, import-linter, mypy
 test: lint weights
-	$(BIN)/python -m pytest -q --doctest-modules alignment rl_theory sharding experiments
+	$(BIN)/python -m pytest -q --doctest-modules alignment rl_theory representation sharding experiments
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) tests
 
 lint: $(VENV)/.installed-test

@@ -42,6 +42,7 @@ _GAMES = ["open-spiel>=2.0.2"]
 
 _TEST = [
   *_GAMES,  # the reference of every test of games; no part of the library's own needs
+  "scikit-learn>=1.9.1",  # the reference of logistic regression and its protocol
   "pytest>=8",
   "pytest-xdist>=3.6",
   "hypothesis>=6.100",

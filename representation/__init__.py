@@ -1,0 +1,1 @@
+"""Learning representations without labels: how they are judged, and whether they have collapsed."""

@@ -1,0 +1,137 @@
+"""Newton's method with conjugate gradients for the logistic regressions of `representation.probes`.
+
+With a 1 appended to each row x and targets y in {0, 1}, per class,
+
+  1/2 |w|^2 + C sum_i s_i (softplus(w x_i) - y_i w x_i).
+
+All classes are solved at once, so that the work is products of the rows with a matrix. Rows are
+first rotated onto the principal axes of the data, which leaves |w| as it is and makes the diagonal
+of the Hessian a good preconditioner. The objective is 1-strongly convex: the length of the gradient
+bounds the distance to the optimum.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Problem(NamedTuple):
+  """Logistic regressions of all classes on rotated rows; P = D + 1."""
+
+  rows: jax.Array  # [N, P] with a 1 appended, times basis
+  basis: jax.Array  # [P, P] orthogonal
+  targets: jax.Array  # [N, num_classes]
+  sample_weights: jax.Array  # [N, 1]
+
+
+def make_problem(
+  features: jax.Array, labels: jax.Array, sample_weights: Any, num_classes: int
+) -> Problem:
+  rows = with_ones(features)
+  targets = jax.nn.one_hot(labels, num_classes, dtype=rows.dtype)
+  weights = jnp.ones(len(rows)) if sample_weights is None else jnp.asarray(sample_weights)
+  weights = weights.astype(rows.dtype)[:, None]
+  basis = jnp.linalg.eigh(rows.T @ (weights * rows))[1]
+  return Problem(rows @ basis, basis, targets, weights)
+
+
+def minimise(
+  problem: Problem, C: jax.Array, start: jax.Array, tolerance: Any, max_steps: int
+) -> jax.Array:
+  """Returns the rotated optimum `[P, num_classes]`, by Newton's method from `start`."""
+  rows, targets = problem.rows, problem.targets
+  strengths = C.astype(rows.dtype) * problem.sample_weights
+  squares = rows**2
+
+  def gradient(solution: jax.Array, logits: jax.Array) -> jax.Array:
+    return solution + rows.T @ (strengths * (jax.nn.sigmoid(logits) - targets))
+
+  at_zero = _norms(gradient(jnp.zeros_like(start), jnp.zeros_like(targets)))
+
+  def unfinished(carry: Any) -> jax.Array:
+    _, _, slope, step = carry
+    return jnp.any(_norms(slope) > tolerance * at_zero) & (step < max_steps)
+
+  def improve(carry: Any) -> Any:
+    solution, logits, slope, step = carry
+    probs = jax.nn.sigmoid(logits)
+    curvature = strengths * probs * (1 - probs)
+    norms = _norms(slope)
+    # Loose far from the optimum, so that few products are spent there; superlinear near it. Classes
+    # that are done are told to stay.
+    forcing = jnp.minimum(0.1, jnp.sqrt(norms / jnp.where(at_zero > 0, at_zero, 1)))
+    goal = jnp.where(norms > tolerance * at_zero, forcing * norms, jnp.inf)
+    direction = _conjugate_gradients(
+      lambda v: v + rows.T @ (curvature * (rows @ v)), -slope, 1 + squares.T @ curvature, goal
+    )
+    change = rows @ direction
+    sizes = _step_sizes(solution, direction, logits, change, targets, strengths, slope)
+    solution = solution + sizes * direction
+    logits = rows @ solution
+    return solution, logits, gradient(solution, logits), step + 1
+
+  logits = rows @ start
+  return jax.lax.while_loop(unfinished, improve, (start, logits, gradient(start, logits), 0))[0]
+
+
+def _conjugate_gradients(
+  product: Callable[[jax.Array], jax.Array], target: jax.Array, diagonal: jax.Array, goal: jax.Array
+) -> Any:
+  """Solves product(v) = target column by column until the residual is shorter than `goal`."""
+
+  def unfinished(carry: Any) -> jax.Array:
+    _, residual, _, _, step = carry
+    return jnp.any(_norms(residual) > goal) & (step < target.shape[0])
+
+  def improve(carry: Any) -> Any:
+    solution, residual, direction, product_rz, step = carry
+    active = _norms(residual) > goal
+    image = product(direction)
+    curvature = jnp.sum(direction * image, 0)
+    size = jnp.where(active & (curvature > 0), product_rz / jnp.where(active, curvature, 1), 0)
+    solution, residual = solution + size * direction, residual - size * image
+    preconditioned = residual / diagonal
+    new = jnp.sum(residual * preconditioned, 0)
+    momentum = jnp.where(active, new / jnp.where(product_rz > 0, product_rz, 1), 0)
+    return solution, residual, preconditioned + momentum * direction, new, step + 1
+
+  first = target / diagonal
+  carry = (jnp.zeros_like(target), target, first, jnp.sum(target * first, 0), 0)
+  return jax.lax.while_loop(unfinished, improve, carry)[0]
+
+
+def _step_sizes(
+  solution: Any, direction: Any, logits: Any, change: Any, targets: Any, strengths: Any, slope: Any
+) -> jax.Array:
+  """Halves each class's step until its loss falls by a fair share of what the slope promises."""
+  now = jax.nn.softplus(logits)
+  promised = jnp.sum(slope * direction, 0)
+  cross, square = jnp.sum(solution * direction, 0), jnp.sum(direction**2, 0)
+  # Differences smaller than this are rounding.
+  slack = 10 * jnp.finfo(logits.dtype).eps * jnp.sum(strengths * now, 0)
+
+  def too_long(sizes: jax.Array) -> jax.Array:
+    losses = jax.nn.softplus(logits + sizes * change) - now - sizes * targets * change
+    moved = sizes * cross + 0.5 * sizes**2 * square + jnp.sum(strengths * losses, 0)
+    return (moved > 1e-4 * sizes * promised + slack) & (sizes > 1e-6)
+
+  def halve(carry: Any) -> Any:
+    sizes, rejected = carry
+    sizes = jnp.where(rejected, sizes / 2, sizes)
+    return sizes, too_long(sizes)
+
+  whole = jnp.ones_like(promised)
+  carry = (whole, too_long(whole))
+  return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), halve, carry)[0]
+
+
+def with_ones(features: jax.Array) -> jax.Array:
+  """Returns `[N, D + 1]`, the features with a 1 appended, in float32 or better."""
+  features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+  return jnp.concatenate([features, jnp.ones((features.shape[0], 1), features.dtype)], axis=1)
+
+
+def _norms(columns: jax.Array) -> jax.Array:
+  return jnp.linalg.norm(columns, axis=0)

@@ -1,0 +1,123 @@
+"""Collapse: slow restatements over all pairs, cases by hand, sharded rows, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from representation import collapse
+
+
+def _slow(embeddings):
+  """Cosine and spread pair by pair, from the definition; ranks from the singular values."""
+  cosines, squares = [], []
+  for i, one in enumerate(embeddings):
+    for j, other in enumerate(embeddings):
+      if i != j:
+        norms = np.linalg.norm(one) * np.linalg.norm(other)
+        cosines.append(one @ other / norms if norms else 0.0)
+        squares.append(np.sum((one - other) ** 2))
+  shares = np.linalg.svd(embeddings, compute_uv=False)
+  shares = shares[shares > 1e-9 * shares[0]] / shares.sum()
+  return {
+    "collapse/mean_cosine": np.mean(cosines),
+    "collapse/spread": np.sqrt(np.mean(squares)),
+    "collapse/mean_norm": np.mean(np.linalg.norm(embeddings, axis=1)),
+    "collapse/rank": np.linalg.matrix_rank(embeddings),
+    "collapse/effective_rank": np.exp(-np.sum(shares * np.log(shares))),
+  }
+
+
+def _embeddings(num_rows, num_features, rank=None):
+  rng = np.random.default_rng(num_rows)
+  rank = rank or num_features
+  made = rng.normal(size=(num_rows, rank)) @ rng.normal(size=(rank, num_features)) + 0.3
+  made[1] = 0
+  return made
+
+
+@pytest.mark.parametrize("num_rows, num_features, rank", [(40, 6, None), (40, 6, 3), (5, 12, None)])
+def test_numbers_equal_the_slow_ones_over_all_pairs(x64, num_rows, num_features, rank):
+  embeddings = _embeddings(num_rows, num_features, rank)
+  expected = _slow(embeddings)
+  found = collapse.metrics(jnp.asarray(embeddings), spectrum=True)
+  assert set(found) == set(expected)
+  for key, value in expected.items():
+    np.testing.assert_allclose(found[key], value, rtol=1e-9, err_msg=key)
+  assert set(collapse.metrics(embeddings)) < set(found)
+  assert found["collapse/rank"] == collapse.rank(embeddings)
+  assert found["collapse/effective_rank"] == collapse.effective_rank(embeddings)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 1000])
+@pytest.mark.parametrize("row", [[0.1, 0.7, -0.3], [1e-30, 3e-30, 0], [1e30, 2e30, 0]])
+def test_equal_rows_have_collapsed_fully(num_rows, row):
+  found = collapse.metrics(jnp.tile(jnp.array(row), (num_rows, 1)), spectrum=True)
+  np.testing.assert_allclose(found["collapse/mean_cosine"], 1, atol=1e-5)
+  np.testing.assert_allclose(found["collapse/effective_rank"], 1, atol=1e-5)
+  assert found["collapse/spread"] == 0
+  assert found["collapse/rank"] == 1
+
+
+def test_a_cloud_far_from_the_origin_shows_in_the_cosine_and_not_in_the_spread():
+  rows = jax.random.normal(jax.random.key(0), (500, 16))
+  near, far = (collapse.metrics(rows + shift) for shift in (0, 100))
+  assert abs(near["collapse/mean_cosine"]) < 0.01 and far["collapse/mean_cosine"] > 0.99
+  np.testing.assert_allclose(far["collapse/spread"], near["collapse/spread"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [20, 3_000])
+def test_clusters_have_the_rank_of_their_centres(num_rows):
+  centres = jax.random.normal(jax.random.key(2), (3, 64)) + 5
+  rows = centres[jnp.arange(num_rows) % 3]
+  assert collapse.rank(rows) == 3
+  assert 1 < collapse.effective_rank(rows) < 3
+
+
+def test_cases_by_hand():
+  # Opposite rows: cosine -1 and distance 2. An orthonormal basis: cosine 0, distance sqrt 2.
+  pair, basis = jnp.array([[1.0, 0], [-1, 0]]), jnp.eye(4)
+  np.testing.assert_allclose(collapse.mean_cosine(pair), -1)
+  np.testing.assert_allclose(collapse.spread(pair), 2)
+  np.testing.assert_allclose(collapse.mean_cosine(basis), 0, atol=1e-7)
+  np.testing.assert_allclose(collapse.spread(basis), np.sqrt(2), rtol=1e-6)
+  np.testing.assert_allclose(collapse.effective_rank(basis), 4, rtol=1e-6)
+  # Singular values 3 and 1: the entropy of (3/4, 1/4).
+  entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+  np.testing.assert_allclose(
+    collapse.effective_rank(jnp.diag(jnp.array([3.0, 1, 0]))), np.exp(entropy), rtol=1e-6
+  )
+
+
+def test_nothing_but_zeros_and_nan():
+  zeros = collapse.metrics(jnp.zeros((3, 2)), spectrum=True)
+  assert all(value == 0 for value in zeros.values())
+  broken = collapse.metrics(jnp.array([[1.0, jnp.nan], [1, 2]]), spectrum=True)
+  assert all(np.isnan(value) for key, value in broken.items() if key != "collapse/rank")
+
+
+def test_bfloat16_is_summed_in_float32():
+  rows = jax.random.normal(jax.random.key(1), (1000, 8)).astype(jnp.bfloat16)
+  found, exact = collapse.metrics(rows), collapse.metrics(rows.astype(jnp.float32))
+  assert found == exact
+
+
+def test_rows_over_eight_devices_give_one_global_number():
+  embeddings = _embeddings(64, 6, 3)
+  rows = sharding.shard_batch(embeddings.astype(np.float32), sharding.make_mesh({"data": 8}))
+  assert len(rows.addressable_shards) == 8
+  measure = jax.jit(collapse.metrics, static_argnames="spectrum")
+  found, expected = measure(rows, spectrum=True), _slow(_embeddings(64, 6, 3))
+  for key, value in expected.items():
+    # float32: the weak end of the spectrum comes from squares.
+    np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3), (3, 0)])
+def test_bad_shapes_are_named(shape):
+  for measure in (
+    collapse.metrics, collapse.mean_cosine, collapse.spread, collapse.rank, collapse.effective_rank
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=r"embeddings must have shape \[N, D\].*got"):
+      measure(jnp.zeros(shape))
