@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from representation import checks
 
 
-def metrics(embeddings: jax.Array, *, spectrum: bool = False) -> dict[str, jax.Array]:
+def metrics(
+  embeddings: jax.Array, *, mask: jax.Array | None = None, spectrum: bool = False
+) -> dict[str, jax.Array]:
   """Returns the numbers of this file under the keys `collapse/...`.
 
   Args:
     embeddings: `[N, D]`.
+    mask: `[N]` bool, rows that count; by default all.
     spectrum: adds the two ranks. The others cost O(N D), less than making the embeddings did; the
       ranks cost O(N D^2 + D^3): 0.1 seconds on one CPU core for N = 10,000 and D = 256, so
       ask for them at evaluation rather than at every step.
@@ -29,19 +32,22 @@ def metrics(embeddings: jax.Array, *, spectrum: bool = False) -> dict[str, jax.A
     ValueError: if `embeddings` is no matrix with at least one row and one column.
   """
   embeddings = _matrix(embeddings)
+  norms = jnp.linalg.norm(embeddings, axis=1)
   numbers = {
-    "collapse/mean_cosine": mean_cosine(embeddings),
-    "collapse/spread": spread(embeddings),
-    "collapse/mean_norm": jnp.mean(jnp.linalg.norm(embeddings, axis=1)),
+    "collapse/mean_cosine": mean_cosine(embeddings, mask=mask),
+    "collapse/spread": spread(embeddings, mask=mask),
+    "collapse/mean_norm": jnp.mean(norms, where=None if mask is None else mask),
   }
   if spectrum:
+    if mask is not None:
+      embeddings = jnp.where(mask[:, None], embeddings, 0)  # no part of the Gram matrix
     values = _singular_values(embeddings)
     numbers["collapse/rank"] = _rank(values)
     numbers["collapse/effective_rank"] = _effective_rank(values)
   return numbers
 
 
-def mean_cosine(embeddings: jax.Array) -> jax.Array:
+def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Returns the mean cosine of two different rows of `embeddings` `[N, D]`, not centred.
 
   1 if all rows point in one direction, about 0 if directions have no preference, never below
@@ -56,25 +62,26 @@ def mean_cosine(embeddings: jax.Array) -> jax.Array:
     Array(0.3333, dtype=float32)
   """
   embeddings = _matrix(embeddings)
-  num_rows = embeddings.shape[0]
-  if num_rows == 1:
-    return jnp.ones((), embeddings.dtype)
+  mask = jnp.ones(len(embeddings), bool) if mask is None else mask
   # Through the largest entry first: squares of very small or large rows leave float32.
+  embeddings = jnp.where(mask[:, None], embeddings, 0)
   largest = jnp.max(jnp.abs(embeddings), axis=1, keepdims=True)
   scaled = embeddings / jnp.where(largest > 0, largest, 1)
   norms = jnp.linalg.norm(scaled, axis=1, keepdims=True)
   units = scaled / jnp.where(norms > 0, norms, 1)
-  non_zero = jnp.mean(largest > 0, dtype=units.dtype)
-  mean = jnp.mean(units, axis=0)
-  return (num_rows * jnp.sum(mean**2) - non_zero) / (num_rows - 1)
+  num_rows = jnp.sum(mask, dtype=units.dtype)
+  non_zero = jnp.sum(largest > 0, dtype=units.dtype) / num_rows
+  mean = jnp.sum(units, axis=0) / num_rows
+  pairs = (num_rows * jnp.sum(mean**2) - non_zero) / jnp.maximum(num_rows - 1, 1)
+  return jnp.where(num_rows == 1, 1, pairs)
 
 
-def spread(embeddings: jax.Array) -> jax.Array:
+def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Returns the root mean squared distance of two different rows of `embeddings` `[N, D]`.
 
   In the unit of the embeddings; compare it with their mean norm. The plain mean distance (never
   larger than this) needs all pairs; the mean of squares is twice the total unbiased variance. 0 if
-  all rows are equal, or there is one.
+  all rows are equal, or there is one. `mask` as in `metrics`.
 
   Raises:
     ValueError: if `embeddings` is no matrix with at least one row and one column.
@@ -84,10 +91,13 @@ def spread(embeddings: jax.Array) -> jax.Array:
     Array(5., dtype=float32)
   """
   embeddings = _matrix(embeddings)
-  # Distances don't depend on the origin, and from the first row equal rows are exactly zero.
-  shifted = embeddings - embeddings[:1]
-  squares = jnp.sum((shifted - jnp.mean(shifted, axis=0)) ** 2)
-  return jnp.sqrt(2 * squares / max(embeddings.shape[0] - 1, 1))
+  mask = jnp.ones(len(embeddings), bool) if mask is None else mask
+  # Distances don't depend on the origin, and from one of the rows equal rows are exactly zero.
+  shifted = jnp.where(mask[:, None], embeddings - embeddings[jnp.argmax(mask)], 0)
+  num_rows = jnp.sum(mask, dtype=shifted.dtype)
+  mean = jnp.sum(shifted, axis=0) / num_rows
+  squares = jnp.sum(jnp.where(mask[:, None], shifted - mean, 0) ** 2)
+  return jnp.sqrt(2 * squares / jnp.maximum(num_rows - 1, 1))
 
 
 def rank(embeddings: jax.Array) -> jax.Array:

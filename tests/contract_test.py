@@ -25,6 +25,8 @@ from jax.sharding import PartitionSpec
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
+from representation import bgrl, graphs
+from representation.networks import gcn
 from rl_theory import armac
 from rl_theory.baselines import nfsp
 
@@ -74,7 +76,8 @@ class Case:
     batch: eight examples (so that eight devices have one each).
     apply_fn: the network.
     config: hyper-parameters at which losses and gradients are of size one (for absolute 1e-5).
-    hyperparameter: name of a numeric field of the config, and another value for it; None where
+    hyperparameter: name of a numeric field of the config, and another value for it (numbers where
+      the field holds several); None where
       the config has none.
     trees: keyword arguments of `init` beside the parameters, such as `ref_params`.
     couples_examples: True where the loss is not a mean over examples; it must then refuse
@@ -87,7 +90,7 @@ class Case:
   batch: Any
   apply_fn: Callable[..., Any]
   config: Any
-  hyperparameter: tuple[str, float] | None
+  hyperparameter: tuple[str, Any] | None
   trees: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   couples_examples: bool = False
   rules: sharding.Rules = sharding.REPLICATED
@@ -319,8 +322,23 @@ def _nfsp() -> Case:
   return Case(nfsp, params, batch, nfsp.Networks(score, score), config, None)
 
 
+def _bgrl() -> Case:
+  rng = np.random.default_rng(10)
+  edges = rng.permutation([(s, r) for s in range(8) for r in range(8) if s != r])[:24]
+  graph = graphs.make_graph(rng.normal(size=(8, 5)), *edges.T, multiple=8)
+  encoder, predictor = gcn.Encoder(gcn.GCN((6, 4))), gcn.Predictor(gcn.MLP(6, 4))
+  keys = jax.random.split(jax.random.key(0), 3)
+  (params, online), (target_params, target) = (encoder.init(key, graph) for key in keys[:2])
+  params = bgrl.Params(params, predictor.init(keys[2], jnp.zeros((1, 4))))
+  trees = {"target_params": target_params, "network_state": bgrl.NetworkState(online, target)}
+  return Case(
+    bgrl, params, graph, bgrl.Networks(encoder, predictor), bgrl.Config(),
+    ("edge_drop_probs", (0.1, 0.8)), trees=trees, couples_examples=True,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
-  "armac": _armac, "armac_actor": functools.partial(_armac, actor=True),
+  "armac": _armac, "armac_actor": functools.partial(_armac, actor=True), "bgrl": _bgrl,
   "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "kto": _kto, "nash_md": _nash_md,
   "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo,
   "sft": _sft, "srpo": _srpo,

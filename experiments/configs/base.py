@@ -70,6 +70,34 @@ def game(
   )
 
 
+def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Learns embeddings of the nodes of one graph, a step on the whole of it at a time."""
+  return _config(
+    paper,
+    preset,
+    algorithm=algorithm,
+    network={
+      "encoder": "gcn",  # or "mean_pooling", "gat"
+      "widths": (256, 128),
+      "norm": "batch",  # of gcn; or "graph"
+      "batch_norm_decay": 0.01,
+      "standardise_weights": False,
+      "predictor_width": 512,
+    },
+    data={
+      "name": "csbm",
+      "directory": "",
+      "edges": "symmetrise",  # one-way edges; or "keep", "error"
+      "binarise": False,
+    },
+    optimizer={"learning_rate": 5e-4, "warmup_steps": 1000, "weight_decay": 1e-5},
+    sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
+    train={"num_steps": 10_000, "log_every": 10},
+    eval={"every": 0, "num_splits": 20, "split_seed": 0},
+    checkpoint={"every": 500, "keep": 1},
+  )
+
+
 def random_bandits(paper: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
   """The tabular runs of the baselines (`experiments/bandit_grid.py`): 4,000 steps on 8 bandits."""
   config = bandit(paper, "bandit", algorithm=algorithm)

@@ -121,3 +121,14 @@ def test_bad_shapes_are_named(shape):
   ):  # fmt: skip
     with pytest.raises(ValueError, match=r"embeddings must have shape \[N, D\].*got"):
       measure(jnp.zeros(shape))
+
+
+def test_rows_that_do_not_count_change_nothing(x64):
+  rng = np.random.default_rng(3)
+  rows = jnp.asarray(rng.normal(size=(9, 4)))
+  padded = jnp.concatenate([jnp.full((2, 4), jnp.nan), rows, 1e3 * jnp.ones((3, 4))])
+  mask = jnp.arange(14)
+  mask = (mask >= 2) & (mask < 11)
+  found = collapse.metrics(padded, mask=mask, spectrum=True)
+  for name, value in collapse.metrics(rows, spectrum=True).items():
+    np.testing.assert_allclose(found[name], value, atol=1e-10, err_msg=name)

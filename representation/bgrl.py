@@ -1,0 +1,287 @@
+"""BGRL: embeddings of nodes learned by predicting, from one view of a graph, those of another.
+
+Two corruptions of a graph are read by an online encoder and by a target encoder that is a slow copy
+of it. A predictor maps the online embedding of a node in one view onto the target's of the same
+node in the other one:
+
+  loss = 2 - mean_i cos(Z1_i, H2_i) - mean_i cos(Z2_i, H1_i),  Z = predictor(online(view)),
+
+without negatives, so that time and memory grow with nodes and edges, not with pairs of nodes. The
+target gets no gradient; after each step target = decay * target + (1 - decay) * online, with the
+decay going from 0.99 to 1.
+
+Reference: Thakoor et al. 2021, https://arxiv.org/abs/2102.06514.
+
+| paper | here |
+|---|---|
+| E_theta, p_theta | `Params.encoder`, `Params.predictor` |
+| E_phi | `State.target_params` |
+| tau | `target_decay_schedule(step)`, from `Config.target_decay` |
+| T_1, T_2: p_f, p_e | `Config.feature_mask_probs`, `Config.edge_drop_probs`, one for each view |
+| H, Z | `target_embeddings`, `online_predictions` |
+
+Deviations: the paper's loss is twice this one, which is that of the authors' code. Running
+statistics of batch normalisation belong to each encoder and are not averaged, as there.
+"""
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sharding
+from representation import collapse, graph_augmentations, graphs
+
+Metrics = dict[str, jax.Array]
+Batch = graphs.Graph
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["feature_mask_probs", "edge_drop_probs", "target_decay", "num_steps"],
+  meta_fields=["num_microbatches"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyper-parameters; the defaults are those of Amazon Computers.
+
+  Attributes:
+    feature_mask_probs: for each of the two views, how probable it is that a column is zeroed.
+    edge_drop_probs: the same for a directed edge to be dropped.
+    target_decay: in [0, 1], tau at the first step.
+    num_steps: positive, where tau arrives at 1.
+    num_microbatches: must be 1, since nodes are read together with their neighbours.
+  """
+
+  feature_mask_probs: Any = (0.2, 0.1)
+  edge_drop_probs: Any = (0.5, 0.4)
+  target_decay: Any = 0.99
+  num_steps: Any = 10_000
+  num_microbatches: int = 1
+
+  def __post_init__(self):
+    for name in ("feature_mask_probs", "edge_drop_probs"):
+      values = getattr(self, name)
+      if isinstance(values, tuple | list):
+        if len(values) != 2:
+          raise ValueError(f"{name} must have one number for each of the two views, got {values}")
+        for value in values:
+          _check_probability(name, value)
+    _check_probability("target_decay", self.target_decay)
+    if isinstance(self.num_steps, numbers.Real) and not float(self.num_steps) > 0:
+      raise ValueError(f"num_steps must be positive, got {self.num_steps}")
+    if self.num_microbatches != 1:
+      raise ValueError(
+        f"num_microbatches must be 1, got {self.num_microbatches}: the nodes of a graph are read "
+        "together; sample a part of the graph instead"
+      )
+
+
+def _check_probability(name: str, value: Any) -> None:
+  if isinstance(value, str) or (isinstance(value, numbers.Real) and not 0 <= float(value) <= 1):
+    raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+
+
+class Params(NamedTuple):
+  """What learns by gradients."""
+
+  encoder: Any
+  predictor: Any
+
+
+class Networks(NamedTuple):
+  """The two networks; functions that hash.
+
+  Attributes:
+    encoder: `encoder(params, network_state, graph, *, train) -> ([N, K], network_state)`.
+    predictor: `predictor(params, [N, K]) -> [N, K]`.
+  """
+
+  encoder: Callable[..., Any]
+  predictor: Callable[..., Any]
+
+
+class NetworkState(NamedTuple):
+  """What the encoders remember, such as running statistics; `()` where they have nothing."""
+
+  online: Any = ()
+  target: Any = ()
+
+
+class State(NamedTuple):
+  """Everything that changes in training.
+
+  Attributes:
+    params: of the online encoder and the predictor.
+    target_params: of the target encoder.
+    network_state: of both encoders.
+    opt_state: of the optimiser.
+    step: scalar int32, updates done.
+  """
+
+  params: Params
+  target_params: Any
+  network_state: NetworkState
+  opt_state: Any
+  step: jax.Array
+
+
+def bgrl_loss(online_predictions: jax.Array, target_embeddings: jax.Array) -> jax.Array:
+  """Returns 1 - cos of each node's prediction and target.
+
+  Args:
+    online_predictions: `[N, K]`.
+    target_embeddings: `[N, K]`; their length does not matter.
+
+  Returns:
+    `[N]` in [0, 2]; gradients reach the predictions only. A row of zeros has the cosine 0.
+
+  Raises:
+    ValueError: if the shapes differ.
+
+  Example:
+    >>> bgrl_loss(jnp.array([[3.0, 0.0], [1.0, 0.0]]), jnp.array([[5.0, 0.0], [0.0, 2.0]]))
+    Array([0., 1.], dtype=float32)
+
+  Reference: https://arxiv.org/abs/2102.06514, eq. 1 (without its factor 2).
+  """
+  if online_predictions.shape != target_embeddings.shape:
+    raise ValueError(
+      f"online_predictions {online_predictions.shape} and target_embeddings "
+      f"{target_embeddings.shape} must have one shape [N, K]"
+    )
+  targets = _normalise(jax.lax.stop_gradient(target_embeddings))
+  return 1 - jnp.sum(_normalise(online_predictions) * targets, axis=-1)
+
+
+def _normalise(rows: jax.Array) -> jax.Array:
+  square = jnp.sum(rows**2, axis=-1, keepdims=True)
+  return rows * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
+
+
+def target_decay_schedule(step: Any, *, target_decay: Any, num_steps: Any) -> jax.Array:
+  """Returns tau(k) = 1 - (1 - tau_0) (1 + cos(pi k / K)) / 2.
+
+  Example:
+    >>> print(target_decay_schedule(5000, target_decay=0.99, num_steps=10_000))
+    0.995
+  """
+  progress = jnp.minimum(step / num_steps, 1)
+  return 1 - (1 - target_decay) * (1 + jnp.cos(jnp.pi * progress)) / 2
+
+
+def init(
+  params: Params,
+  *,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+  target_params: Any = None,
+  network_state: NetworkState | None = None,
+) -> State:
+  """Returns the state before the first step.
+
+  Args:
+    params: of the online encoder and the predictor.
+    optimizer: the one that `update` will get.
+    config: hyper-parameters; unused.
+    target_params: of the target encoder, drawn independently in the paper; by default a copy of
+      the online encoder's.
+    network_state: of both encoders, by default `()` for each.
+  """
+  del config
+  if target_params is None:
+    target_params = jax.tree.map(jnp.copy, params.encoder)
+  return State(
+    params,
+    target_params,
+    NetworkState() if network_state is None else network_state,
+    optimizer.init(params),
+    jnp.zeros((), jnp.int32),
+  )
+
+
+def loss(
+  params: Params, state: State, batch: Batch, key: Any, *, apply_fn: Networks, config: Config
+) -> tuple[jax.Array, tuple[Metrics, NetworkState]]:
+  """Returns the loss of both directions, averaged over the nodes in use.
+
+  Args:
+    params: the only input to differentiate.
+    state: whose target is chased; its `params` and `opt_state` are not used.
+    batch: the graph.
+    key: typed PRNG key, for the two corruptions.
+    apply_fn: the networks.
+    config: hyper-parameters.
+
+  Returns:
+    The scalar loss in [0, 4], and `(metrics, network_state)`.
+  """
+  views = [
+    graph_augmentations.corrupt(batch, view_key, feature_mask_prob=p_f, edge_drop_prob=p_e)
+    for view_key, p_f, p_e in zip(
+      jax.random.split(key), config.feature_mask_probs, config.edge_drop_probs, strict=True
+    )
+  ]
+  online_state, target_state = state.network_state
+  predictions, embeddings, targets = [], [], []
+  for view in views:
+    online, online_state = apply_fn.encoder(params.encoder, online_state, view, train=True)
+    target, target_state = apply_fn.encoder(state.target_params, target_state, view, train=True)
+    predictions.append(apply_fn.predictor(params.predictor, online))
+    embeddings.append(online)
+    targets.append(target)
+  losses = bgrl_loss(predictions[0], targets[1]) + bgrl_loss(predictions[1], targets[0])
+  value = jnp.sum(jnp.where(batch.mask, losses, 0)) / jnp.sum(batch.mask)
+  metrics = {
+    "loss": value,
+    **collapse.metrics(jax.lax.stop_gradient(embeddings[0]), mask=batch.mask, spectrum=True),
+  }
+  return value, (metrics, jax.lax.stop_gradient(NetworkState(online_state, target_state)))
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update(
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: Networks,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, Metrics]:
+  """Returns the state after one step on the whole graph, and then of the target.
+
+  Args:
+    state: not donated.
+    batch: the graph.
+    key: typed PRNG key, for the two corruptions.
+    apply_fn: the networks.
+    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    config: hyper-parameters.
+
+  Returns:
+    The new state; metrics `loss`, `grad_norm`, `bgrl/target_decay` and those of
+    `collapse.metrics` for the online embeddings of the first view.
+  """
+  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
+  (_, (metrics, network_state)), grads = grad_fn(
+    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params: Any = optax.apply_updates(state.params, updates)
+  decay = target_decay_schedule(
+    state.step, target_decay=config.target_decay, num_steps=config.num_steps
+  )
+  target_params = optax.incremental_update(params.encoder, state.target_params, 1 - decay)
+  metrics |= {"grad_norm": optax.global_norm(grads), "bgrl/target_decay": decay}
+  return State(params, target_params, network_state, opt_state, state.step + 1), metrics
+
+
+def embed(state: State, batch: Batch, *, apply_fn: Networks) -> jax.Array:
+  """Returns what is evaluated: the online encoder's embeddings `[N, K]` of the whole graph."""
+  return apply_fn.encoder(state.params.encoder, state.network_state.online, batch, train=False)[0]

@@ -1,0 +1,48 @@
+"""Corruptions of a graph: two views of it differ in the columns and the edges that are in use.
+
+Reference: Thakoor et al. 2021, https://arxiv.org/abs/2102.06514, section 3.
+"""
+
+from typing import Any
+
+import jax
+
+from representation import graphs
+
+
+def mask_columns(graph: graphs.Graph, key: jax.Array, *, prob: Any) -> graphs.Graph:
+  """Returns the graph with each column of its features out of use with probability `prob`.
+
+  One draw for all nodes; what stays is not scaled up.
+
+  Args:
+    graph: the graph.
+    key: typed PRNG key.
+    prob: in [0, 1].
+  """
+  kept = jax.random.uniform(key, graph.features.shape[1:]) >= prob
+  return graph._replace(column_mask=kept if graph.column_mask is None else kept & graph.column_mask)
+
+
+def drop_edges(graph: graphs.Graph, key: jax.Array, *, prob: Any) -> graphs.Graph:
+  """Returns the graph with each directed edge out of use with probability `prob`.
+
+  One direction of an undirected edge can survive the other. Layers that normalise by degrees count
+  what is in use.
+
+  Args:
+    graph: the graph.
+    key: typed PRNG key.
+    prob: in [0, 1].
+  """
+  kept = jax.random.uniform(key, graph.neighbours.mask.shape) >= prob
+  return graph._replace(edge_mask=kept if graph.edge_mask is None else kept & graph.edge_mask)
+
+
+def corrupt(
+  graph: graphs.Graph, key: jax.Array, *, feature_mask_prob: Any, edge_drop_prob: Any
+) -> graphs.Graph:
+  """Returns one view of the graph: some columns and edges out of use, the arrays unchanged."""
+  feature_key, edge_key = jax.random.split(key)
+  graph = mask_columns(graph, feature_key, prob=feature_mask_prob)
+  return drop_edges(graph, edge_key, prob=edge_drop_prob)

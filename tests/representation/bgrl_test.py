@@ -1,0 +1,219 @@
+"""BGRL: its loss by hand, its schedule, its slow target, and the corruptions that feed it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from representation import bgrl, graph_augmentations, graphs
+from representation.networks import gcn
+
+NUM_NODES, NUM_FEATURES, WIDTH = 12, 6, 4
+
+
+def _graph(seed=0):
+  rng = np.random.default_rng(seed)
+  edges = np.array([(s, r) for s in range(NUM_NODES) for r in range(s) if rng.random() < 0.3])
+  senders, receivers = np.concatenate([edges, edges[:, ::-1]]).T
+  return graphs.make_graph(rng.normal(size=(NUM_NODES, NUM_FEATURES)), senders, receivers)
+
+
+def _identity(params, embeddings):
+  del params
+  return embeddings
+
+
+def _wide(tree):
+  """The same in the dtype of the features: Flax makes float32 whatever comes in."""
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), tree)
+
+
+def _start(graph, *, predictor=None, **options):
+  encoder = gcn.Encoder(gcn.GCN((8, WIDTH)))
+  predictor = predictor or gcn.Predictor(gcn.MLP(8, WIDTH))
+  keys = jax.random.split(jax.random.key(0), 3)
+  online, online_state = _wide(encoder.init(keys[0], graph))
+  target, target_state = _wide(encoder.init(keys[1], graph))
+  is_mlp = isinstance(predictor, gcn.Predictor)
+  parts = _wide(predictor.init(keys[2], jnp.zeros((1, WIDTH)))) if is_mlp else ()
+  optimizer = optax.adamw(1e-2, weight_decay=1e-5)
+  config = bgrl.Config(**options)
+  state = bgrl.init(
+    bgrl.Params(online, parts),
+    optimizer=optimizer,
+    config=config,
+    target_params=target,
+    network_state=bgrl.NetworkState(online_state, target_state),
+  )
+  return state, {
+    "apply_fn": bgrl.Networks(encoder, predictor), "optimizer": optimizer, "config": config
+  }  # fmt: skip
+
+
+def test_loss_by_hand_and_against_numpy(x64):
+  rng = np.random.default_rng(0)
+  predictions, targets = rng.normal(size=(2, 7, 5))
+  expected = 1 - np.sum(predictions * targets, 1) / (
+    np.linalg.norm(predictions, axis=1) * np.linalg.norm(targets, axis=1)
+  )
+  found = bgrl.bgrl_loss(jnp.asarray(predictions), jnp.asarray(targets))
+  np.testing.assert_allclose(found, expected, atol=1e-12)
+  # Neither the length of a target nor that of a prediction matters.
+  scales = rng.uniform(0.1, 9, (7, 1))
+  np.testing.assert_allclose(
+    bgrl.bgrl_loss(predictions * scales, targets / scales), found, atol=1e-12
+  )
+  to_targets = jax.grad(lambda t: bgrl.bgrl_loss(predictions, t).sum())(jnp.asarray(targets))
+  np.testing.assert_array_equal(to_targets, 0)
+  # At a row of zeros the cosine counts as 0, and nothing is NaN.
+  value, gradient = jax.value_and_grad(lambda p: bgrl.bgrl_loss(p, targets[:1]).sum())(
+    jnp.zeros((1, 5))
+  )
+  assert value == 1 and np.all(np.isfinite(gradient))
+  with pytest.raises(ValueError, match="must have one shape"):
+    bgrl.bgrl_loss(predictions, targets[:3])
+
+
+def test_schedule_has_the_published_values(x64):
+  found = [
+    float(bgrl.target_decay_schedule(k, target_decay=0.99, num_steps=10_000))
+    for k in (0, 2500, 5000, 9999, 10_000, 20_000)
+  ]
+  np.testing.assert_allclose(
+    found, [0.99, 0.991464466, 0.995, 0.99999999975, 1, 1], atol=1e-9
+  )  # fmt: skip
+
+
+def test_loss_vanishes_where_both_see_the_same(x64):
+  graph = _graph()
+  state, bound = _start(
+    graph, predictor=_identity, feature_mask_probs=(0.0, 0.0), edge_drop_probs=(0.0, 0.0)
+  )
+  state = state._replace(target_params=state.params.encoder)
+  del bound["optimizer"]
+  value, (metrics, _) = bgrl.loss(state.params, state, graph, jax.random.key(0), **bound)
+  np.testing.assert_allclose(value, 0, atol=1e-12)
+  assert metrics["loss"] == value
+
+
+def test_loss_is_the_mean_of_both_directions(x64):
+  """The same corruptions by hand, the networks called one by one."""
+  graph, key = _graph(), jax.random.key(4)
+  state, bound = _start(graph, feature_mask_probs=(0.2, 0.5), edge_drop_probs=(0.6, 0.1))
+  networks = bound["apply_fn"]
+  views = [
+    graph_augmentations.corrupt(graph, k, feature_mask_prob=p_f, edge_drop_prob=p_e)
+    for k, p_f, p_e in zip(jax.random.split(key), (0.2, 0.5), (0.6, 0.1), strict=True)
+  ]
+
+  def cosines(first, second):
+    online, _ = networks.encoder(
+      state.params.encoder, state.network_state.online, first, train=True
+    )
+    target, _ = networks.encoder(
+      state.target_params, state.network_state.target, second, train=True
+    )
+    rows = np.asarray(networks.predictor(state.params.predictor, online)), np.asarray(target)
+    return np.sum(rows[0] * rows[1], 1) / np.prod([np.linalg.norm(r, axis=1) for r in rows], axis=0)
+
+  expected = 2 - cosines(*views).mean() - cosines(*views[::-1]).mean()
+  value, (_, network_state) = bgrl.loss(
+    state.params, state, graph, key, apply_fn=networks, config=bound["config"]
+  )
+  np.testing.assert_allclose(value, expected, atol=1e-10)
+  # Running statistics are those of the second view, which is read last, to one hundredth.
+  _, after = networks.encoder(
+    state.params.encoder, state.network_state.online, views[0], train=True
+  )
+  _, after = networks.encoder(state.params.encoder, after, views[1], train=True)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), network_state.online, after
+  )
+
+
+def test_padding_changes_nothing(x64):
+  """Corruptions are drawn for slots, so they are switched off; nothing else may see the padding."""
+  graph = _graph()
+  mask = np.asarray(graph.neighbours.mask)
+  owners = np.repeat(np.asarray(graph.neighbours.receivers)[:, None], mask.shape[1], 1)
+  padded = graphs.make_graph(
+    np.asarray(graph.features), np.asarray(graph.neighbours.senders)[mask], owners[mask], multiple=8
+  )
+  assert len(padded.mask) == 16
+  options = {"feature_mask_probs": (0.0, 0.0), "edge_drop_probs": (0.0, 0.0)}
+  state, bound = _start(graph, **options)
+  one = bgrl.update(state, graph, jax.random.key(0), **bound)
+  other = bgrl.update(state, padded, jax.random.key(0), **bound)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), other, one)
+
+
+def test_the_target_follows_after_the_step(x64):
+  graph = _graph()
+  state, bound = _start(graph, target_decay=0.9, num_steps=10)
+  state = state._replace(step=jnp.asarray(5, jnp.int32))
+  after, metrics = bgrl.update(state, graph, jax.random.key(0), **bound)
+  np.testing.assert_allclose(metrics["bgrl/target_decay"], 0.95)
+  trees = (after.target_params, state.target_params, after.params.encoder)
+  for new, old, online in zip(*map(jax.tree.leaves, trees), strict=True):
+    # The decay itself is a float32 scalar.
+    np.testing.assert_allclose(new, 0.95 * old + 0.05 * online, atol=1e-7)
+
+
+def test_corruptions_have_the_right_frequencies():
+  graph, draws = _graph(), 2000
+  num_edges = graph.neighbours.num_edges
+
+  def view(key):
+    seen = graph_augmentations.corrupt(graph, key, feature_mask_prob=0.3, edge_drop_prob=0.6)
+    return seen.column_mask, graphs.edge_weights(seen)
+
+  columns, edges = jax.vmap(view)(jax.random.split(jax.random.key(0), draws))
+  # Four standard errors of a mean of independent draws.
+  assert abs(columns.mean() - 0.7) < 4 * (0.21 / (draws * NUM_FEATURES)) ** 0.5
+  assert abs(edges.sum() / (draws * num_edges) - 0.4) < 4 * (0.24 / (draws * num_edges)) ** 0.5
+  assert np.all(np.asarray(edges)[:, ~np.asarray(graph.neighbours.mask)] == 0)
+  # Both directions of an undirected edge survive independently: 0.16 of the time together.
+  mask = np.asarray(graph.neighbours.mask)
+  owners = np.repeat(np.asarray(graph.neighbours.receivers)[:, None], mask.shape[1], 1)[mask]
+  pairs = list(
+    zip(np.asarray(graph.neighbours.senders)[mask].tolist(), owners.tolist(), strict=True)
+  )
+  kept = np.asarray(edges)[:, mask] > 0
+  there, back = 0, pairs.index(pairs[0][::-1])
+  both = np.mean(kept[:, there] & kept[:, back])
+  assert abs(both - 0.16) < 4 * (0.16 * 0.84 / draws) ** 0.5
+  # A graph that is already corrupted keeps what it has lost.
+  once = graph_augmentations.drop_edges(graph, jax.random.key(1), prob=0.5)
+  twice = graph_augmentations.drop_edges(once, jax.random.key(2), prob=0.5)
+  assert np.all(graphs.edge_weights(twice) <= graphs.edge_weights(once))
+
+
+def test_training_lowers_the_loss_and_does_not_collapse():
+  graph = _graph()
+  state, bound = _start(graph, num_steps=300)
+
+  def step(state, key):
+    return bgrl.update(state, graph, key, **bound)
+
+  _, metrics = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(1), 300)))(
+    state
+  )
+  loss = np.asarray(metrics["loss"])
+  assert loss[-50:].mean() < 0.6 * loss[:5].mean()
+  assert np.asarray(metrics["collapse/mean_cosine"])[-50:].mean() < 0.7
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"feature_mask_probs": (0.2,)}, "feature_mask_probs must have one number for each"),
+    ({"edge_drop_probs": (0.2, 1.5)}, r"edge_drop_probs must lie in \[0, 1\], got 1.5"),
+    ({"target_decay": -0.1}, "target_decay must lie in"),
+    ({"num_steps": 0}, "num_steps must be positive, got 0"),
+    ({"num_microbatches": 2}, "num_microbatches must be 1, got 2"),
+  ],
+)
+def test_bad_hyperparameters_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    bgrl.Config(**options)
