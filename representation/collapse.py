@@ -6,12 +6,15 @@ quadratic in the number of rows either: what is an average over pairs is compute
 rows, so that it is global under sharding at the price of one sum over devices.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from representation import checks
 
 
+@functools.partial(jax.jit, static_argnames="spectrum")
 def metrics(
   embeddings: jax.Array, *, mask: jax.Array | None = None, spectrum: bool = False
 ) -> dict[str, jax.Array]:
@@ -47,6 +50,7 @@ def metrics(
   return numbers
 
 
+@jax.jit
 def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Returns the mean cosine of two different rows of `embeddings` `[N, D]`, not centred.
 
@@ -76,6 +80,7 @@ def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.
   return jnp.where(num_rows == 1, 1, pairs)
 
 
+@jax.jit
 def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Returns the root mean squared distance of two different rows of `embeddings` `[N, D]`.
 
@@ -100,6 +105,7 @@ def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array
   return jnp.sqrt(2 * squares / jnp.maximum(num_rows - 1, 1))
 
 
+@jax.jit
 def rank(embeddings: jax.Array) -> jax.Array:
   """Returns the numerical rank of `embeddings` `[N, D]`, not centred, an integer.
 
@@ -119,6 +125,7 @@ def rank(embeddings: jax.Array) -> jax.Array:
   return _rank(_singular_values(_matrix(embeddings)))
 
 
+@jax.jit
 def effective_rank(embeddings: jax.Array) -> jax.Array:
   """Returns exp(entropy of the singular values over their sum) of `embeddings` `[N, D]`.
 

@@ -50,7 +50,7 @@ def test_numbers_equal_the_slow_ones_over_all_pairs(x64, num_rows, num_features,
   assert found["collapse/effective_rank"] == collapse.effective_rank(embeddings)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 1000])
+@pytest.mark.parametrize("num_rows", [1, 2, 1000])
 @pytest.mark.parametrize("row", [[0.1, 0.7, -0.3], [1e-30, 3e-30, 0], [1e30, 2e30, 0]])
 def test_equal_rows_have_collapsed_fully(num_rows, row):
   found = collapse.metrics(jnp.tile(jnp.array(row), (num_rows, 1)), spectrum=True)
@@ -71,8 +71,8 @@ def test_a_cloud_far_from_the_origin_shows_in_the_cosine_and_not_in_the_spread()
 def test_clusters_have_the_rank_of_their_centres(num_rows):
   centres = jax.random.normal(jax.random.key(2), (3, 64)) + 5
   rows = centres[jnp.arange(num_rows) % 3]
-  assert collapse.rank(rows) == 3
-  assert 1 < collapse.effective_rank(rows) < 3
+  found = collapse.metrics(rows, spectrum=True)
+  assert found["collapse/rank"] == 3 and 1 < found["collapse/effective_rank"] < 3
 
 
 def test_cases_by_hand():
@@ -107,8 +107,7 @@ def test_rows_over_eight_devices_give_one_global_number():
   embeddings = _embeddings(64, 6, 3)
   rows = sharding.shard_batch(embeddings.astype(np.float32), sharding.make_mesh({"data": 8}))
   assert len(rows.addressable_shards) == 8
-  measure = jax.jit(collapse.metrics, static_argnames="spectrum")
-  found, expected = measure(rows, spectrum=True), _slow(_embeddings(64, 6, 3))
+  found, expected = collapse.metrics(rows, spectrum=True), _slow(_embeddings(64, 6, 3))
   for key, value in expected.items():
     # float32: the weak end of the spectrum comes from squares.
     np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
