@@ -43,8 +43,8 @@ Batch = graphs.Graph
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["feature_mask_probs", "edge_drop_probs", "target_decay", "num_steps"],
-  meta_fields=["num_microbatches"],
+  data_fields=["feature_mask_probs", "edge_drop_probs", "target_decay"],
+  meta_fields=["num_steps", "num_microbatches"],
 )
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -54,14 +54,14 @@ class Config:
     feature_mask_probs: for each of the two views, how probable it is that a column is zeroed.
     edge_drop_probs: the same for a directed edge to be dropped.
     target_decay: in [0, 1], tau at the first step.
-    num_steps: positive, where tau arrives at 1.
+    num_steps: positive, where tau arrives at 1; static.
     num_microbatches: must be 1, since nodes are read together with their neighbours.
   """
 
   feature_mask_probs: Any = (0.2, 0.1)
   edge_drop_probs: Any = (0.5, 0.4)
   target_decay: Any = 0.99
-  num_steps: Any = 10_000
+  num_steps: int = 10_000
   num_microbatches: int = 1
 
   def __post_init__(self):
@@ -73,8 +73,10 @@ class Config:
         for value in values:
           _check_probability(name, value)
     _check_probability("target_decay", self.target_decay)
-    if isinstance(self.num_steps, numbers.Real) and not float(self.num_steps) > 0:
-      raise ValueError(f"num_steps must be positive, got {self.num_steps}")
+    if (
+      isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1
+    ):
+      raise ValueError(f"num_steps must be an integer >= 1, got {self.num_steps!r}")
     if self.num_microbatches != 1:
       raise ValueError(
         f"num_microbatches must be 1, got {self.num_microbatches}: the nodes of a graph are read "

@@ -24,8 +24,7 @@ def metrics(
     embeddings: `[N, D]`.
     mask: `[N]` bool, rows that count; by default all.
     spectrum: adds the two ranks. The others cost O(N D), less than making the embeddings did; the
-      ranks cost O(N D^2 + D^3): 0.05 seconds on one CPU core for N = 10,000 and D = 256, so
-      ask for them at evaluation rather than at every step.
+      ranks cost O(N D^2 + D^3): 0.05 seconds on one CPU core for N = 10,000 and D = 256.
 
   Returns:
     Scalars `collapse/mean_cosine`, `collapse/spread` and `collapse/mean_norm` (the mean length of

@@ -135,7 +135,7 @@ def layout(
     if index.size and (index.min() < 0 or index.max() >= size):
       wrong = int(np.flatnonzero((index < 0) | (index >= size))[0])
       raise ValueError(f"{name}[{wrong}]={index[wrong]} is no node: give numbers in [0, {size})")
-  options = {"chunk_size": chunk_size, "multiple": num_rows_multiple}
+  options: Any = {"chunk_size": chunk_size, "multiple": num_rows_multiple}
   senders, receivers = senders.astype(np.int32), receivers.astype(np.int32)
   edges = np.arange(len(senders))
   rows, slots = _rows(senders, receivers, edges, num_receivers, **options)

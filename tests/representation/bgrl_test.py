@@ -210,7 +210,7 @@ def test_training_lowers_the_loss_and_does_not_collapse():
     ({"feature_mask_probs": (0.2,)}, "feature_mask_probs must have one number for each"),
     ({"edge_drop_probs": (0.2, 1.5)}, r"edge_drop_probs must lie in \[0, 1\], got 1.5"),
     ({"target_decay": -0.1}, "target_decay must lie in"),
-    ({"num_steps": 0}, "num_steps must be positive, got 0"),
+    ({"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
     ({"num_microbatches": 2}, "num_microbatches must be 1, got 2"),
   ],
 )
