@@ -18,10 +18,10 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+
+import sides
 
 LAYERS, WIDTH, VOCABULARY, HEADS, MLP = 6, 256, 8192, 8, 1024
 PAIRS, LENGTH = 8, 128
@@ -169,71 +169,30 @@ def make_torch_side(folder: pathlib.Path):
   return {"score": score, "train": train, "generate": generate}
 
 
-def serve(side: str, folder: pathlib.Path) -> None:
-  """Answers each command on stdin with a JSON line on stdout: wall and CPU seconds, and result."""
-  answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not spoil the answers
-  commands = {"jax": make_jax_side, "torch": make_torch_side}[side](folder)
-  print(json.dumps({"ready": side}), file=answers, flush=True)
-  for line in sys.stdin:
-    start, cpu_start = time.perf_counter(), time.process_time()
-    result = commands[line.strip()]()
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "result": result}), file=answers, flush=True)
-
-
-class Side:
-  """A worker process that does one thing at a time, when asked."""
-
-  def __init__(self, name: str, python: str, folder: str):
-    root = pathlib.Path(__file__).resolve().parent.parent
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(root)
-    self.process = subprocess.Popen(
-      [python, __file__, "--worker", name, "--folder", folder],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      env=environment,
-    )
-    self._read()
-
-  def _read(self) -> dict:
-    line = self.process.stdout.readline()
-    if not line:
-      raise SystemExit("a side of the benchmark died; its error is above")
-    return json.loads(line)
-
-  def ask(self, command: str) -> dict:
-    self.process.stdin.write(command + "\n")
-    self.process.stdin.flush()
-    return self._read()
-
-  def close(self) -> None:
-    self.process.stdin.close()
-    self.process.wait()
-
-
 def compare(torch_python: str, rounds: int) -> dict:
   """Runs both sides in turn and returns all (wall seconds, CPU seconds), by task and side."""
   with tempfile.TemporaryDirectory() as folder:
     model = os.path.join(folder, "model")
-    sides = {"jax": Side("jax", sys.executable, model)}
-    sides["torch"] = Side("torch", torch_python, model)
+    pythons = {"jax": sys.executable, "torch": torch_python}  # the first one writes the model
+    workers = {
+      name: sides.Side(__file__, python, "--worker", name, "--folder", model)
+      for name, python in pythons.items()
+    }
     for task, tolerance in (("score", 1e-4), ("train", 1e-4), ("train", 1e-2)):
       # The second loss sees the step of the first, whose first moments are all signs.
-      results = {name: side.ask(task)["result"] for name, side in sides.items()}
+      results = {name: side.ask(task)["result"] for name, side in workers.items()}
       if abs(results["jax"] - results["torch"]) > tolerance * abs(results["torch"]):
         raise SystemExit(f"the sides compute different numbers in {task}: {results}")
     seconds: dict = {}
     for task in ("train", "generate"):
-      seconds[task] = {name: [] for name in sides}
-      for side in sides.values():
+      seconds[task] = {name: [] for name in workers}
+      for side in workers.values():
         side.ask(task)  # warm: everything is compiled and allocated
       for _ in range(rounds):
-        for name, side in sides.items():
+        for name, side in workers.items():
           answer = side.ask(task)
           seconds[task][name].append((answer["seconds"], answer["cpu"]))
-    for side in sides.values():
+    for side in workers.values():
       side.close()
   return seconds
 
@@ -268,7 +227,8 @@ def main() -> None:
   parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.worker:
-    serve(args.worker, args.folder)
+    make = {"jax": make_jax_side, "torch": make_torch_side}[args.worker]
+    sides.serve(lambda: make(args.folder))
     return
   seconds = compare(args.torch_python, args.rounds)
   print(summarise(seconds))
