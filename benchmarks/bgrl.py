@@ -16,6 +16,7 @@ and after a step, or nothing is reported.
 
 import argparse
 import functools
+import itertools
 import os
 import pathlib
 import statistics
@@ -116,11 +117,13 @@ def make_jax_side(folder: pathlib.Path, widths: tuple[int, ...]):
 def make_torch_side(folder: pathlib.Path, widths: tuple[int, ...], layout: str):
   """Returns the commands of a torch side; `layout` is "edges" or "csr"."""
   import copy
+  import warnings
 
   import torch
   import torch_geometric.nn as pyg_nn
   import torch_geometric.utils as pyg_utils
 
+  warnings.filterwarnings("ignore", "Sparse ")  # CSR is in beta
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   torch.manual_seed(0)
   saved = np.load(folder / "params.npz")
@@ -130,9 +133,8 @@ def make_torch_side(folder: pathlib.Path, widths: tuple[int, ...], layout: str):
   edges = torch.from_numpy(np.stack([senders[order], receivers[order]]))
   # The graph has both directions, so the transposed CSR is the same one with its values permuted.
   back = torch.from_numpy(np.lexsort((receivers[order], senders[order])))
-  starts = torch.from_numpy(
-    np.concatenate([[0], np.cumsum(np.bincount(receivers, minlength=NODES))])
-  )
+  counts = np.bincount(receivers, minlength=NODES)
+  starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
 
   class Product(torch.autograd.Function):
     """The CSR matrix of the edges with these values, times x."""
@@ -178,7 +180,7 @@ def make_torch_side(folder: pathlib.Path, widths: tuple[int, ...], layout: str):
     def __init__(self):
       super().__init__()
       sizes = (FEATURES, *widths)
-      self.layers = torch.nn.ModuleList(Layer(*pair) for pair in zip(sizes, sizes[1:]))
+      self.layers = torch.nn.ModuleList(Layer(*pair) for pair in itertools.pairwise(sizes))
 
     def forward(self, x, graph):
       for layer in self.layers:
@@ -216,15 +218,14 @@ def make_torch_side(folder: pathlib.Path, widths: tuple[int, ...], layout: str):
       self.corrupt = corrupt
 
     def step(self):
-      probs = zip(FEATURE_MASK, EDGE_DROP) if self.corrupt else [(0.0, 0.0)] * 2
+      probs = zip(FEATURE_MASK, EDGE_DROP, strict=True) if self.corrupt else [(0.0, 0.0)] * 2
       views = [view(*pair) for pair in probs]
       predictions = [self.predictor(self.online(*one)) for one in views]
       with torch.no_grad():
         targets = [self.target(*one) for one in views]
       cosine = torch.nn.functional.cosine_similarity
-      loss = (
-        2 - cosine(predictions[0], targets[1]).mean() - cosine(predictions[1], targets[0]).mean()
-      )
+      pairs = zip(predictions, targets[::-1], strict=True)
+      loss = 2 - sum(cosine(*pair).mean() for pair in pairs)
       self.optimizer.zero_grad(set_to_none=True)
       loss.backward()
       self.optimizer.step()
