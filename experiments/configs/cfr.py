@@ -30,7 +30,9 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
   algorithm = {"variant": "mccfr" if sampled else "cfr", "num_samples": 1}
   config = base.game("cfr", preset, armac.GAMES[name], algorithm=algorithm)
   config.environment.num_seeds = 3 if sampled else 1  # nothing is random in CFR
-  config.train.update({"num_steps": 200, "inner_steps": 250 if sampled else 1})
+  # As many decisions as ARMAC's preset of the game plays.
+  inner_steps = (250 if name == "kuhn" else 2000) if sampled else 1
+  config.train.update({"num_steps": 200, "inner_steps": inner_steps})
   if preset == "tiny":
     config.train.num_steps = 20
   return config
