@@ -15,6 +15,7 @@ step is used without moving it: `weights[i, k]` belongs to the edge from `sender
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _CHUNKS = (4, 8, 16, 32)
+_BLOCK = 512  # rows whose products are taken at once
 _JOIN = 3  # cost of joining one row of slots, in gathered slots (two CPU cores, 256 features)
 
 
@@ -268,12 +270,28 @@ def _backward(saved: Any, cotangents: jax.Array) -> tuple[jax.Array, None, jax.A
   moved = flat[transposed.edges]
   moved = jnp.where(_expand(transposed.mask, moved.ndim), moved, 0)
   # Dropped by the compiler where nobody asks for the gradient of weights.
-  received = cotangents[rows.receivers]
-  axes = tuple(range(weights.ndim - 1, values.ndim))
-  to_weights = jnp.stack(
-    [jnp.sum(received * values[senders], axis=axes) for senders in rows.senders.T], axis=1
+  to_weights = _products(values, cotangents, rows, weights)
+  return _sum_rows(cotangents, transposed, moved), None, to_weights
+
+
+def _products(
+  values: jax.Array, cotangents: jax.Array, rows: Rows, weights: jax.Array
+) -> jax.Array:
+  """Returns the product of each slot's sender and receiver, in the shape of the weights.
+
+  A block of rows at a time: what is gathered for it stays in the cache.
+  """
+  heads = math.prod(weights.shape[2:])
+  sent = values.reshape(len(values), heads, -1)
+  received = cotangents.reshape(len(cotangents), heads, -1)
+  missing = -len(weights) % _BLOCK
+  senders = jnp.pad(rows.senders, ((0, missing), (0, 0))).reshape(-1, _BLOCK, weights.shape[1])
+  receivers = jnp.pad(rows.receivers, (0, missing)).reshape(-1, _BLOCK)
+  blocks = jax.lax.map(
+    lambda block: jnp.einsum("rkhd,rhd->rkh", sent[block[0]], received[block[1]]),
+    (senders, receivers),
   )
-  return _sum_rows(cotangents, transposed, moved), None, to_weights.astype(weights.dtype)
+  return blocks.reshape(-1, *weights.shape[1:])[: len(weights)].astype(weights.dtype)
 
 
 _by_rows.defvjp(_forward, _backward)
