@@ -51,7 +51,7 @@ def test_memory_of_grace_is_quadratic_and_that_of_bgrl_is_not(tmp_path):
   (tmp_path / "run").mkdir()
   result = graph_memory.run(config, tmp_path / "run").result
   assert result.metrics["criteria_passed"].value == 1, result.tables[0]
-  # The cosines of all pairs of rows are held twice: what each is compared with, and its gradient.
+  # Two arrays of [2N, 2N] float32: the logits, and what the gradient makes of them.
   size, linear, quadratic, _ = result.tables[1].rows[-1]
   ratio = (float(quadratic) - float(linear)) * 2**20 / (4 * (2 * size) ** 2)
   assert 1.5 < ratio < 2.5
