@@ -26,7 +26,6 @@ statistics of batch normalisation belong to each encoder and are not averaged, a
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import collapse, graph_augmentations, graphs
+from representation import checks, collapse, graph_augmentations, graphs
 
 Metrics = dict[str, jax.Array]
 Batch = graphs.Graph
@@ -65,28 +64,9 @@ class Config:
   num_microbatches: int = 1
 
   def __post_init__(self):
-    for name in ("feature_mask_probs", "edge_drop_probs"):
-      values = getattr(self, name)
-      if isinstance(values, tuple | list):
-        if len(values) != 2:
-          raise ValueError(f"{name} must have one number for each of the two views, got {values}")
-        for value in values:
-          _check_probability(name, value)
-    _check_probability("target_decay", self.target_decay)
-    if (
-      isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1
-    ):
-      raise ValueError(f"num_steps must be an integer >= 1, got {self.num_steps!r}")
-    if self.num_microbatches != 1:
-      raise ValueError(
-        f"num_microbatches must be 1, got {self.num_microbatches}: the nodes of a graph are read "
-        "together; sample a part of the graph instead"
-      )
-
-
-def _check_probability(name: str, value: Any) -> None:
-  if isinstance(value, str) or (isinstance(value, numbers.Real) and not 0 <= float(value) <= 1):
-    raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    graph_augmentations.check(self)
+    checks.probability("target_decay", self.target_decay)
+    checks.count("num_steps", self.num_steps)
 
 
 class Params(NamedTuple):
@@ -157,11 +137,12 @@ def bgrl_loss(online_predictions: jax.Array, target_embeddings: jax.Array) -> ja
       f"online_predictions {online_predictions.shape} and target_embeddings "
       f"{target_embeddings.shape} must have one shape [N, K]"
     )
-  targets = _normalise(jax.lax.stop_gradient(target_embeddings))
-  return 1 - jnp.sum(_normalise(online_predictions) * targets, axis=-1)
+  targets = normalise(jax.lax.stop_gradient(target_embeddings))
+  return 1 - jnp.sum(normalise(online_predictions) * targets, axis=-1)
 
 
-def _normalise(rows: jax.Array) -> jax.Array:
+def normalise(rows: jax.Array) -> jax.Array:
+  """Returns `[..., K]` over their lengths; zeros stay zeros, with a finite gradient."""
   square = jnp.sum(rows**2, axis=-1, keepdims=True)
   return rows * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
 
@@ -223,12 +204,12 @@ def loss(
   Returns:
     The scalar loss in [0, 4], and `(metrics, network_state)`.
   """
-  views = [
-    graph_augmentations.corrupt(batch, view_key, feature_mask_prob=p_f, edge_drop_prob=p_e)
-    for view_key, p_f, p_e in zip(
-      jax.random.split(key), config.feature_mask_probs, config.edge_drop_probs, strict=True
-    )
-  ]
+  views = graph_augmentations.two_views(
+    batch,
+    key,
+    feature_mask_probs=config.feature_mask_probs,
+    edge_drop_probs=config.edge_drop_probs,
+  )
   online_state, target_state = state.network_state
   predictions, embeddings, targets = [], [], []
   for view in views:

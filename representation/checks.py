@@ -4,6 +4,7 @@ Shapes are always checked, values unless they are traced. Evaluations are rare, 
 device are fetched.
 """
 
+import numbers
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ import numpy as np
 
 def positive(name: str, value: Any) -> None:
   """Raises `ValueError` unless all of `value`, at least one number, is positive and finite."""
+  if isinstance(value, str):
+    raise ValueError(f"{name} must be a number, got the string {value!r}")
   array = _concrete(value)
   if array is not None and not (array.size and np.all((array > 0) & np.isfinite(array))):
     raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -23,6 +26,12 @@ def not_negative(name: str, value: Any) -> None:
   array = _concrete(value)
   if array is not None and not (array.size and np.all((array >= 0) & np.isfinite(array))):
     raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def probability(name: str, value: Any) -> None:
+  """Raises `ValueError` unless `value`, where it is a Python or NumPy number, lies in [0, 1]."""
+  if isinstance(value, str) or (isinstance(value, numbers.Real) and not 0 <= float(value) <= 1):
+    raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
 
 
 def count(name: str, value: Any, least: int = 1) -> None:
@@ -108,5 +117,6 @@ def disjoint(name: str, array: Any, other_name: str, other: Any) -> None:
 
 
 def _concrete(value: Any) -> np.ndarray | None:
-  """The value as a NumPy array, or None where it is traced."""
-  return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+  """The value as a NumPy array, or None where it is traced or one of JAX's placeholders."""
+  array = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+  return None if array is None or array.dtype == object else array

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from representation import graphs
+from representation import checks, graphs
 
 
 def mask_columns(graph: graphs.Graph, key: jax.Array, *, prob: Any) -> graphs.Graph:
@@ -46,3 +46,31 @@ def corrupt(
   feature_key, edge_key = jax.random.split(key)
   graph = mask_columns(graph, feature_key, prob=feature_mask_prob)
   return drop_edges(graph, edge_key, prob=edge_drop_prob)
+
+
+def two_views(
+  graph: graphs.Graph, key: jax.Array, *, feature_mask_probs: Any, edge_drop_probs: Any
+) -> list[graphs.Graph]:
+  """Returns two corruptions of the graph, each with its own probabilities."""
+  return [
+    corrupt(graph, view_key, feature_mask_prob=p_f, edge_drop_prob=p_e)
+    for view_key, p_f, p_e in zip(
+      jax.random.split(key), feature_mask_probs, edge_drop_probs, strict=True
+    )
+  ]
+
+
+def check(config: Any) -> None:
+  """Raises `ValueError` for the fields that all methods on two views of a graph share."""
+  for name in ("feature_mask_probs", "edge_drop_probs"):
+    values = getattr(config, name)
+    if isinstance(values, tuple | list):
+      if len(values) != 2:
+        raise ValueError(f"{name} must have one number for each of the two views, got {values}")
+      for value in values:
+        checks.probability(name, value)
+  if config.num_microbatches != 1:
+    raise ValueError(
+      f"num_microbatches must be 1, got {config.num_microbatches}: the nodes of a graph are read "
+      "together; sample a part of the graph instead"
+    )

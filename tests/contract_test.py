@@ -26,6 +26,7 @@ import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from representation import bgrl, graphs
+from representation.baselines import grace
 from representation.networks import gcn
 from rl_theory import armac
 from rl_theory.baselines import nfsp
@@ -322,10 +323,14 @@ def _nfsp() -> Case:
   return Case(nfsp, params, batch, nfsp.Networks(score, score), config, None)
 
 
-def _bgrl() -> Case:
+def _graph():
   rng = np.random.default_rng(10)
   edges = rng.permutation([(s, r) for s in range(8) for r in range(8) if s != r])[:24]
-  graph = graphs.make_graph(rng.normal(size=(8, 5)), *edges.T, multiple=8)
+  return graphs.make_graph(rng.normal(size=(8, 5)), *edges.T, multiple=8)
+
+
+def _bgrl() -> Case:
+  graph = _graph()
   encoder, predictor = gcn.Encoder(gcn.GCN((6, 4))), gcn.Predictor(gcn.MLP(6, 4))
   keys = jax.random.split(jax.random.key(0), 3)
   (params, online), (target_params, target) = (encoder.init(key, graph) for key in keys[:2])
@@ -337,11 +342,24 @@ def _bgrl() -> Case:
   )  # fmt: skip
 
 
+def _grace(*, num_negatives: int = 0) -> Case:
+  graph = _graph()
+  encoder, projector = gcn.Encoder(gcn.GCN((6, 4))), gcn.Predictor(gcn.MLP(6, 4, jax.nn.elu))
+  params, network_state = encoder.init(jax.random.key(0), graph)
+  params = grace.Params(params, projector.init(jax.random.key(1), jnp.zeros((1, 4))))
+  return Case(
+    grace, params, graph, grace.Networks(encoder, projector),
+    grace.Config(num_negatives=num_negatives), ("temperature", 0.8),
+    trees={"network_state": network_state}, couples_examples=True,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "armac": _armac, "armac_actor": functools.partial(_armac, actor=True), "bgrl": _bgrl,
-  "copg": _copg, "dpo": _dpo, "dro": _dro, "ipo": _ipo, "kto": _kto, "nash_md": _nash_md,
-  "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model, "rloo": _rloo,
-  "sft": _sft, "srpo": _srpo,
+  "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
+  "grace_negatives": functools.partial(_grace, num_negatives=3), "ipo": _ipo, "kto": _kto,
+  "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model,
+  "rloo": _rloo, "sft": _sft, "srpo": _srpo,
 }  # fmt: skip
 
 

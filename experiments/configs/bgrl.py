@@ -17,7 +17,11 @@ from experiments.configs import base
 
 PRESETS = {
   "tiny": base.Preset("a block model of 300 nodes, 30 steps", "30 seconds", "runs"),
-  "csbm": base.Preset("a block model of 2,000 nodes, 1,000 steps", "not measured", "unrun"),
+  "csbm": base.Preset(
+    "a block model of 2,000 nodes, 1,000 steps",
+    "90 seconds",
+    "accuracy 0.722 +- 0.008 (untrained 0.622)",
+  ),
   "amazon_photo": base.Preset("co-purchases, 7,650 nodes", "75 minutes", "unrun"),
   "amazon_computers": base.Preset("co-purchases, 13,752 nodes", "hours", "unrun"),
   "coauthor_cs": base.Preset("co-authors, 18,333 nodes", "hours", "unrun"),

@@ -6,157 +6,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-import sharding
-from experiments import bandit, node_classification, report, training
-from experiments.data import csbm
-from experiments.data import graphs as graph_data
-from representation import bgrl, collapse, graphs
+from experiments import graph_task, training
+from representation import bgrl
 from representation.networks import gcn
-
-ENCODERS = ("gcn", "mean_pooling", "gat")
 
 
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   del workdir
   algorithm = bgrl.Config(**config.algorithm, num_steps=config.train.num_steps)
-  data = load(config)
-  graph = place(config, data)
-  apply_fn, init_networks = networks(config)
-  optimizer = make_optimizer(config)
-  judge = node_classification.Judge(
-    data, num_splits=config.eval.num_splits, split_seed=config.eval.split_seed
-  )
+  optimizer = graph_task.make_optimizer(config)
+  encoder, width = graph_task.make_encoder(config), config.network.widths[-1]
+  predictor = gcn.Predictor(gcn.MLP(config.network.predictor_width, width))
+  apply_fn = bgrl.Networks(encoder, predictor)
 
   def init(key, graph):
     online_key, target_key, predictor_key = jax.random.split(key, 3)
-    params, online_state = init_networks.encoder(online_key, graph)
+    params, online_state = encoder.init(online_key, graph)
     # Drawn for itself, as the authors do, not copied.
-    target_params, target_state = init_networks.encoder(target_key, graph)
-    width = jax.eval_shape(
-      functools.partial(apply_fn.encoder, train=False), params, online_state, graph
-    )[0].shape[1]
-    predictor = init_networks.predictor(predictor_key, jnp.zeros((1, width)))
+    target_params, target_state = encoder.init(target_key, graph)
     return bgrl.init(
-      bgrl.Params(params, predictor),
+      bgrl.Params(params, predictor.init(predictor_key, jnp.zeros((1, width)))),
       optimizer=optimizer,
       config=algorithm,
       target_params=target_params,
       network_state=bgrl.NetworkState(online_state, target_state),
     )
 
-  embed = jax.jit(functools.partial(bgrl.embed, apply_fn=apply_fn))
-
-  @jax.jit
-  def untrained(graph):
-    # With the statistics of the graph: its running ones are those of nothing yet.
-    params, state = init_networks.encoder(jax.random.key(config.seed + 1), graph)
-    return apply_fn.encoder(params, state, graph, train=True)[0]
-
-  def evaluate(state):
-    size = len(data.labels)
-    embeddings = embed(state, graph)[:size]
-    return judge.result(
-      np.asarray(embeddings),
-      np.asarray(untrained(graph))[:size],
-      lambda: {
-        "effective_rank": float(collapse.effective_rank(embeddings)),
-        "mean_cosine": float(collapse.mean_cosine(embeddings)),
-      },
-    )
-
-  return training.Experiment(
+  return graph_task.build(
+    config,
+    encoder=encoder,
     init=init,
-    init_args=(graph,),
     update=functools.partial(bgrl.update, apply_fn=apply_fn, optimizer=optimizer, config=algorithm),
-    batches=functools.partial(bandit.NoData, graph),
-    headline="loss",
-    maximise=False,
-    evaluate=evaluate,
-    figures=lambda history, result: [
-      _traces(history),
-      node_classification.embedding_map(result),
-    ],
+    embed=functools.partial(bgrl.embed, apply_fn=apply_fn),
   )
-
-
-def load(config: Any) -> graph_data.Graph:
-  """Returns the data set of a config, generated or from files."""
-  section = config.data
-  if section.name == "csbm":
-    return csbm.sample(**section.csbm)
-  return graph_data.load(
-    section.name,
-    directory=section.directory,
-    edges=section.edges,
-    binarise=section.binarise,
-  )
-
-
-def place(config: Any, data: graph_data.Graph) -> graphs.Graph:
-  """Returns the graph on the mesh of the config, nodes and rows of edges split over it."""
-  features = data.features
-  if hasattr(features, "toarray") and features.nnz > features.shape[0] * features.shape[1] / 20:
-    features = features.toarray()  # a dense product is faster from about there
-  mesh = training.make_mesh(config.sharding.mesh)
-  graph = graphs.make_graph(
-    features, data.senders, data.receivers, graph_ids=data.graph_ids, multiple=mesh.size
-  )
-  return sharding.shard_batch(graph, mesh)
-
-
-def networks(config: Any) -> tuple[bgrl.Networks, bgrl.Networks]:
-  """Returns the networks of a config, and in a second pair how they are initialised."""
-  section = config.network
-  if section.encoder not in ENCODERS:
-    listed = ", ".join(map(repr, ENCODERS))
-    raise ValueError(f"config.network.encoder={section.encoder!r}: give one of {listed}")
-  widths = tuple(section.widths)
-  if section.encoder == "gcn":
-    module: Any = gcn.GCN(
-      widths, section.norm, section.batch_norm_decay, section.standardise_weights
-    )
-  elif section.encoder == "mean_pooling":
-    module = gcn.MeanPooling(widths[-1])
-  else:
-    module = gcn.GAT(width=widths[-1])
-  encoder = gcn.Encoder(module)
-  predictor = gcn.Predictor(gcn.MLP(section.predictor_width, widths[-1]))
-  return bgrl.Networks(encoder, predictor), bgrl.Networks(encoder.init, predictor.init)
-
-
-def make_optimizer(config: Any) -> optax.GradientTransformation:
-  """Returns AdamW with a linear warm-up from 0 and a cosine to 0."""
-  section, num_steps = config.optimizer, config.train.num_steps
-  warmup = min(section.warmup_steps, num_steps - 1)
-  schedule = optax.warmup_cosine_decay_schedule(0.0, section.learning_rate, warmup, num_steps)
-  return optax.adamw(schedule, weight_decay=section.weight_decay)
-
-
-def _traces(history: Any) -> report.Figure:
-  """Draws what collapse would show in."""
-  figure, axes = report.subplots(1, 3)
-  steps = [row["step"] for row in history]
-  for axis, (name, label) in zip(
-    axes[0],
-    (
-      ("loss", "loss"),
-      ("collapse/spread", "spread of embeddings"),
-      ("collapse/mean_cosine", "mean cosine, not centred"),
-    ),
-    strict=True,
-  ):
-    axis.plot(steps, [row[name] for row in history])
-    axis.set(xlabel="step", ylabel=label)
-    axis.set_ylim(bottom=0)
-  norms = [row["collapse/mean_norm"] for row in history]
-  axes[0][1].plot(steps, norms, linestyle=":", color="0.5", label="mean length")
-  axes[0][1].legend(fontsize=8)
-  caption = (
-    "The loss stays above 0, the spread of the order of the length: no collapse. After a collapse "
-    "the mean cosine is near 1."
-  )
-  return report.Figure("collapse", caption, figure)

@@ -1,15 +1,15 @@
-"""Encoders of graphs (GCN, mean-pooling GraphSAGE, GAT) and the predictor of BGRL.
+"""Encoders of graphs (GCN, mean-pooling GraphSAGE, GAT) and the head of BGRL and GRACE.
 
 All take a `graphs.Graph` whose edges have no loops; the layers that need one add it. Encoders
 normalise and activate after the last layer too. `Encoder` and `Predictor` wrap a module into the
-pure functions that `bgrl` takes.
+pure functions that `bgrl` and `baselines.grace` take.
 
 References: Kipf and Welling 2017 (arXiv:1609.02907), Hamilton et al. 2017 (arXiv:1706.02216),
 Velickovic et al. 2018 (arXiv:1710.10903), with the sizes of https://arxiv.org/abs/2102.06514.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -232,17 +232,20 @@ class MLP(nn.Module):
   Attributes:
     hidden: width inside.
     width: of what comes out.
+    activation: in place of PReLU, such as `jax.nn.elu` for the projector of GRACE.
   """
 
   hidden: int
   width: int
+  activation: Callable[[jax.Array], jax.Array] | None = None
 
   @nn.compact
   def __call__(self, embeddings: jax.Array) -> jax.Array:
     def bias(key, shape, dtype=jnp.float32, fan_in=embeddings.shape[-1]):
       return jax.random.uniform(key, shape, dtype, -1, 1) / fan_in**0.5
 
-    hidden = _prelu()(nn.Dense(self.hidden, kernel_init=_UNIFORM, bias_init=bias)(embeddings))
+    hidden = nn.Dense(self.hidden, kernel_init=_UNIFORM, bias_init=bias)(embeddings)
+    hidden = (self.activation or _prelu())(hidden)
     return nn.Dense(self.width, kernel_init=_UNIFORM, bias_init=bias)(hidden)
 
 

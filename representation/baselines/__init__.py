@@ -1,0 +1,1 @@
+"""Methods that the papers compare with, in the same shape as the papers' own."""

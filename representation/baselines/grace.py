@@ -1,0 +1,322 @@
+"""GRACE: embeddings of nodes learned by telling each node from all others, across two views.
+
+Two corruptions of a graph are read by one encoder; a projector maps both embeddings to where they
+are compared. A node in one view shall be near itself in the other, and far from every other node in
+either:
+
+  l(u_i, v_i) = -log(e^{s(u_i, v_i)} / (sum_j e^{s(u_i, v_j)} + sum_{j != i} e^{s(u_i, u_j)})),
+
+with s(a, b) = cos(a, b) / temperature; the loss is the mean over nodes of (l(u_i, v_i) +
+l(v_i, u_i)) / 2. All pairs of nodes are compared, so that time and memory grow with the square of
+their number. With `num_negatives` = k each node is told from k others drawn anew in every step.
+
+Reference: Zhu et al. 2020, https://arxiv.org/abs/2006.04131; k negatives as a baseline of
+Thakoor et al. 2021, https://arxiv.org/abs/2102.06514.
+
+| paper | here |
+|---|---|
+| f, g | `Params.encoder`, `Params.projector` |
+| tau | `Config.temperature` |
+| p_r, p_m | `Config.edge_drop_probs`, `Config.feature_mask_probs`, one for each view |
+| u, v | `first_embeddings`, `second_embeddings`, the projected ones |
+
+Deviations: the network is the caller's, so it may normalise over the batch, as BGRL's encoder does
+and GRACE's does not. The denominator with k negatives is not scaled up to that of all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sharding
+from representation import bgrl, checks, collapse, graph_augmentations, graphs
+
+Metrics = dict[str, jax.Array]
+Batch = graphs.Graph
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["feature_mask_probs", "edge_drop_probs", "temperature"],
+  meta_fields=["num_negatives", "num_microbatches"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyper-parameters; the corruptions are those of `bgrl` for Amazon Computers.
+
+  Attributes:
+    feature_mask_probs: for each of the two views, how probable it is that a column is zeroed.
+    edge_drop_probs: the same for a directed edge to be dropped.
+    temperature: positive, by which cosines are divided.
+    num_negatives: nodes that each node is told from in a step; 0 means all others; static.
+    num_microbatches: must be 1, since nodes are read together with their neighbours.
+  """
+
+  feature_mask_probs: Any = (0.2, 0.1)
+  edge_drop_probs: Any = (0.5, 0.4)
+  temperature: Any = 0.5
+  num_negatives: int = 0
+  num_microbatches: int = 1
+
+  def __post_init__(self):
+    graph_augmentations.check(self)
+    checks.positive("temperature", self.temperature)
+    checks.count("num_negatives", self.num_negatives, least=0)
+
+
+class Params(NamedTuple):
+  """What learns by gradients."""
+
+  encoder: Any
+  projector: Any
+
+
+class Networks(NamedTuple):
+  """The two networks; functions that hash.
+
+  Attributes:
+    encoder: `encoder(params, network_state, graph, *, train) -> ([N, K], network_state)`.
+    projector: `projector(params, [N, K]) -> [N, K]`.
+  """
+
+  encoder: Callable[..., Any]
+  projector: Callable[..., Any]
+
+
+class State(NamedTuple):
+  """Everything that changes in training.
+
+  Attributes:
+    params: of the encoder and the projector.
+    network_state: what the encoder remembers, such as running statistics; `()` for nothing.
+    opt_state: of the optimiser.
+    step: scalar int32, updates done.
+  """
+
+  params: Params
+  network_state: Any
+  opt_state: Any
+  step: jax.Array
+
+
+def grace_loss(
+  first_embeddings: jax.Array,
+  second_embeddings: jax.Array,
+  *,
+  temperature: Any,
+  mask: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the loss of each node, told from all others; holds the cosines of all pairs, [2N, 2N].
+
+  Args:
+    first_embeddings: `[N, K]` of one view.
+    second_embeddings: `[N, K]` of the other; lengths do not matter.
+    temperature: positive.
+    mask: `[N]` bool, nodes in use; others are nobody's negative. By default all.
+
+  Returns:
+    `[N]`, the mean of both directions, not negative, 0 at nodes out of use. A row of zeros has the
+    cosine 0.
+
+  Raises:
+    ValueError: if the shapes differ, or a concrete temperature is not positive.
+
+  Example:
+    >>> grace_loss(jnp.eye(2), 3 * jnp.eye(2), temperature=1.0).round(4)  # log(e + 2) - 1
+    Array([0.5514, 0.5514], dtype=float32)
+
+  Reference: https://arxiv.org/abs/2006.04131, eq. 1 and 2.
+  """
+  views, mask = _prepare(first_embeddings, second_embeddings, mask, temperature)
+  rows = views.reshape(-1, views.shape[-1])
+  logits = rows @ rows.T / temperature
+  # A node is its own positive in the other view, and nothing in its own.
+  counted = jnp.tile(mask, 2) & ~jnp.eye(len(rows), dtype=bool)
+  normalisers = jax.nn.logsumexp(logits, axis=1, where=counted).reshape(2, -1)
+  positives = jnp.sum(views[0] * views[1], axis=-1) / temperature
+  return jnp.where(mask, jnp.mean(normalisers, axis=0) - positives, 0)
+
+
+def subsampled_grace_loss(
+  first_embeddings: jax.Array,
+  second_embeddings: jax.Array,
+  negatives: jax.Array,
+  *,
+  temperature: Any,
+  mask: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the loss of each node, told from the given ones, in time and memory O(N k).
+
+  With all other nodes as negatives it equals `grace_loss`; with fewer it is smaller.
+
+  Args:
+    first_embeddings: `[N, K]` of one view.
+    second_embeddings: `[N, K]` of the other; lengths do not matter.
+    negatives: `[N, k]` int, of both views, as from `sample_negatives`; those that are the node
+      itself or out of use do not count.
+    temperature: positive.
+    mask: `[N]` bool, nodes in use; by default all.
+
+  Returns:
+    `[N]`, as `grace_loss`.
+
+  Raises:
+    ValueError: if shapes do not fit, concrete negatives are no nodes, or a concrete temperature is
+      not positive.
+
+  Reference: https://arxiv.org/abs/2102.06514, section 4.
+  """
+  views, mask = _prepare(first_embeddings, second_embeddings, mask, temperature)
+  num_nodes = views.shape[1]
+  checks.row_numbers("negatives", negatives, num_nodes, ndim=2)
+  if negatives.shape[0] != num_nodes:
+    raise ValueError(f"negatives must have shape [N, k], N = {num_nodes}, got {negatives.shape}")
+
+  @jax.checkpoint  # the rows of negatives, [N, k, K] together, are fetched again, not kept
+  def cosines(column):
+    return jnp.einsum("ank,bnk->anb", views, views[:, column])
+
+  logits = jnp.moveaxis(jax.lax.map(cosines, negatives.T), 0, 2)  # [2, N, k, 2]
+  positives = jnp.sum(views[0] * views[1], axis=-1) / temperature
+  counted = mask[negatives] & (negatives != jnp.arange(num_nodes)[:, None])
+  others = jnp.where(counted[..., None], logits / temperature, -jnp.inf).reshape(2, num_nodes, -1)
+  own = jnp.broadcast_to(positives[:, None], (2, num_nodes, 1))
+  normalisers = jax.nn.logsumexp(jnp.concatenate([own, others], axis=-1), axis=-1)
+  return jnp.where(mask, jnp.mean(normalisers, axis=0) - positives, 0)
+
+
+def _prepare(
+  first: jax.Array, second: jax.Array, mask: jax.Array | None, temperature: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Rows of length 1, `[2, N, K]`, and a mask `[N]`."""
+  checks.matrix("first_embeddings", first)
+  checks.same_shape(first_embeddings=first, second_embeddings=second)
+  checks.positive("temperature", temperature)
+  mask = jnp.ones(len(first), bool) if mask is None else mask
+  return bgrl.normalise(jnp.stack([first, second])), mask
+
+
+def sample_negatives(key: jax.Array, mask: jax.Array, *, num_negatives: int) -> jax.Array:
+  """Returns k nodes for each node, `[N, k]`, drawn without replacement from the others in use.
+
+  Nodes are put into a random order, each followed by its negatives: for one node they are a uniform
+  draw, those of two nodes are not independent. Where there are fewer than k others, the node itself
+  fills up.
+
+  Args:
+    key: typed PRNG key.
+    mask: `[N]` bool, nodes in use.
+    num_negatives: k.
+  """
+  order = jax.random.permutation(key, len(mask))
+  order = order[jnp.argsort(~mask[order], stable=True)]  # nodes out of use last
+  offsets, num_in_use = 1 + jnp.arange(num_negatives), jnp.sum(mask)
+  following = order[(jnp.argsort(order)[:, None] + offsets) % num_in_use]
+  return jnp.where(offsets < num_in_use, following, jnp.arange(len(mask))[:, None])
+
+
+def init(
+  params: Params,
+  *,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+  network_state: Any = (),
+) -> State:
+  """Returns the state before the first step.
+
+  Args:
+    params: of the encoder and the projector.
+    optimizer: the one that `update` will get.
+    config: hyper-parameters; unused.
+    network_state: of the encoder.
+  """
+  del config
+  return State(params, network_state, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def loss(
+  params: Params, state: State, batch: Batch, key: Any, *, apply_fn: Networks, config: Config
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+  """Returns the loss averaged over the nodes in use.
+
+  Args:
+    params: the only input to differentiate.
+    state: whose network state is continued; its `params` and `opt_state` are not used.
+    batch: the graph.
+    key: typed PRNG key, for the two corruptions and the negatives.
+    apply_fn: the networks.
+    config: hyper-parameters.
+
+  Returns:
+    The scalar loss, and `(metrics, network_state)`.
+  """
+  view_key, negative_key = jax.random.split(key)
+  views = graph_augmentations.two_views(
+    batch,
+    view_key,
+    feature_mask_probs=config.feature_mask_probs,
+    edge_drop_probs=config.edge_drop_probs,
+  )
+  network_state = state.network_state
+  embeddings, projections = [], []
+  for view in views:
+    hidden, network_state = apply_fn.encoder(params.encoder, network_state, view, train=True)
+    embeddings.append(hidden)
+    projections.append(apply_fn.projector(params.projector, hidden))
+  first, second = projections
+  shared = {"temperature": config.temperature, "mask": batch.mask}
+  if config.num_negatives:
+    negatives = sample_negatives(negative_key, batch.mask, num_negatives=config.num_negatives)
+    losses = subsampled_grace_loss(first, second, negatives, **shared)
+  else:
+    losses = grace_loss(first, second, **shared)
+  value = jnp.sum(losses) / jnp.sum(batch.mask)
+  metrics = {
+    "loss": value,
+    **collapse.metrics(jax.lax.stop_gradient(embeddings[0]), mask=batch.mask, spectrum=True),
+  }
+  return value, (metrics, jax.lax.stop_gradient(network_state))
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update(
+  state: State,
+  batch: Batch,
+  key: Any,
+  *,
+  apply_fn: Networks,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, Metrics]:
+  """Returns the state after one step on the whole graph.
+
+  Args:
+    state: not donated.
+    batch: the graph.
+    key: typed PRNG key, for the two corruptions and the negatives.
+    apply_fn: the networks.
+    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    config: hyper-parameters.
+
+  Returns:
+    The new state; metrics `loss`, `grad_norm` and those of `collapse.metrics` for the embeddings
+    of the first view.
+  """
+  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
+  (_, (metrics, network_state)), grads = grad_fn(
+    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params: Any = optax.apply_updates(state.params, updates)
+  metrics |= {"grad_norm": optax.global_norm(grads)}
+  return State(params, network_state, opt_state, state.step + 1), metrics
+
+
+def embed(state: State, batch: Batch, *, apply_fn: Networks) -> jax.Array:
+  """Returns what is evaluated: the encoder's embeddings `[N, K]` of the whole graph."""
+  return apply_fn.encoder(state.params.encoder, state.network_state, batch, train=False)[0]
