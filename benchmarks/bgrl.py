@@ -258,6 +258,7 @@ def compare(torch_python: str, widths: tuple[int, ...], rounds: int) -> None:
     seconds = {name: [] for name in workers}
     for _ in range(rounds):
       for name, side in workers.items():
+        side.ask("train")  # its memory and caches are its own again
         answer = side.ask("train")
         seconds[name].append((answer["seconds"], answer["cpu"]))
     memory = {name: side.ask("memory")["result"] for name, side in workers.items()}

@@ -159,7 +159,8 @@ def embedding_map(result: evaluation.Result, *, max_points: int = 4000) -> repor
   flat = centred @ directions[:2].T
   figure, axes = report.subplots(1, 1)
   colours = labels[order] if labels.ndim == 1 else labels[order].sum(1)
-  axes[0][0].scatter(*flat.T, c=colours, cmap="tab20", s=4, linewidths=0)
+  cmap = "tab10" if colours.max() < 10 else "tab20"
+  axes[0][0].scatter(*flat.T, c=colours, cmap=cmap, s=4, linewidths=0)
   axes[0][0].set(xticks=[], yticks=[], xlabel="first direction", ylabel="second direction")
   caption = "Embeddings of unit length, by their two main directions; colours are " + (
     "classes." if labels.ndim == 1 else "numbers of labels."
