@@ -132,6 +132,7 @@ def test_loss_is_the_mean_of_both_directions(x64):
   )
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(x64):
   """Corruptions are drawn for slots, so they are switched off; nothing else may see the padding."""
   graph = _graph()
@@ -189,6 +190,7 @@ def test_corruptions_have_the_right_frequencies():
   assert np.all(graphs.edge_weights(twice) <= graphs.edge_weights(once))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_does_not_collapse():
   graph = _graph()
   state, bound = _start(graph, num_steps=300)

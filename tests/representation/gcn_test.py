@@ -69,7 +69,13 @@ def test_gcn_layer_equals_the_dense_formula(x64):
     np.testing.assert_allclose(layer.apply(params, view), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", MODULES)
+# What takes longest to compile runs with the slow tests, in continuous integration too.
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=() if n in ("gcn", "mean_pooling") else pytest.mark.slow) for n in MODULES
+  ],
+)
 def test_embeddings_follow_the_order_of_nodes_and_ignore_padding(x64, name):
   features, senders, receivers, _ = _data()
   module = MODULES[name]
@@ -86,7 +92,9 @@ def test_embeddings_follow_the_order_of_nodes_and_ignore_padding(x64, name):
   np.testing.assert_allclose(apply(padded)[:NUM_NODES], embeddings, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["gcn_graph", "mean_pooling", "gat"])
+@pytest.mark.parametrize(
+  "name", ["mean_pooling", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gcn_graph", "gat"))]
+)
 def test_graphs_side_by_side_do_not_meet(x64, name):
   first, second = _data(), _data(1, 6)
   module = MODULES[name]

@@ -141,6 +141,7 @@ def test_nodes_out_of_use_change_nothing(x64):
   np.testing.assert_array_equal([full[1], full[4], some[1], some[4]], 0)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(x64):
   """Corruptions are drawn for slots, so they are switched off; nothing else may see the padding."""
   graph, padded = (graphs.make_graph(*_graph(), multiple=multiple) for multiple in (1, 8))
@@ -151,7 +152,8 @@ def test_padding_changes_nothing(x64):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), other, one)
 
 
-@pytest.mark.parametrize("num_negatives", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_negatives", [0, 3])
 def test_training_tells_nodes_apart(num_negatives):
   graph = graphs.make_graph(*_graph())
   state, bound = _start(graph, num_negatives=num_negatives)

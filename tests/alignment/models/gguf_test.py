@@ -316,6 +316,7 @@ def test_real_tokenizer(smollm2):
   assert ids[0] == 1 and ids.count(2) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_real_logits_equal_an_independent_numpy_pass(smollm2):
   from experiments.data import pretrained
