@@ -12,8 +12,14 @@ import ml_collections
 
 from experiments.configs import armac, base
 
+_MEASURED = {
+  "kuhn": ("8 minutes", "docs/results/games.md"),
+  "leduc": ("50 minutes", "docs/results/games.md"),
+}
 PRESETS = {
-  name: base.Preset(f"ARMAC, NFSP, MCCFR and CFR on {game}", "not measured", "unrun")
+  name: base.Preset(
+    f"ARMAC, NFSP, MCCFR and CFR on {game}", *_MEASURED.get(name, ("not measured", "unrun"))
+  )
   for name, game in armac.GAMES.items()
   if name not in ("tiny", "paper")
 }
