@@ -355,6 +355,15 @@ def test_the_moving_average_follows():
   [
     (lambda: nash_md.Config(tau=0.0), "tau"),
     (lambda: nash_md.Config(ema_decay=1.5), "ema_decay"),
+    (lambda: nash_md.Config(ema_decay="x"), "ema_decay must be a number, got the string 'x'"),
+    (
+      lambda: nash_md.best_response(REFERENCE, np.full((3, 3), 0.9), REFERENCE, tau=0.1),
+      "preferences must be antisymmetric",
+    ),
+    (
+      lambda: oracles.regularised_exploitability(REFERENCE, CYCLE[:2, :2], REFERENCE, 0.1),
+      "preferences and exp",
+    ),
     (
       lambda: nash_md.fictitious_play_step(REFERENCE, CYCLE, REFERENCE, tau=0.1, count=0),
       "count",
