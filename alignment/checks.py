@@ -51,10 +51,11 @@ def probabilities(name: str, value: Any) -> None:
 def finite(name: str, value: Any) -> None:
   """Raises `ValueError` if a concrete `value` holds NaN or an infinity."""
   if isinstance(value, numbers.Real | np.ndarray | np.generic):
-    bad = np.flatnonzero(~np.isfinite(np.asarray(value, float)))
+    flat = np.asarray(value, float).ravel()
+    bad = np.flatnonzero(~np.isfinite(flat))
     if bad.size:
       raise ValueError(
-        f"{name} must be finite, got {np.ravel(value)[bad[0]]} at place {bad[0]}: leave the row out"
+        f"{name} must be finite, got {flat[bad[0]]} at place {bad[0]}: leave the row out"
       )
 
 
