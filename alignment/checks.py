@@ -40,13 +40,39 @@ def positive(name: str, value: Any) -> None:
 
 def probabilities(name: str, value: Any) -> None:
   """Raises `ValueError` unless every entry of a concrete `value` lies in [0, 1]."""
+  if isinstance(value, str):
+    raise ValueError(f"{name} must be a number, got the string {value!r}")
   if isinstance(value, numbers.Real | np.ndarray | np.generic):
     array = np.asarray(value)
     if not np.all((array >= 0) & (array <= 1)):  # also false for NaN
       raise ValueError(f"{name} must be probabilities in [0, 1], got {value}")
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def finite(name: str, value: Any) -> None:
+  """Raises `ValueError` if a concrete `value` holds NaN or an infinity."""
+  if isinstance(value, numbers.Real | np.ndarray | np.generic):
+    flat = np.asarray(value, float).ravel()
+    bad = np.flatnonzero(~np.isfinite(flat))
+    if bad.size:
+      raise ValueError(
+        f"{name} must be finite, got {flat[bad[0]]} at place {bad[0]}: leave the row out"
+      )
+
+
+def antisymmetric(name: str, value: Any) -> None:
+  """Raises `ValueError` unless concrete preferences `[..., A, A]` have P(i, j) + P(j, i) = 1."""
+  probabilities(name, value)
+  # 1e-4: float32 inputs, rounded by whoever made them.
+  if isinstance(value, np.ndarray) and not np.allclose(
+    value + np.swapaxes(value, -1, -2), 1, atol=1e-4
+  ):
+    raise ValueError(
+      f"{name} must be antisymmetric, P(i beats j) + P(j beats i) = 1 with 1/2 on the diagonal, "
+      f"got {value}"
+    )
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
   """Raises `ValueError` unless `value` is one of `choices`."""
   if value not in choices:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

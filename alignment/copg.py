@@ -121,6 +121,7 @@ def copg_loss(log_ratios: jax.Array, rewards: jax.Array, *, beta: Any) -> jax.Ar
   Reference: Flet-Berliac et al. 2024, https://arxiv.org/abs/2406.19185, proof of theorem 1.
   """
   checks.positive("beta", beta)
+  checks.finite("rewards", rewards)
   shape = checks.same_shape(log_ratios=log_ratios, rewards=rewards)
   if len(shape) != 2 or shape[1] < 2:
     raise ValueError(

@@ -68,6 +68,7 @@ class Config:
 
   def __post_init__(self):
     checks.positive("tau", self.tau)
+    checks.choice("rescale", self.rescale, (True, False))
     checks.count("num_microbatches", self.num_microbatches)
 
 
@@ -136,6 +137,7 @@ def dro_loss(
   Reference: Richemond et al. 2024, https://arxiv.org/abs/2405.19107, theorem 1.
   """
   checks.positive("tau", tau)
+  checks.finite("rewards", rewards)
   checks.same_shape(log_ratios=log_ratios, rewards=rewards, values=values)
   residuals = jnp.asarray(rewards) - values - tau * jnp.asarray(log_ratios)
   return residuals**2 / 2
@@ -207,6 +209,7 @@ def dro_p_loss(log_ratios: jax.Array, rewards: jax.Array, *, tau: Any) -> jax.Ar
     Array([1.], dtype=float32)
   """
   checks.positive("tau", tau)
+  checks.finite("rewards", rewards)
   shape = checks.same_shape(log_ratios=log_ratios, rewards=rewards)
   if len(shape) != 2 or shape[1] < 2:
     raise ValueError(

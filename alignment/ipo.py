@@ -126,8 +126,10 @@ def psi_po_target(
       "preferences and behaviour_probs must have shapes [..., A, A] and [..., A], got "
       f"{list(jnp.shape(preferences))} and {list(jnp.shape(behaviour_probs))}"
     )
-  checks.probabilities("preferences", preferences)
+  checks.antisymmetric("preferences", preferences)
   checks.probabilities("behaviour_probs", behaviour_probs)
+  if not callable(psi):
+    raise ValueError(f"psi must be a function, such as ipo.identity or ipo.logit, got {psi!r}")
   opponents = jnp.asarray(behaviour_probs)[..., None, :]
   weighted = opponents * psi(jnp.asarray(preferences))
   return jnp.sum(jnp.where(opponents > 0, weighted, 0.0), axis=-1)

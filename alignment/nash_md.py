@@ -262,7 +262,7 @@ def _check_game(preferences: Any, logps: Any, ref_logps: Any) -> None:
       "preferences, policy and reference must have shapes [..., A, A], [..., A] and [..., A], got "
       f"{list(jnp.shape(preferences))}, {list(jnp.shape(logps))} and {list(jnp.shape(ref_logps))}"
     )
-  checks.probabilities("preferences", preferences)
+  checks.antisymmetric("preferences", preferences)
 
 
 # --- the policy gradient ---

@@ -391,6 +391,7 @@ def regularised_exploitability(
   checks.positive("tau", tau)
   divergence = kl(logps, ref_logps)
   xp, logps, ref_logps = _arrays(logps=logps, ref_logps=ref_logps)
+  _check_preferences(preferences, xp.exp(ref_logps), name="exp(ref_logps)")
   wins = (xp.asarray(preferences) * xp.exp(logps)[..., None, :]).sum(-1)
   best = optimal_value(ref_logps, wins, tau)
   return (best + tau * divergence - 0.5).astype(logps.dtype)
@@ -417,8 +418,7 @@ def nash_md_pg_fixed_point(preferences: Array, ref_logps: Array, tau: Any, beta:
     ValueError: as `regularised_nash`, or if `beta` lies outside [0, 1].
   """
   checks.positive("tau", tau)
-  if not 0 <= beta <= 1:
-    raise ValueError(f"beta must lie in [0, 1], got {beta}: it is the weight of the reference")
+  checks.probabilities("beta", beta)
   xp, ref_logps = _arrays(ref_logps=ref_logps)
   opponent = ref_logps if beta == 1 else regularised_nash(preferences, ref_logps, tau / (1 - beta))
   wins = (xp.asarray(preferences) * xp.exp(opponent)[..., None, :]).sum(-1)
@@ -545,13 +545,7 @@ def _check_preferences(
   if isinstance(preferences, jax.core.Tracer) or isinstance(behaviour_probs, jax.core.Tracer):
     return
   matrix, probs = np.asarray(preferences, float), np.asarray(behaviour_probs, float)
-  checks.probabilities("preferences", matrix)
+  checks.antisymmetric("preferences", matrix)
   checks.probabilities(name, probs)
-  # 1e-4: float32 inputs, rounded by whoever made them.
-  if not np.allclose(matrix + np.swapaxes(matrix, -1, -2), 1, atol=1e-4):
-    raise ValueError(
-      "preferences must be antisymmetric, P(i beats j) + P(j beats i) = 1 with 1/2 on the "
-      f"diagonal, got {preferences}"
-    )
   if not np.allclose(probs.sum(-1), 1, atol=1e-4):
     raise ValueError(f"{name} must sum to 1, got {behaviour_probs}")

@@ -37,6 +37,8 @@ def main() -> int:
   """The console script: `run`, in a process that is its own."""
   if not _debug(sys.argv):
     _quiet_orbax()
+    # JAX logs the traceback of host code that fails inside a step, and raises it as well.
+    logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
   _keep_freed_memory()
   # Between two steps the loop listens itself; anywhere else a signal unwinds, so that files close.
   signal.signal(signal.SIGTERM, _terminate)

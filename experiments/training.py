@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -123,8 +124,23 @@ def train(
   except RunError as error:
     run.report(run.records.read(), evaluation.Result(), warning=str(error))
     raise
+  except jax.errors.JaxRuntimeError as error:
+    reason = _failed_on_host(str(error))
+    if reason is None:
+      raise
+    run.report(run.records.read(), evaluation.Result(), warning=reason)
+    raise RunError(reason) from error
   finally:
     run.close()
+
+
+def _failed_on_host(text: str) -> str | None:
+  """What host code under a compiled step (a reward, a judge) raised, out of JAX's tracebacks."""
+  found = list(re.finditer(r"(?m)^[\w.]*(Error|Exception): ", text))
+  if "allback" not in text or not found:
+    return None
+  reason = text[found[-1].start() :].split("\n-----")[0].strip()
+  return f"a function on the host failed inside a step, {reason} (--debug shows where)"
 
 
 def restore(

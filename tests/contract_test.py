@@ -684,6 +684,41 @@ def micro_batches_equal_one_batch(case, tmp_path):
     _step(case, SGD, num_microbatches=3)(state, case.batch, _key(0))
 
 
+def masked_tokens_teach_nothing(case, tmp_path):
+  """Whatever stands under a mask leaves no trace; completions without a token move no policy."""
+  batch = case.batch._asdict()
+  masks = [name for name in batch if f"{name.removesuffix('mask')}tokens" in batch]
+  if not masks:
+    pytest.skip("the batch has no completions")
+
+  @jax.jit
+  def gradient(batch):
+    def value(params):
+      return case.module.loss(
+        params, _start(case, SGD), batch, _key(0), apply_fn=case.apply_fn, config=case.config
+      )[0]
+
+    return jax.value_and_grad(value)(case.params)
+
+  def with_tokens(change):
+    changed = {}
+    for mask in masks:
+      name = mask.removesuffix("mask") + "tokens"
+      changed[name] = jnp.where(batch[mask] > 0, batch[name], change(batch[name]))
+      assert not np.array_equal(changed[name], batch[name]), f"{name} has no padding to change"
+    return case.batch._replace(**changed)
+
+  before = gradient(case.batch)
+  _assert_identical(gradient(with_tokens(lambda tokens: (tokens + 3) % 8)), before, "padding")
+  completions = [name for name in masks if not name.startswith(("prompt", "given"))]
+  empty = case.batch._replace(**{name: jnp.zeros_like(batch[name]) for name in completions})
+  value, grads = gradient(empty)
+  assert np.isfinite(value)
+  if case.apply_fn is not _scalar:  # a reward reads the prompt too
+    for leaf in jax.tree.leaves(getattr(grads, "policy", grads)):
+      np.testing.assert_array_equal(leaf, 0, err_msg="completions without tokens")
+
+
 def metrics_are_flat_scalars_with_constant_keys(case, tmp_path):
   state, step, keys = _start(case, ADAM), _step(case, ADAM), []
   prefix = case.module.__name__.rsplit(".", 1)[-1] + "/"
@@ -714,6 +749,7 @@ CLAUSES = (
   restored_run_continues_bit_for_bit,
   nothing_but_params_gets_a_gradient,
   micro_batches_equal_one_batch,
+  masked_tokens_teach_nothing,
   metrics_are_flat_scalars_with_constant_keys,
 )
 
@@ -877,6 +913,10 @@ BROKEN: dict[str, tuple[Callable, Callable[[], Any]]] = {
   "sum over examples": (micro_batches_equal_one_batch, lambda: _with_loss(
     lambda value, metrics, params, state, batch: (
       value * batch.chosen_tokens.shape[0], metrics))),
+  "mask ignored by a penalty": (masked_tokens_teach_nothing, lambda: _with_loss(
+    lambda value, metrics, params, state, batch: (
+      value + jnp.mean(_policy(params, sequences.Sequences(
+        batch.chosen_tokens, None, batch.prompt_tokens, batch.prompt_mask))), metrics))),
   "metric per example": (metrics_are_flat_scalars_with_constant_keys, lambda: _with_loss(
     lambda value, metrics, *_: (value, metrics | {"ipo/margins": jnp.zeros(8)}))),
   "foreign metric": (metrics_are_flat_scalars_with_constant_keys, lambda: _with_loss(

@@ -149,6 +149,7 @@ def kto_loss(
   checks.positive("desirable_weight", desirable_weight)
   checks.positive("undesirable_weight", undesirable_weight)
   checks.probabilities("labels", labels)
+  checks.finite("kl", kl)
   shape = checks.same_shape(log_ratios=log_ratios, labels=labels)
   if jnp.ndim(kl):
     checks.shape("kl", kl, shape, "[B]")

@@ -115,6 +115,7 @@ def rloo_loss(
   """
   checks.positive("beta", beta)
   checks.choice("baseline", baseline, BASELINES)
+  checks.finite("rewards", rewards)
   shape = checks.same_shape(logps=logps, ref_logps=ref_logps, rewards=rewards)
   least = 2 if baseline == "leave_one_out" else 1
   if len(shape) != 2 or shape[1] < least:

@@ -118,7 +118,10 @@ def _bandit(config: Any) -> training.Experiment:
       if name == "dro_v":
         metrics["loss"] = losses.mean()
         metrics["dro/error"] = errors.max()
-        metrics["dro/value_error"] = jnp.abs(runs[name].params.value - exact_values).max()
+        value_errors = jnp.abs(runs[name].params.value - exact_values).max(1)
+        for tau, error in zip(taus, value_errors, strict=True):
+          metrics[f"{name}/{tau}/value_error"] = error
+        metrics["dro/value_error"] = value_errors.max()
     return bandit.Sweep(runs, sweep.step + 1), metrics
 
   return training.Experiment(
@@ -208,12 +211,13 @@ def _judge(sweep, taus, exact, exact_values) -> evaluation.Result:
     biased = min(errors[name][i] for name in ("shared", "no_value", "dro_p", "kto")) > 1e-2
     checks.append((f"all others are more than 0.01 off, tau {tau}", bool(moved and biased)))
   rows = [[NAMES[name], *(f"{error:.2g}" for error in errors[name])] for name in NAMES]
+  rows.append(["DRO-V, its value", *(f"{error:.2g}" for error in value_errors)])
   return evaluation.Result(
     metrics={"criteria_passed": evaluation.fraction_passed(checks)},
     tables=[
       report.checks_table("Pass criteria", checks),
       report.Table(
-        "Largest error of a probability after training",
+        "Largest error of a probability (and of DRO-V's value) after training",
         ["method", *(f"tau {tau}" for tau in taus)],
         rows,
       ),
@@ -227,6 +231,8 @@ def _figure(history, taus, num_steps) -> report.Figure:
   for axis, tau in zip(axes[0], taus, strict=True):
     for name, label in NAMES.items():
       axis.semilogy(steps, [record[f"{name}/{tau}/error"] for record in history], label=label)
+    values = [record[f"dro_v/{tau}/value_error"] for record in history]
+    axis.semilogy(steps, values, "k:", label="DRO-V, error of its value")
     axis.set(title=f"tau = {tau}", xlabel="step")
   axes[0][0].set_ylabel("largest error of a probability")
   report.legend_below(figure, axes[0][0])

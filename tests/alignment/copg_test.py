@@ -272,6 +272,8 @@ def test_metrics_describe_the_data():
 
 
 def test_bad_input_raises():
+  with pytest.raises(ValueError, match="rewards must be finite, got nan at place 0"):
+    copg.copg_loss(np.zeros((1, 2)), np.array([[np.nan, 0]]), beta=0.1)
   with pytest.raises(ValueError, match="beta must be positive and finite, got 0"):
     copg.Config(beta=0)
   with pytest.raises(ValueError, match="beta must be positive"):

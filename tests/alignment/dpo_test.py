@@ -1,4 +1,6 @@
-"""DPO against hand numbers, its equation in NumPy, and its optimum on Bradley-Terry data."""
+"""DPO against hand numbers, its equation in NumPy, and its optimum on any data."""
+
+import functools
 
 import autoregressive as ar
 import jax
@@ -42,7 +44,7 @@ def test_huge_margins_stay_finite():
 
 
 @pytest.mark.parametrize("num_arms", range(2, 8))
-def test_bradley_terry_bandit_reaches_the_rlhf_optimum(x64, num_arms):
+def test_bandit_reaches_the_rlhf_optimum_or_the_log_loss_projection(x64, num_arms):
   rng = np.random.default_rng(num_arms)
   ref_logps = np.log(rng.dirichlet(np.full(num_arms, 2.0)))
   rewards, counts, beta = rng.normal(size=num_arms), rng.integers(1, 4, num_arms), 0.8
@@ -52,11 +54,18 @@ def test_bradley_terry_bandit_reaches_the_rlhf_optimum(x64, num_arms):
     np.arange(num_arms)[:, None], np.ones((num_arms, 1)), ref_logps, chosen, rejected,
     preferences[chosen, rejected],
   )  # fmt: skip
-  params, _ = ar.train(
-    jnp.asarray(ref_logps), batch, dpo.Config(beta=beta), module=dpo, apply_fn=ar.arm_apply_fn
-  )
+  train = functools.partial(
+    ar.train, jnp.asarray(ref_logps), config=dpo.Config(beta=beta), module=dpo,
+    apply_fn=ar.arm_apply_fn, num_steps=3000,
+  )  # fmt: skip
   optimum = oracles.kl_regularised_optimum(ref_logps, rewards, beta)
-  np.testing.assert_allclose(jax.nn.log_softmax(params), optimum, atol=1e-6)
+  np.testing.assert_allclose(jax.nn.log_softmax(train(batch)[0]), optimum, atol=1e-6)
+  # Preferences that no reward explains, on the same pairs: the log-loss projection.
+  cyclic = ar.preferences(rng, num_arms)
+  scores = oracles.bradley_terry_scores(cyclic, np.outer(counts, counts))
+  projection = oracles.kl_regularised_optimum(ref_logps, scores, beta)
+  params, _ = train(batch._replace(chosen_probs=jnp.asarray(cyclic[chosen, rejected])))
+  np.testing.assert_allclose(jax.nn.log_softmax(params), projection, atol=1e-6)
   # One optimum, three ways to it: RLHF, DPO, and Psi-PO with the logit as Psi, whatever mu.
   psi_po = oracles.psi_po_optimum(
     preferences, counts / counts.sum(), ref_logps, beta, psi=lambda p: np.log(p / (1 - p))
@@ -64,7 +73,7 @@ def test_bradley_terry_bandit_reaches_the_rlhf_optimum(x64, num_arms):
   np.testing.assert_allclose(psi_po, optimum, atol=1e-12)
 
 
-def test_bradley_terry_sequences_reach_the_rlhf_optimum(x64):
+def test_sequences_reach_the_rlhf_optimum_or_the_log_loss_projection(x64):
   rng = np.random.default_rng(1)
   ref_params = jnp.asarray(rng.normal(size=(ar.NUM_PREFIXES, 3)))
   ref_logps = ar.all_logps(ref_params)
@@ -73,11 +82,15 @@ def test_bradley_terry_sequences_reach_the_rlhf_optimum(x64):
   batch = ar.preference_batch(
     ar.TOKENS, ar.MASK, ref_logps, chosen, rejected, ar.bradley_terry(rewards)[chosen, rejected]
   )
-  params, _ = ar.train(
-    ref_params, batch, dpo.Config(beta=beta), module=dpo, apply_fn=ar.apply_fn, num_steps=12000
-  )
-  optimum = oracles.kl_regularised_optimum(np.asarray(ref_logps), rewards, beta)
-  np.testing.assert_allclose(ar.all_logps(params), optimum, atol=1e-8)
+  cyclic = ar.preferences(rng, 15)
+  scores = oracles.bradley_terry_scores(cyclic, np.ones((15, 15)))
+  for values, probs in ((rewards, batch.chosen_probs), (scores, cyclic[chosen, rejected])):
+    params, _ = ar.train(
+      ref_params, batch._replace(chosen_probs=jnp.asarray(probs)), dpo.Config(beta=beta),
+      module=dpo, apply_fn=ar.apply_fn, num_steps=6000,
+    )  # fmt: skip
+    optimum = oracles.kl_regularised_optimum(np.asarray(ref_logps), values, beta)
+    np.testing.assert_allclose(ar.all_logps(params), optimum, atol=1e-8)
 
 
 def test_a_pair_that_always_wins_has_no_finite_optimum_unlike_ipo(x64):

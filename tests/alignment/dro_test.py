@@ -321,6 +321,11 @@ def test_stochastic_rewards_count_by_their_mean(x64):
     (lambda: dro.dro_v_losses(jnp.ones(2), jnp.ones(2), jnp.ones((2, 1)), tau=1.0), "values"),
     (lambda: dro.dro_p_loss(jnp.ones(2), jnp.ones(2), tau=1.0), r"\[G, K\]"),
     (lambda: dro.dro_p_loss(jnp.ones((2, 1)), jnp.ones((2, 1)), tau=1.0), "K >= 2"),
+    (lambda: dro.Config(rescale="no"), "rescale must be one of True, False, got 'no'"),
+    (
+      lambda: dro.dro_loss(np.ones(2), np.array([1, np.nan]), np.ones(2), tau=1.0),
+      "rewards must be finite, got nan at place 1",
+    ),
     (lambda: oracles.dro_optimum(np.zeros(2), np.zeros(2), 0.0), "tau"),
   ],
 )

@@ -4,7 +4,7 @@ Those that need one method's test bed stand there: CoPG with quarter rewards is 
 expected on-policy gradient twice the objective's (`copg_test`); CoPG is RLOO (`rloo_test`); DRO-P
 is CoPG (`dro_test`); online IPO is self-play (`online_ipo_test`); the fixed points of Nash-MD and
 the token mixture (`nash_md_test`); SRPO tends to IPO (`srpo_test`); finite data sets (`ipo_test`,
-`copg_test`).
+`copg_test`); optima of what draws from the policy (`closed_forms_test`).
 """
 
 import autoregressive as ar

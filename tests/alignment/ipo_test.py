@@ -483,6 +483,8 @@ def test_bad_shapes_and_probabilities_raise():
     ipo.psi_po_target(np.ones((2, 3)), np.ones(3), psi=ipo.identity)
   with pytest.raises(ValueError, match="preferences must be probabilities"):
     ipo.psi_po_target(np.full((2, 2), 2.0), np.ones(2) / 2, psi=ipo.identity)
+  with pytest.raises(ValueError, match=r"psi must be a function, .* got 'logit'"):
+    ipo.psi_po_target(np.full((2, 2), 0.5), np.ones(2) / 2, psi="logit")
   batch, apply_fn = _uneven_pair()
   for bad in (
     batch._replace(chosen_mask=jnp.ones((1, 3))),

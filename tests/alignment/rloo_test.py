@@ -104,6 +104,10 @@ def test_sampled_updates_approach_the_optimum(x64):
   [
     (lambda: rloo.Config(beta=0.0), "beta"),
     (lambda: rloo.Config(baseline="mean"), "baseline"),
+    (
+      lambda: rloo.rloo_loss(np.ones((1, 2)), np.ones((1, 2)), np.array([[0, np.inf]]), beta=1.0),
+      "rewards must be finite, got inf",
+    ),
     (lambda: rloo.rloo_loss(*[jnp.ones((2, 1))] * 3, beta=1.0), "K >= 2"),
     (lambda: rloo.rloo_loss(*[jnp.ones(2)] * 3, beta=1.0, baseline="none"), "K >= 1"),
     (

@@ -1,5 +1,6 @@
 """Tests of experiments.training: one loop, no needless waiting, resumable to the bit."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -270,6 +271,25 @@ def test_a_leaf_that_is_not_finite_is_found_before_it_is_saved(tmp_path):
   with pytest.raises(training.RunError, match=r"params/bias after step 7.*checkpoint is step 4"):
     _train(tmp_path / "run", _config(algorithm__bad_at=7))
   assert checkpointing.Checkpointer(tmp_path / "run" / "checkpoints").steps() == [4]
+
+
+def test_what_a_judge_on_the_host_complains_of_is_the_error(tmp_path):
+  """JAX buries it in tracebacks, and a run that asks a judge in its steps ends with the reason."""
+
+  def judge(values):
+    raise ValueError("reward own:f returned nan; rewards must be finite")
+
+  config = _config(sharding__mesh__data=1)  # others would wait for the device that failed
+  experiment = fake_paper.build(config, tmp_path)
+
+  def update(state, batch, key):
+    judged = jax.pure_callback(judge, jax.ShapeDtypeStruct((), jnp.float32), batch["y"])
+    state, metrics = experiment.update(state, batch, key)
+    return state, metrics | {"judged": judged}
+
+  with pytest.raises(training.RunError, match=r"inside a step, ValueError: reward own:f .*finite"):
+    _train(tmp_path / "run", config, dataclasses.replace(experiment, update=update))
+  assert "reward own:f" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_data_that_end_are_an_error_that_says_so(tmp_path):
