@@ -26,7 +26,11 @@ PRESETS = {
     "NashConv 0.571, seeds 0.557 to 0.597; passes below 0.60",
   ),
   "liars_dice": base.Preset("Liar's dice, one die of four sides each", "not measured", "unrun"),
-  "goofspiel": base.Preset("Goofspiel, four cards, imperfect information", "not measured", "unrun"),
+  "goofspiel": base.Preset(
+    "Goofspiel, four cards, imperfect information",
+    "22 minutes",
+    "NashConv 0.52, seeds 0.35 to 0.66",
+  ),
   "paper": base.Preset(
     "Liar's dice, one die of six sides each, an LSTM of 256; needs an accelerator", "hours", "unrun"
   ),
