@@ -218,6 +218,8 @@ class _Run:
     # The evaluation of the last step is repeated: the report needs its tables.
     history = self.records.truncate(start, keep_eval=start < num_steps, write=self.primary)
     self.load_scores(history)
+    if history:  # the time before an interruption counts too
+      self.start_time -= history[-1]["seconds"]
     if self.primary:
       self.writers.append(metrics.TensorBoard(self.folder / "tensorboard", purge_step=start))
       if wandb:

@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl_theory import games, regret_matching
+from rl_theory import game_tree, games, regret_matching, segments
 
 Metrics = dict[str, jax.Array]
 
@@ -160,7 +160,9 @@ def update(
     `nash_conv` of the average policy of a two-player zero-sum game.
   """
   del key
-  state = _iterate(state, game, games.terminal_payoffs(game), _rounding_errors(game), config)
+  constants = _constants(game)
+  running = _iterate(_start(game, state, constants), game, constants, config)
+  state = _stop(game, running)
   largest = jnp.max(jnp.where(game.legal, jnp.maximum(state.regrets, 0), 0), axis=1)
   return state, {"cfr/regret_bound": jnp.sum(largest) / state.step}
 
@@ -200,51 +202,108 @@ def solve(
 
 @functools.partial(jax.jit, static_argnames="num_iterations")
 def _solve(game: games.Game, config: Config, num_iterations: int) -> Solution:
-  payoffs, errors = games.terminal_payoffs(game), _rounding_errors(game)
+  constants = _constants(game)
 
-  def body(state: State, _: None) -> tuple[State, None]:
-    return _iterate(state, game, payoffs, errors, config), None
+  def body(running: _Running, _: None) -> tuple[_Running, None]:
+    return _iterate(running, game, constants, config), None
 
-  state, _ = jax.lax.scan(body, init(game), length=num_iterations)
+  running = _start(game, init(game), constants)
+  running, _ = jax.lax.scan(body, running, length=num_iterations)
+  state = _stop(game, running)
   return Solution(average_policy(game, state), state)
 
 
-def _rounding_errors(game: games.Game) -> jax.Array:
-  """Returns `[S, 1]`, up to which a regret of one iteration may be rounding; see the module."""
+class _Constants(NamedTuple):
+  """What iterations share, for each player.
+
+  Attributes:
+    payoffs: of `games.terminal_payoffs`.
+    errors: `[Q]`, up to which a regret of one iteration may be rounding; see the module.
+    uniform: `[Q]` uniform play.
+  """
+
+  payoffs: list[Any]
+  errors: list[jax.Array]
+  uniform: list[jax.Array]
+
+
+class _Running(NamedTuple):
+  """A state at the sequences of each player, `[Q]`: legal actions only, and what follows from it.
+
+  Attributes:
+    regrets, policy_sums, step: of the `State`.
+    policies: what the next iteration plays.
+    reaches: own reach of the sequences under these policies.
+  """
+
+  regrets: list[jax.Array]
+  policy_sums: list[jax.Array]
+  step: jax.Array
+  policies: list[jax.Array]
+  reaches: list[jax.Array]
+
+
+def _constants(game: games.Game) -> _Constants:
   largest = jnp.max(jnp.abs(game.utilities)) * jnp.finfo(game.utilities.dtype).eps
-  return 8 * largest * game.state_chance_reach[:, None]
+  errors = jnp.broadcast_to(8 * largest * game.state_chance_reach[:, None], game.legal.shape)
+  return _Constants(
+    list(games.terminal_payoffs(game)),
+    _by_player(game, errors),
+    _by_player(game, games.uniform_policy(game)),
+  )
+
+
+def _by_player(game: games.Game, values: jax.Array) -> list[jax.Array]:
+  return [games.sequence_probs(game, player, values) for player in range(game.num_players)]
+
+
+def _start(game: games.Game, state: State, constants: _Constants) -> _Running:
+  regrets = _by_player(game, state.regrets)
+  policies = [
+    _match(tree, own, uniform)
+    for tree, own, uniform in zip(game.player_trees, regrets, constants.uniform, strict=True)
+  ]
+  reaches = [games.own_reach(game, player, policy) for player, policy in enumerate(policies)]
+  return _Running(regrets, _by_player(game, state.policy_sums), state.step, policies, reaches)
+
+
+def _stop(game: games.Game, running: _Running) -> State:
+  return State(
+    games.by_state(game, running.regrets), games.by_state(game, running.policy_sums), running.step
+  )
+
+
+def _match(tree: game_tree.PlayerTree, regrets: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Returns `regret_matching.regret_matching` of regrets `[Q]`."""
+  positive = jnp.maximum(regrets, 0)
+  totals = segments.take(segments.segment_sum(positive, tree.states), tree.state_of)
+  return jnp.where(totals > 0, positive / jnp.where(totals > 0, totals, 1), uniform)
 
 
 def _iterate(
-  state: State, game: games.Game, payoffs: Any, errors: jax.Array, config: Config
-) -> State:
-  slices = [game.layout.player_slice(player) for player in range(game.num_players)]
-  regrets = [state.regrets[rows] for rows in slices]
-  sums = [state.policy_sums[rows] for rows in slices]
-  legal = [game.legal[rows] for rows in slices]
-  policies = [
-    regret_matching.regret_matching(own, mask) for own, mask in zip(regrets, legal, strict=True)
-  ]
-  reaches = [games.own_reach(game, player, policy) for player, policy in enumerate(policies)]
-  step = state.step + 1
-  step_size = step.astype(state.regrets.dtype)
+  running: _Running, game: games.Game, constants: _Constants, config: Config
+) -> _Running:
+  regrets, sums, policies, reaches = map(
+    list, (running.regrets, running.policy_sums, running.policies, running.reaches)
+  )
+  step = running.step + 1
+  step_size = step.astype(game.utilities.dtype)
   kept = _kept(step_size, config.positive_discount), _kept(step_size, config.negative_discount)
   ageing = ((step_size - 1) / step_size) ** config.averaging_power
   joint = games.join_reach(reaches)
-  for player, rows in enumerate(slices):
-    follow = games.follow_policy(policies[player])
-    action_values, _ = games.backward(game, player, joint, payoffs[player], follow)
-    values = follow(action_values, slice(None))
-    added = action_values - values[:, None]
-    counts = legal[player] & (jnp.abs(added) > errors[rows])
-    added = regrets[player] + jnp.where(counts, added, 0)
+  for player, tree in enumerate(game.player_trees):
+    payoffs = games.sequence_payoffs(game, player, joint, constants.payoffs[player])
+    action_values, values, _ = games.pass_up(game, player, payoffs, policies[player])
+    added = action_values - segments.take(values, tree.state_of)
+    added = jnp.where(jnp.abs(added) > constants.errors[player], added, 0)
+    added = regrets[player] + added
     regrets[player] = jnp.where(added > 0, kept[0] * added, kept[1] * added)
     sums[player] = ageing * sums[player] + reaches[player]
-    if config.alternating and rows.stop > rows.start:
-      policies[player] = regret_matching.regret_matching(regrets[player], legal[player])
-      reaches[player] = games.own_reach(game, player, policies[player])
+    policies[player] = _match(tree, regrets[player], constants.uniform[player])
+    reaches[player] = games.own_reach(game, player, policies[player])
+    if config.alternating:
       joint = games.join_reach(reaches)
-  return State(jnp.concatenate(regrets), jnp.concatenate(sums), step)
+  return _Running(regrets, sums, step, policies, reaches)
 
 
 def _kept(step: jax.Array, power: Any) -> jax.Array:

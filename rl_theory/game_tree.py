@@ -28,6 +28,7 @@ class Layout:
     levels: `(start, stop)` of the histories at each depth of the tree.
     state_levels: of each player, `(start, stop)` of the information states after 0, 1, ... moves of
       its own.
+    sequence_levels: of each player, `(start, stop)` of the sequences at these states.
     sampling_widths: of each player, how many histories of each depth can be met when all actions
       of this player are tried and one of everybody else's.
     state_strings: OpenSpiel's string of each information state.
@@ -39,6 +40,7 @@ class Layout:
   max_children: int
   levels: tuple[tuple[int, int], ...]
   state_levels: tuple[tuple[tuple[int, int], ...], ...]
+  sequence_levels: tuple[tuple[tuple[int, int], ...], ...]
   sampling_widths: tuple[tuple[int, ...], ...]
   state_strings: tuple[str, ...]
 
@@ -52,28 +54,41 @@ class Layout:
 
   def player_slice(self, player: int) -> slice:
     """Returns where the player's information states lie."""
-    levels = self.state_levels[player]
-    return slice(levels[0][0], levels[-1][1]) if levels else slice(0, 0)
+    return _whole(self.state_levels[player])
+
+  def sequence_slice(self, player: int) -> slice:
+    """Returns where the player's sequences lie."""
+    return _whole(self.sequence_levels[player])
+
+
+def _whole(levels: tuple[tuple[int, int], ...]) -> slice:
+  return slice(levels[0][0], levels[-1][1]) if levels else slice(0, 0)
 
 
 class PlayerTree(NamedTuple):
-  """One player's decisions as a tree of sequences, a sequence being a state and an action in it.
+  """One player's decisions as a tree of sequences, a sequence being a state and a legal action.
 
-  The sequences of a player with G states are s A + a, s counted from its first state, and G A for
-  "no move yet". Of all players together: s A + a, and S A for "no move yet".
+  Sequences are numbered like the states, and at one state by action. The Q of one player count from
+  its own first, and Q stands for "no move yet"; so does Q of all players together.
 
   Attributes:
-    terminals: the terminal histories, by number among them, below each sequence `[G A + 1]` and
+    terminals: the terminal histories, by number among them, below each sequence `[Q + 1]` and
       below no later one.
     opponents: tables like `terminals.rows` `[n, w, players - 1]`: the last sequences of the others,
       numbered among those of all players.
-    parents: of each level but the first, `[G_k]` the sequence that leads to a state, numbered from
-      the start of the level before.
-    children: of each level but the first, its states as segments by `parents`.
+    states: the sequences as segments by state.
+    state_of: `[Q]` the state of a sequence, numbered from the player's first.
+    level_states: of each level, `states` of this level alone.
+    parents: of each level but the first, `[Q_k]` the sequence that leads to the state of a
+      sequence, numbered from the start of the level before.
+    children: of each level but the first, its states as segments by what leads to them.
   """
 
   terminals: segments.Segments
   opponents: tuple[Any, ...]
+  states: segments.Segments
+  state_of: Any
+  level_states: tuple[segments.Segments, ...]
   parents: tuple[Any, ...]
   children: tuple[segments.Segments, ...]
 
@@ -93,6 +108,8 @@ class PlayerTree(NamedTuple):
     "utilities",
     "terminals",
     "sequences",
+    "sequence_places",
+    "sequence_numbers",
     "legal",
     "state_players",
     "state_chance_reach",
@@ -106,8 +123,9 @@ class Game:
 
   H histories breadth first (the root is 0, children of one history are adjacent), Z terminal ones,
   S information states of all n players: those of player 0 first, each player's by number of own
-  moves before it, then in order of first visit. Another `utilities` of the same shape is another
-  game on the same tree: put it in with `dataclasses.replace`, also under `jax.vmap`.
+  moves before it, then in order of first visit; Q sequences, pairs of a state and a legal action.
+  Another `utilities` of the same shape is another game on the same tree: put it in with
+  `dataclasses.replace`, also under `jax.vmap`.
 
   Attributes:
     parents: `[H]` the history before, -1 for the root.
@@ -122,7 +140,9 @@ class Game:
     chance_reach: `[H]` product of `chance_probs` on the path to h.
     utilities: `[H, n]` what the players get at terminal histories, else 0.
     terminals: `[Z]` the terminal histories.
-    sequences: `[H, n]` each player's last state and action before h as s A + a, or S A for none.
+    sequences: `[H, n]` each player's last state and action before h as a sequence, or Q for none.
+    sequence_places: `[Q]` where in a flat policy a sequence is, s A + a.
+    sequence_numbers: `[S, A]` the sequence of a legal action, Q for illegal ones.
     legal: `[S, A]` which actions are legal.
     state_players: `[S]` whose information state it is.
     state_chance_reach: `[S]` sum of `chance_reach` over the histories of an information state.
@@ -142,6 +162,8 @@ class Game:
   utilities: Any
   terminals: Any
   sequences: Any
+  sequence_places: Any
+  sequence_numbers: Any
   legal: Any
   state_players: Any
   state_chance_reach: Any
@@ -203,17 +225,25 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
   legal[info_states[tree.parents[decided]], tree.actions[decided]] = True
   _check_legal(info_states[movers], num_children[movers], legal, strings)
 
+  # Legal pairs only: in a game of bids most of [S, A] is illegal.
+  sequence_places = np.flatnonzero(legal.reshape(-1))
+  num_sequences = len(sequence_places)
+  numbers = np.full(none_yet + 1, num_sequences)
+  numbers[sequence_places] = np.arange(num_sequences)
+  sequences = numbers[sequences]
+
   chance_reach = np.ones(len(tree.parents))
   for start, stop in levels[1:]:
     chance_reach[start:stop] = (
       chance_reach[tree.parents[start:stop]] * tree.chance_probs[start:stop]
     )
   terminals = np.flatnonzero(tree.players == openspiel.TERMINAL)
-  parent_sequences = np.full(num_states, none_yet)
+  parent_sequences = np.full(num_states, num_sequences)
   parent_sequences[info_states[movers]] = sequences[movers, tree.players[movers]]
   state_levels = tuple(
     _state_levels(state_players, state_moves, player) for player in range(num_players)
   )
+  first_sequences = np.concatenate([[0], np.cumsum(legal.sum(1))]).tolist()
   layout = Layout(
     name=tree.name,
     num_players=num_players,
@@ -221,6 +251,10 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
     max_children=int(num_children.max()),
     levels=levels,
     state_levels=state_levels,
+    sequence_levels=tuple(
+      tuple((first_sequences[start], first_sequences[stop]) for start, stop in levels_of_player)
+      for levels_of_player in state_levels
+    ),
     sampling_widths=tuple(
       _sampling_widths(tree, levels, first_children, num_children, player)
       for player in range(num_players)
@@ -244,13 +278,15 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
     utilities=tree.utilities.astype(dtype),
     terminals=integers(terminals),
     sequences=integers(sequences),
+    sequence_places=integers(sequence_places),
+    sequence_numbers=integers(numbers[:none_yet].reshape(legal.shape)),
     legal=legal,
     state_players=integers(state_players),
     state_chance_reach=np.bincount(
       info_states[movers], chance_reach[movers], minlength=num_states
     ).astype(dtype),
     player_trees=tuple(
-      _player_tree(player, layout, sequences[terminals], parent_sequences)
+      _player_tree(player, layout, sequences[terminals], parent_sequences, np.nonzero(legal)[0])
       for player in range(num_players)
     ),
     layout=layout,
@@ -319,26 +355,37 @@ def _state_levels(
 
 
 def _player_tree(
-  player: int, layout: Layout, last: np.ndarray, parent_sequences: np.ndarray
+  player: int, layout: Layout, last: np.ndarray, parent_sequences: np.ndarray, state_of: np.ndarray
 ) -> PlayerTree:
-  """Returns the tree of one player; `last` is `[Z, n]` and `parent_sequences` `[S]`."""
-  num_actions, levels = layout.num_actions, layout.state_levels[player]
-  states = layout.player_slice(player)
-  num_sequences = (states.stop - states.start) * num_actions
-  none_yet = len(parent_sequences) * num_actions
-  own = np.where(
-    last[:, player] == none_yet, num_sequences, last[:, player] - states.start * num_actions
+  """Returns one player's tree; `last` is `[Z, n]`, `parent_sequences` `[S]`, `state_of` `[Q]`."""
+  own, states = layout.sequence_slice(player), layout.player_slice(player)
+  none_yet, count = len(state_of), own.stop - own.start
+  terminals = segments.make(
+    np.where(last[:, player] == none_yet, count, last[:, player] - own.start), count + 1
   )
-  terminals = segments.make(own, num_sequences + 1)
   others = np.delete(last, player, axis=1)
   padded = np.concatenate([others, np.full((1, others.shape[1]), none_yet)])
-  opponents = tuple(padded[rows].astype(np.int32) for rows in terminals.rows)
-  parents, children = [], []
-  for (start, stop), (before, _) in zip(levels[1:], levels[:-1], strict=True):
-    local = parent_sequences[start:stop] - before * num_actions
-    parents.append(local.astype(np.int32))
-    children.append(segments.make(local, (start - before) * num_actions))
-  return PlayerTree(terminals, opponents, tuple(parents), tuple(children))
+  level_states, parents, children = [], [], []
+  before = 0
+  for number, (start, stop) in enumerate(layout.state_levels[player]):
+    first, end = layout.sequence_levels[player][number]
+    local = state_of[first:end] - start
+    level_states.append(segments.make(local, stop - start))
+    if number:
+      leading = parent_sequences[start:stop] - before
+      parents.append(leading[local].astype(np.int32))
+      children.append(segments.make(leading, first - before))
+    before = first
+  local = state_of[own] - states.start
+  return PlayerTree(
+    terminals=terminals,
+    opponents=tuple(padded[rows].astype(np.int32) for rows in terminals.rows),
+    states=segments.make(local, states.stop - states.start),
+    state_of=local.astype(np.int32),
+    level_states=tuple(level_states),
+    parents=tuple(parents),
+    children=tuple(children),
+  )
 
 
 def _sampling_widths(

@@ -11,7 +11,7 @@ Any number of players, chance anywhere, general sums; perfect recall is required
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -356,7 +356,7 @@ def _best_response_values(game: Game, policy: jax.Array) -> jax.Array:
   values = []
   for player in range(game.num_players):
     payoff = sequence_payoffs(game, player, reach, payoffs[player])
-    values.append(pass_up(game, player, payoff, _best(game, player))[1])
+    values.append(pass_up(game, player, payoff, None)[2])
   return jnp.stack(values)
 
 
@@ -366,18 +366,11 @@ def _nash_conv(game: Game, policy: jax.Array) -> jax.Array:
   gains = []
   for player in range(game.num_players):
     payoff = sequence_payoffs(game, player, reach, payoffs[player])
-    best = pass_up(game, player, payoff, _best(game, player))[1]
-    rows = game.layout.player_slice(player)
-    follow = follow_policy(policy[rows])  # the same sums serve both: no pass over all histories
-    gains.append(best - pass_up(game, player, payoff, follow)[1])
+    best = pass_up(game, player, payoff, None)[2]
+    # The same sums serve both: no pass over all histories.
+    own = pass_up(game, player, payoff, sequence_probs(game, player, policy))[2]
+    gains.append(best - own)
   return jnp.sum(jnp.stack(gains))
-
-
-def _best(game: Game, player: int) -> Callable[[jax.Array, slice], jax.Array]:
-  legal = game.legal[game.layout.player_slice(player)]
-  return lambda action_values, rows: jnp.max(
-    jnp.where(legal[rows], action_values, -jnp.inf), axis=1
-  )
 
 
 @jax.jit
@@ -385,44 +378,49 @@ def _counterfactual_values(game: Game, policy: jax.Array) -> jax.Array:
   reach, payoffs = sequence_reach(game, policy), terminal_payoffs(game)
   values = []
   for player in range(game.num_players):
-    follow = follow_policy(policy[game.layout.player_slice(player)])
-    values.append(backward(game, player, reach, payoffs[player], follow)[0])
-  return jnp.concatenate(values)
+    payoff = sequence_payoffs(game, player, reach, payoffs[player])
+    values.append(pass_up(game, player, payoff, sequence_probs(game, player, policy))[0])
+  return by_state(game, values)
 
 
-# --- the passes over one player's states, for the solvers too ---
+# --- the passes over one player's sequences, for the solvers too ---
 
 
-def own_reach(game: Game, player: int, policy: jax.Array) -> jax.Array:
-  """Returns `[G, A]`, the player's own probability of each of its states and the action in it.
+def sequence_probs(game: Game, player: int, policy: jax.Array) -> jax.Array:
+  """Returns the entries `[Q]` of an array `[S, A]` at the sequences of one player."""
+  places = game.sequence_places[game.layout.sequence_slice(player)]
+  return segments.take(policy.reshape(-1), places)
 
-  `policy` `[G, A]` holds the rows of this player.
-  """
-  tree = game.player_trees[player]
+
+def by_state(game: Game, values: list[jax.Array]) -> jax.Array:
+  """Returns all players' values `[Q]` of sequences as one array `[S, A]`, 0 if illegal."""
+  joined = jnp.concatenate([*values, jnp.zeros(1, values[0].dtype)])
+  return segments.take(joined, game.sequence_numbers)
+
+
+def own_reach(game: Game, player: int, probs: jax.Array) -> jax.Array:
+  """Returns `[Q]`, the player's own probability of each sequence, from that of its last action."""
+  tree, levels = game.player_trees[player], game.layout.sequence_levels[player]
   reach: list[jax.Array] = []
-  first = game.layout.player_slice(player).start
-  for level, (start, stop) in enumerate(game.layout.state_levels[player]):
-    probs = policy[start - first : stop - first]
-    if level:
-      leading = segments.take(reach[-1].reshape(-1), tree.parents[level - 1])
-      probs = probs * leading[:, None]
-    reach.append(probs)
-  return jnp.concatenate(reach) if reach else policy
+  for level, (start, stop) in enumerate(levels):
+    here = probs[start - levels[0][0] : stop - levels[0][0]]
+    reach.append(here * segments.take(reach[-1], tree.parents[level - 1]) if level else here)
+  return jnp.concatenate(reach) if reach else probs
 
 
 def sequence_reach(game: Game, policy: jax.Array) -> jax.Array:
-  """Returns `[S A + 1]`, own reach of every sequence of all players; the last, of no move, is 1."""
+  """Returns `[Q + 1]`, own reach of every sequence of all players; the last, of no move, is 1."""
   return join_reach(
     [
-      own_reach(game, player, policy[game.layout.player_slice(player)])
+      own_reach(game, player, sequence_probs(game, player, policy))
       for player in range(game.num_players)
     ]
   )
 
 
 def join_reach(reaches: list[jax.Array]) -> jax.Array:
-  """Returns all players' `own_reach` as one array `[S A + 1]`."""
-  return jnp.concatenate([*(reach.reshape(-1) for reach in reaches), jnp.ones(1, reaches[0].dtype)])
+  """Returns all players' `own_reach` as one array `[Q + 1]`."""
+  return jnp.concatenate([*reaches, jnp.ones(1, reaches[0].dtype)])
 
 
 def terminal_payoffs(game: Game) -> tuple[tuple[jax.Array, ...], ...]:
@@ -434,40 +432,18 @@ def terminal_payoffs(game: Game) -> tuple[tuple[jax.Array, ...], ...]:
   )
 
 
-def follow_policy(policy: jax.Array) -> Callable[[jax.Array, slice], jax.Array]:
-  """Returns the `reduce` of `backward` that plays `policy` `[G, A]`."""
-  return lambda action_values, rows: jnp.sum(policy[rows] * action_values, axis=1)
-
-
-def backward(
-  game: Game,
-  player: int,
-  reach: jax.Array,
-  payoffs: tuple[jax.Array, ...],
-  reduce: Callable[[jax.Array, slice], jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-  """Returns a player's counterfactual action values, and its value of the game.
-
-  Args:
-    game: the game.
-    player: whose states are passed, from the last own move to the first.
-    reach: `[S A + 1]` from `sequence_reach`; only the other players' entries count.
-    payoffs: the player's part of `terminal_payoffs`.
-    reduce: `reduce(action_values, rows) -> [rows]`: the value of each state in the slice `rows` of
-      the player's states, from its `[rows, A]` action values.
-
-  Returns:
-    `[G, A]` action values and the scalar value before the first move.
-  """
-  return pass_up(game, player, sequence_payoffs(game, player, reach, payoffs), reduce)
-
-
 def sequence_payoffs(
   game: Game, player: int, reach: jax.Array, payoffs: tuple[jax.Array, ...]
 ) -> jax.Array:
-  """Returns `[G A + 1]`, a player's payoff right after each of its sequences, times others' reach.
+  """Returns `[Q + 1]`, a player's payoff right after each of its sequences, times others' reach.
 
-  Arguments as of `backward`; the last entry is of the histories before the first own move.
+  The last entry is of the histories before the first own move.
+
+  Args:
+    game: the game.
+    player: whose.
+    reach: `[Q + 1]` from `sequence_reach`; only the other players' entries count.
+    payoffs: the player's part of `terminal_payoffs`.
   """
   tree = game.player_trees[player]
   weighted = []
@@ -479,23 +455,34 @@ def sequence_payoffs(
 
 
 def pass_up(
-  game: Game,
-  player: int,
-  at_terminals: jax.Array,
-  reduce: Callable[[jax.Array, slice], jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-  """Returns what `backward` does, from `sequence_payoffs`."""
-  tree, num_actions = game.player_trees[player], game.layout.num_actions
-  levels, first = game.layout.state_levels[player], game.layout.player_slice(player).start
+  game: Game, player: int, payoffs: jax.Array, probs: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Passes a player's states from the last own move to the first.
+
+  Args:
+    game: the game.
+    player: whose states.
+    payoffs: `[Q + 1]` from `sequence_payoffs`.
+    probs: `[Q]` what the player plays; None for the best action everywhere.
+
+  Returns:
+    Counterfactual values `[Q]` of actions and `[G]` of states, and the value before the first move.
+  """
+  tree, levels = game.player_trees[player], game.layout.sequence_levels[player]
   action_values: list[jax.Array] = []
-  values = None
+  values: list[jax.Array] = []
   for level in reversed(range(len(levels))):
-    rows = slice(levels[level][0] - first, levels[level][1] - first)
-    here = at_terminals[rows.start * num_actions : rows.stop * num_actions]
-    if values is not None:
-      here = here + segments.segment_sum(values, tree.children[level])
-    action_values.insert(0, here.reshape(-1, num_actions))
-    values = reduce(action_values[0], rows)
-  if values is None:
-    return jnp.zeros((0, num_actions), at_terminals.dtype), at_terminals[-1]
-  return jnp.concatenate(action_values), at_terminals[-1] + jnp.sum(values)
+    rows = slice(levels[level][0] - levels[0][0], levels[level][1] - levels[0][0])
+    here = payoffs[rows]
+    if values:
+      here = here + segments.segment_sum(values[0], tree.children[level])
+    states = tree.level_states[level]
+    action_values.insert(0, here)
+    if probs is None:
+      values.insert(0, segments.segment_max(here, states))
+    else:
+      values.insert(0, segments.segment_sum(probs[rows] * here, states))
+  if not values:
+    return payoffs[:0], payoffs[:0], payoffs[-1]
+  start = payoffs[-1] + jnp.sum(values[0])
+  return jnp.concatenate(action_values), jnp.concatenate(values), start

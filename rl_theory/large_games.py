@@ -9,6 +9,23 @@ The exploiter knows the opponent's policy and keeps a belief: histories that loo
 with the opponent's hidden cards drawn anew and weighted with the probability of what the opponent
 did. At its turn it compares its actions as if, after this one, the opponent either folds at once,
 as often as its policy says, or calls, and both then check and call to the end.
+
+No-limit hold'em from end to end, with networks for its 169 numbers and 4 actions:
+
+  actor, critic = networks.Actor(4), networks.Critic(2, 4)
+  params = armac.Params(
+    actor.init(key, jnp.zeros((1, 169))), critic.init(key, jnp.zeros((1, 2, 169)))
+  )
+  config, optimizer = armac.Config(capacity=64), optax.adam(1e-3)
+  bound = {"apply_fn": armac.Networks(actor.apply, critic.apply), "config": config}
+  state = armac.init(params, optimizer=optimizer, config=config)
+  for key in jax.random.split(key, num_epochs):
+    batch = play_episodes(NO_LIMIT_HOLDEM, state, key, max_decisions=24, **bound)
+    state, metrics = armac.learn(state, batch, key, optimizer=optimizer, **bound)
+  policy = jax.jit(
+    lambda seen, legal: armac.mean_policy(actor.apply(state.params.actor, seen)[1], legal)
+  )
+  local_best_response(NO_LIMIT_HOLDEM, policy, num_hands=1000)  # chips a hand, 100 a big blind
 """
 
 import dataclasses
@@ -23,6 +40,12 @@ import numpy as np
 from rl_theory import armac, openspiel
 
 Policy = Callable[[np.ndarray, np.ndarray], Any]
+# Fold, call, pot or all-in, with stacks of 20 big blinds.
+NO_LIMIT_HOLDEM = (
+  "universal_poker(betting=nolimit,numPlayers=2,numRounds=4,blind=100 50,firstPlayer=2 1 1 1,"
+  "numSuits=4,numRanks=13,numHoleCards=2,numBoardCards=0 3 1 1,stack=2000 2000,"
+  "bettingAbstraction=fcpa)"
+)
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")

@@ -44,14 +44,15 @@ def solve_zero_sum(game: games.Game) -> tuple[float, np.ndarray]:
   if abs(values[0] + values[1]) > 1e-6:
     raise RuntimeError(f"the two linear programs disagree on the value: {values[0]}, {-values[1]}")
   legal = np.asarray(game.legal)
-  weights = np.concatenate(plans) * legal
+  weights = np.zeros(legal.shape)
+  weights[legal] = np.concatenate(plans)
   totals = weights.sum(1, keepdims=True)
   uniform = legal / legal.sum(1, keepdims=True)
   return values[0], np.where(totals > 1e-12, weights / np.where(totals > 0, totals, 1), uniform)
 
 
 def _best_plan(game: games.Game, player: int, utilities: np.ndarray) -> tuple[np.ndarray, float]:
-  """Returns the player's own reach `[G, A]` in an equilibrium, and its value of the game."""
+  """Returns the player's own reach `[Q]` in an equilibrium, and its value of the game."""
   own, own_right = _constraints(game, player)
   other, _ = _constraints(game, 1 - player)
   terminals = np.asarray(game.terminals)
@@ -77,44 +78,36 @@ def _best_plan(game: games.Game, player: int, utilities: np.ndarray) -> tuple[np
   )
   if result.status != 0:
     raise RuntimeError(f"the linear program of {game!r} failed: {result.message}")
-  plan = np.maximum(result.x[: num_own - 1], 0).reshape(-1, game.layout.num_actions)
-  return plan, -float(result.fun)
+  return np.maximum(result.x[: num_own - 1], 0), -float(result.fun)
 
 
 def _constraints(game: games.Game, player: int) -> tuple[Any, np.ndarray]:
-  """Returns E `[rows, G A + 1]` and e `[rows]`.
+  """Returns E `[G + 1, Q + 1]` and e `[G + 1]`.
 
-  A row of each state says that its legal actions share what its last sequence has; then one of
-  each illegal action holds it at zero, and the last holds the sequence of no move at one.
+  A row of each state says that its actions share what its last sequence has; the last row holds the
+  sequence of no move at one.
   """
-  states = game.layout.player_slice(player)
-  legal = np.asarray(game.legal)[states]
-  num_states, num_actions = legal.shape
-  num_sequences = num_states * num_actions + 1
+  states, sequences = game.layout.player_slice(player), game.layout.sequence_slice(player)
+  num_states, num_sequences = states.stop - states.start, sequences.stop - sequences.start + 1
   movers = np.flatnonzero(np.asarray(game.players) == player)
   leading = np.zeros(num_states, int)
   last = _local_sequences(game, player)[movers]
   leading[np.asarray(game.info_states)[movers] - states.start] = last
-  state, action = np.nonzero(legal)
-  illegal = np.flatnonzero(~legal.reshape(-1))
   entries = [
-    (state, state * num_actions + action, 1.0),
+    (np.asarray(game.player_trees[player].state_of), np.arange(num_sequences - 1), 1.0),
     (np.arange(num_states), leading, -1.0),
-    (num_states + np.arange(len(illegal)), illegal, 1.0),
-    (np.array([num_states + len(illegal)]), np.array([num_sequences - 1]), 1.0),
+    (np.array([num_states]), np.array([num_sequences - 1]), 1.0),
   ]
   data = np.concatenate([np.full(len(rows), value) for rows, _, value in entries])
   rows = np.concatenate([rows for rows, _, _ in entries])
   columns = np.concatenate([columns for _, columns, _ in entries])
-  right = np.zeros(num_states + len(illegal) + 1)
+  right = np.zeros(num_states + 1)
   right[-1] = 1
   return scipy.sparse.csr_matrix((data, (rows, columns)), shape=(len(right), num_sequences)), right
 
 
 def _local_sequences(game: games.Game, player: int) -> np.ndarray:
-  """Returns `[H]` the player's last sequence, counted from its own first state."""
-  states, num_actions = game.layout.player_slice(player), game.layout.num_actions
-  sequences = np.asarray(game.sequences)[:, player]
-  none_yet = len(game.state_strings) * num_actions
-  count = (states.stop - states.start) * num_actions
-  return np.where(sequences == none_yet, count, sequences - states.start * num_actions)
+  """Returns `[H]` the player's last sequence, counted from its own first."""
+  own, last = game.layout.sequence_slice(player), np.asarray(game.sequences)[:, player]
+  none_yet = len(game.sequence_places)
+  return np.where(last == none_yet, own.stop - own.start, last - own.start)

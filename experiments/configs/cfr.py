@@ -15,6 +15,10 @@ _MEASURED = {
   "leduc": ("10 seconds", "NashConv 0.108"),
   "kuhn_sampled": ("15 seconds", "NashConv 0.020, seeds 0.013 to 0.032"),
   "leduc_sampled": ("2 minutes", "NashConv 0.58, seeds 0.43 to 0.71"),
+  "liars_dice": ("5 seconds", "NashConv 0.017"),
+  "liars_dice_sampled": ("30 seconds", "NashConv 0.104, seeds 0.087 to 0.121"),
+  "goofspiel": ("5 seconds", "NashConv 0.046"),
+  "goofspiel_sampled": ("40 seconds", "NashConv 0.044, seeds 0.017 to 0.078"),
   "tiny": ("10 seconds", "runs"),
 }
 PRESETS = {

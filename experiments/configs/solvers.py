@@ -15,6 +15,8 @@ from experiments.configs import armac, base
 _MEASURED = {
   "kuhn": ("8 minutes", "docs/results/games.md"),
   "leduc": ("50 minutes", "docs/results/games.md"),
+  "liars_dice": ("55 minutes beside other work", "docs/results/games.md"),
+  "goofspiel": ("34 minutes", "docs/results/games.md"),
 }
 PRESETS = {
   name: base.Preset(

@@ -135,6 +135,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, uninterrupted, at, 
   assert _records(folder) == _records(uninterrupted)  # sample ids, losses, evaluations, each once
   assert [r["step"] for r in _records(folder) if r["kind"] == "train"] == list(range(12))
   assert [r["step"] for r in _records(folder) if r["kind"] == "eval"] == [3, 6, 9, 12]
+  records = metrics.JsonLines(folder / "metrics.jsonl").read()
+  seconds = [record["seconds"] for record in records]
+  assert seconds == sorted(seconds)  # the clock goes on where it stood
 
 
 def test_the_signal_handlers_are_put_back(tmp_path):

@@ -9,11 +9,6 @@ import pytest
 
 from rl_theory import armac, cfr, games, large_games, networks
 
-HOLDEM = (
-  "universal_poker(betting=nolimit,numPlayers=2,numRounds=4,blind=100 50,firstPlayer=2 1 1 1,"
-  "numSuits=4,numRanks=13,numHoleCards=2,numBoardCards=0 3 1 1,stack=2000 2000,"
-  "bettingAbstraction=fcpa)"
-)
 OPTIMIZER = optax.adam(1e-3)
 
 
@@ -138,7 +133,12 @@ def test_no_limit_holdem_runs_from_end_to_end():
   )
   state, apply_fn = _start(2, 4, 169, config)
   batch = large_games.play_episodes(
-    HOLDEM, state, jax.random.key(0), apply_fn=apply_fn, config=config, max_decisions=24
+    large_games.NO_LIMIT_HOLDEM,
+    state,
+    jax.random.key(0),
+    apply_fn=apply_fn,
+    config=config,
+    max_decisions=24,
   )
   np.testing.assert_allclose(batch.utilities.sum(1), 0, atol=1e-3)  # zero-sum, in chips
   taken = np.take_along_axis(np.asarray(batch.legal), np.asarray(batch.actions)[..., None], 2)
@@ -151,7 +151,9 @@ def test_no_limit_holdem_runs_from_end_to_end():
   def policy(observations, legal):
     return armac.mean_policy(apply_fn.actor(state.params.actor, observations)[1], legal)
 
-  bound = large_games.local_best_response(HOLDEM, policy, num_hands=4, num_particles=8)
+  bound = large_games.local_best_response(
+    large_games.NO_LIMIT_HOLDEM, policy, num_hands=4, num_particles=8
+  )
   assert np.all(np.isfinite(bound.values)) and np.all(np.abs(bound.values) <= 2000)
 
 
