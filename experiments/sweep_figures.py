@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import matplotlib
 import numpy as np
 from scipy import stats
 
@@ -121,15 +122,16 @@ def accuracy(config: Any, result: evaluation.Result) -> report.Figure:
   return report.Figure("sweep", caption, figure)
 
 
-def cosines(history: Any) -> report.Figure:
-  """Draws the trace of each value in which a collapse would show."""
-  figure, axes = report.subplots(1, 1)
-  prefix = "collapse/mean_cosine/"
-  for name in [name for name in history[-1] if name.startswith(prefix)]:
-    axes[0][0].plot(
-      [row["step"] for row in history], [row[name] for row in history],
-      label=name.removeprefix(prefix),
-    )  # fmt: skip
-  axes[0][0].set(xlabel="step", ylabel="mean cosine, not centred")
-  report.legend_below(figure, axes[0][0])
+def cosines(config: Any, history: Any) -> report.Figure:
+  """Draws the trace of each value in which a collapse would show, a panel for each field."""
+  over, steps = tuple(config.sweep.over), [row["step"] for row in history]
+  figure, axes = report.subplots(1, len(over), sharey=True)
+  shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(config.sweep.at)))
+  for axis, one in zip(axes[0], over, strict=True):
+    for value, shade in zip(config.sweep.at, shades, strict=True):
+      trace = [row[f"collapse/mean_cosine/{one}={value:g}"] for row in history]
+      axis.plot(steps, trace, color=shade, label=f"{value:g}")
+    axis.set(xlabel="step", title=AXES[one], ylim=(0, 1))
+  axes[0][0].set_ylabel("mean cosine, not centred")
+  axes[0][-1].legend(fontsize=8, ncols=2)
   return report.Figure("cosine", "After a collapse the mean cosine is near 1.", figure)

@@ -135,7 +135,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
     evaluate=lambda runs: _evaluate(config, programs, runs),
     figures=lambda history, result: [
       sweep_figures.accuracy(config, result),
-      sweep_figures.cosines(history),
+      sweep_figures.cosines(config, history),
     ],
   )
 
