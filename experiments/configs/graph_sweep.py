@@ -18,10 +18,16 @@ from experiments.configs import base
 
 PRESETS = {
   "masks": base.Preset("BGRL, 12 probabilities, 3 seeds", "unmeasured", "unrun"),
-  "decay": base.Preset("BGRL, 6 decays, 3 seeds", "unmeasured", "unrun"),
-  "negatives": base.Preset("GRACE, 6 numbers of negatives, 3 seeds", "unmeasured", "unrun"),
-  "threshold": base.Preset("BGRL, 8 graphs, 3 seeds", "unmeasured", "unrun"),
-  "predictor": base.Preset("BGRL, 2 predictors, 3 seeds", "unmeasured", "unrun"),
+  "decay": base.Preset(
+    "BGRL, 6 decays, 3 seeds", "2 minutes", "2 of 2 criteria; 0.764 (decay 0) to 0.721 (0.999)"
+  ),
+  "negatives": base.Preset(
+    "GRACE, 6 numbers of negatives, 3 seeds", "7 minutes", "1 of 2 criteria: 0.768 to 0.770, flat"
+  ),
+  "threshold": base.Preset("BGRL, 8 graphs, 3 seeds", "4 minutes", "3 of 3 criteria"),
+  "predictor": base.Preset(
+    "BGRL, 2 predictors, 3 seeds", "2 minutes", "0 of 2 criteria: no more collapse with it"
+  ),
   "tiny": base.Preset("BGRL, 2 decays, 2 seeds, 200 nodes", "1 minute", "runs"),
 }
 # What is varied, and its values.
