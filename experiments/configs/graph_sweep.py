@@ -17,7 +17,9 @@ import ml_collections
 from experiments.configs import base
 
 PRESETS = {
-  "masks": base.Preset("BGRL, 12 probabilities, 3 seeds", "unmeasured", "unrun"),
+  "masks": base.Preset(
+    "BGRL, 12 probabilities, 3 seeds", "4 minutes", "2 of 2 criteria; best from 0.3 to 0.5"
+  ),
   "decay": base.Preset(
     "BGRL, 6 decays, 3 seeds", "2 minutes", "2 of 2 criteria; 0.764 (decay 0) to 0.721 (0.999)"
   ),
