@@ -33,17 +33,25 @@ FEATURE_MASK, EDGE_DROP = (0.1, 0.2), (0.4, 0.1)
 LEARNING_RATE, WEIGHT_DECAY, DECAY = 1e-4, 1e-5, 0.99
 
 
-def make_graph(nodes: int = NODES, pairs: int = PAIRS) -> tuple[np.ndarray, np.ndarray]:
-  """Returns both directions of `pairs` random edges with a heavy tail of degrees."""
+def make_graph(
+  nodes: int = NODES, pairs: int = PAIRS, *, hub: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns both directions of `pairs` random edges with a heavy tail of degrees.
+
+  With `hub` node 0 is joined to all others, before any random edge.
+  """
   rng = np.random.default_rng(0)
   chances = rng.pareto(1.6, nodes) + 0.3
   chances = np.cumsum(np.minimum(chances, 1500 * chances.mean() / 31) / chances.sum())
-  found = np.zeros((0, 2), np.int64)
-  while len(found) < pairs:
+  spokes = np.arange(1, nodes) if hub else np.zeros(0, np.int64)  # smaller * nodes + larger
+  found = np.zeros(0, np.int64)
+  while len(found) < pairs - len(spokes):
     drawn = np.searchsorted(chances / chances[-1], rng.random((2 * pairs, 2)))
     drawn = np.sort(drawn[drawn[:, 0] != drawn[:, 1]], axis=1)
-    found = np.unique(np.concatenate([found, drawn]), axis=0)
-  chosen = found[rng.permutation(len(found))[:pairs]]
+    found = np.union1d(found, drawn[:, 0] * nodes + drawn[:, 1])
+    found = np.setdiff1d(found, spokes, assume_unique=True)
+  chosen = found[rng.permutation(len(found))[: pairs - len(spokes)]]
+  chosen = np.stack(np.divmod(np.concatenate([spokes, chosen]), nodes), axis=1)
   return np.concatenate([chosen, chosen[:, ::-1]]).T
 
 
@@ -54,7 +62,7 @@ def make_features() -> np.ndarray:
   return words / np.maximum(words.sum(1, keepdims=True), 1)
 
 
-def make_ours(graph, widths: tuple[int, ...], corrupt: bool):
+def make_ours(graph, widths: tuple[int, ...], corrupt: bool, predictor_width: int = PREDICTOR):
   """Returns the bound update and the state before the first step."""
   import jax
   import jax.numpy as jnp
@@ -63,7 +71,8 @@ def make_ours(graph, widths: tuple[int, ...], corrupt: bool):
   from representation import bgrl
   from representation.networks import gcn
 
-  encoder, predictor = gcn.Encoder(gcn.GCN(widths)), gcn.Predictor(gcn.MLP(PREDICTOR, widths[-1]))
+  encoder = gcn.Encoder(gcn.GCN(widths))
+  predictor = gcn.Predictor(gcn.MLP(predictor_width, widths[-1]))
   keys = jax.random.split(jax.random.key(0), 3)
   (online, state), (target, target_state) = (jax.jit(encoder.init)(key, graph) for key in keys[:2])
   params = bgrl.Params(online, predictor.init(keys[2], jnp.zeros((1, widths[-1]))))
@@ -275,29 +284,51 @@ def compare(torch_python: str, widths: tuple[int, ...], rounds: int) -> None:
 
 
 def scale() -> None:
-  """Prints seconds a step for ever larger graphs, nodes in proportion to edges, and the slope."""
+  """Prints CPU time for ever larger graphs, nodes in proportion to edges, with and without a hub.
+
+  Of the sum over neighbours of 32 numbers, forward and backward, and of a step of BGRL. CPU time of
+  all threads, the least of five: what else runs on the machine counts little.
+  """
   import jax
+  import jax.numpy as jnp
 
-  from representation import graphs
+  from representation import graphs, message_passing
 
-  rows = []
-  for pairs in (5_000, 50_000, 500_000, 5_000_000):
+  def seconds(function, *args):
+    compiled = jax.jit(function).lower(*args).compile()
+    times = []
+    for _ in range(6):
+      start = time.process_time()
+      jax.block_until_ready(compiled(*args))
+      times.append(time.process_time() - start)
+    return min(times[1:])
+
+  def squares(values, neighbours, weights):
+    return jnp.sum(message_passing.neighbour_sum(values, neighbours, weights) ** 2)
+
+  rows: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
+  for pairs, hub in itertools.product((5_000, 50_000, 500_000, 5_000_000), rows):
     nodes = pairs // 10
-    senders, receivers = make_graph(nodes, pairs)
+    senders, receivers = make_graph(nodes, pairs, hub=hub)
     features = np.random.default_rng(0).normal(size=(nodes, 32)).astype(np.float32)
     graph = graphs.make_graph(features, senders, receivers)
-    step, state = make_ours(graph, (32, 16), corrupt=True)
-    step = step.lower(state, graph, jax.random.key(0)).compile()
-    times = []
-    for index in range(5):
-      start = time.perf_counter()
-      state, metrics = step(state, graph, jax.random.key(index))
-      metrics["loss"].block_until_ready()
-      times.append(time.perf_counter() - start)
-    rows.append((2 * pairs, statistics.median(times[1:])))
-    print(f"{2 * pairs:>10} edges {rows[-1][1]:10.4f} s a step", flush=True)
-  logs = np.log([row for row in rows[1:]])  # the smallest is overhead
-  print(f"slope {np.polyfit(*logs.T, 1)[0]:.2f} from {rows[1][0]} edges on")
+    summed = seconds(
+      jax.value_and_grad(squares), graph.features, graph.neighbours, graphs.edge_weights(graph)
+    )
+    step, state = make_ours(graph, (32, 32), corrupt=True, predictor_width=32)
+    stepped = seconds(step, state, graph, jax.random.key(0))
+    rows[hub].append((2 * pairs, summed, stepped))
+    print(
+      f"{2 * pairs:>9} edges{', hub' if hub else '':5} of {np.bincount(receivers).max():>6} at most"
+      f"  sum {1e3 * summed:9.2f} ms ({1e9 * summed / 2 / pairs:5.1f} ns an edge)"
+      f"  step {1e3 * stepped:10.2f} ms ({1e9 * stepped / 2 / pairs:6.1f} ns an edge)",
+      flush=True,
+    )
+  for hub, found in rows.items():
+    logs = np.log(found[1:])  # the smallest is overhead
+    slopes = [np.polyfit(logs[:, 0], logs[:, k], 1)[0] for k in (1, 2)]
+    name = "with a hub" if hub else "without"
+    print(f"{name}: slopes from {found[1][0]} edges on: sum {slopes[0]:.2f}, step {slopes[1]:.2f}")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from representation import message_passing
+from representation import checks, message_passing
 
 
 @functools.partial(
@@ -78,15 +78,25 @@ def make_graph(
       devices that share the graph.
 
   Raises:
-    ValueError: if sizes do not fit, or an edge is a loop (layers add their own).
+    ValueError: if sizes do not fit, a feature is not finite, an edge joins what is no node, or is a
+      loop (layers add their own). Other edges are taken as they are: one that comes twice counts
+      twice, and one without its reverse goes one way (`experiments.data.graphs.build` cleans).
   """
-  if len(features.shape) != 2:
-    raise ValueError(f"features must be [N, D], got shape {features.shape}")
+  checks.count("multiple", multiple)
+  if not hasattr(features, "tocoo"):
+    features = np.asarray(features)
+  if len(features.shape) != 2 or 0 in features.shape:
+    raise ValueError(f"features must be [N, D], neither of them 0, got shape {features.shape}")
   num_nodes, num_features = features.shape
+  _check_finite(features)
   senders, receivers = np.asarray(senders), np.asarray(receivers)
   graph_ids = np.zeros(num_nodes, np.int32) if graph_ids is None else np.asarray(graph_ids)
   if graph_ids.shape != (num_nodes,):
     raise ValueError(f"graph_ids must have shape [N] = [{num_nodes}], got {graph_ids.shape}")
+  if graph_ids.min() < 0 or graph_ids.max() >= num_nodes:
+    raise ValueError(
+      f"graph_ids must lie in [0, N) = [0, {num_nodes}), got {graph_ids.min()} to {graph_ids.max()}"
+    )
   if senders.shape == receivers.shape and np.any(senders == receivers):
     node = int(senders[senders == receivers][0])
     raise ValueError(f"edges must not be loops, got one at node {node}: layers add their own")
@@ -113,6 +123,21 @@ def make_graph(
     mask=jnp.arange(total) < num_nodes,
     graph_ids=jnp.asarray(graph_ids),
   )
+
+
+def _check_finite(features: Any) -> None:
+  values = features.tocoo() if hasattr(features, "tocoo") else features
+  entries = values if values is features else values.data
+  if entries.dtype.kind not in "biuf" and not jnp.issubdtype(entries.dtype, jnp.floating):
+    raise ValueError(f"features must be numbers, got {entries.dtype}")
+  finite = np.isfinite(entries)
+  if not finite.all():
+    place = np.argwhere(~finite)[0]
+    node = int(place[0]) if values is features else int(values.row[place[0]])
+    raise ValueError(
+      f"features must be finite, got {entries[tuple(place)]} at node {node} "
+      f"({(~finite).sum()} such values): repair or drop them"
+    )
 
 
 def _floating(values: np.ndarray) -> np.ndarray:

@@ -133,6 +133,24 @@ def test_sparse_features_equal_dense_ones(x64):
     graphs.masked_features(sparse)
 
 
+@pytest.mark.parametrize(
+  "name", ["gcn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mean_pooling", "gat"))]
+)
+def test_nodes_without_neighbours_have_finite_gradients(name):
+  """A graph without an edge, as corruption can leave one: every layer keeps to the node itself."""
+  graph = graphs.make_graph(_data()[0].astype(np.float32), [], [])
+  module = MODULES[name]
+  variables = module.init(jax.random.key(0), graph, train=False)
+
+  def value(params):
+    out = module.apply({**variables, "params": params}, graph, train=True, mutable=["batch_stats"])
+    return jnp.sum(out[0] ** 2)
+
+  gradients = jax.tree.leaves(jax.grad(value)(variables["params"]))
+  assert all(np.all(np.isfinite(leaf)) for leaf in gradients)
+  assert any(np.any(leaf != 0) for leaf in gradients)
+
+
 def test_mean_pooling_is_a_mean(x64):
   """One layer by hand: the second of two receivers hears 1 and 3, the first nobody."""
   graph = graphs.make_graph(np.array([[1.0], [2.0], [3.0]]), [0, 2], [1, 1])
@@ -201,10 +219,25 @@ def test_bad_graphs_are_refused():
   features, senders, receivers, _ = _data()
   with pytest.raises(ValueError, match="must not be loops, got one at node 3"):
     graphs.make_graph(features, [0, 3], [1, 3])
-  with pytest.raises(ValueError, match=r"features must be \[N, D\], got shape \(9,\)"):
+  with pytest.raises(
+    ValueError, match=r"features must be \[N, D\], neither of them 0, got shape \(9,\)"
+  ):
     graphs.make_graph(features[:, 0], senders, receivers)
   with pytest.raises(ValueError, match=r"graph_ids must have shape \[N\] = \[9\]"):
     graphs.make_graph(features, senders, receivers, graph_ids=[0, 1])
+  with pytest.raises(ValueError, match=r"graph_ids must lie in \[0, N\) = \[0, 9\), got 1 to 9"):
+    graphs.make_graph(features, senders, receivers, graph_ids=range(1, 10))
+  with pytest.raises(ValueError, match=r"multiple must be an integer >= 1, got 0"):
+    graphs.make_graph(features, senders, receivers, multiple=0)
+  with pytest.raises(ValueError, match=r"receivers\[1\]=9 is no node: give numbers in \[0, 9\)"):
+    graphs.make_graph(features, [0, 3], [1, 9])
+  with pytest.raises(ValueError, match=r"neither of them 0, got shape \(9, 0\)"):
+    graphs.make_graph(features[:, :0], senders, receivers)
+  holed = features.copy()
+  holed[4, 2] = np.nan
+  for given in (holed, scipy.sparse.csr_array(holed)):
+    with pytest.raises(ValueError, match=r"must be finite, got nan at node 4 \(1 such values\)"):
+      graphs.make_graph(given, senders, receivers)
   with pytest.raises(ValueError, match="norm must be 'batch' or 'graph', got 'layer'"):
     gcn.GCN((2,), norm="layer").init(
       jax.random.key(0), graphs.make_graph(features, senders, receivers), train=False

@@ -1,5 +1,9 @@
 """Sums over neighbours: equal to a loop over edges, forward and backward, in any layout."""
 
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,9 +115,36 @@ def test_eight_devices_equal_one(x64):
   def squares(values, neighbours, slots):
     return jnp.sum(message_passing.neighbour_sum(values, neighbours, slots) ** 2)
 
-  gradient = jax.jit(jax.value_and_grad(squares))
+  gradient = jax.jit(jax.value_and_grad(squares, (0, 2)))
   one, many = gradient(values, neighbours, slots), gradient(*placed)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), many, one)
+  # What goes between devices: rows of nodes and numbers of edges, no row of numbers for each edge.
+  text = gradient.lower(*placed).compile().as_text()
+  sizes = [
+    math.prod(map(int, shape.split(",")))
+    for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-(?:gather|reduce)\(", text)
+  ]
+  assert sizes and max(sizes) <= max(values.size, slots.size) < values.shape[1] * len(weights)
+
+
+@pytest.mark.parametrize(
+  ("platform", "same"), [("cpu", "rows"), ("tpu", "segments"), ("cuda", "segments")]
+)
+def test_the_platform_chooses_the_implementation(platform, same):
+  neighbours = message_passing.layout([0, 1, 2], [1, 2, 0], num_receivers=3)
+  weights = neighbours.mask.astype(jnp.float32)
+
+  def lowered(implementation):
+    function = jax.jit(
+      functools.partial(message_passing.neighbour_sum, implementation=implementation)
+    )
+    traced = function.trace(jnp.ones((3, 2)), neighbours, weights)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+  # The rows' barrier against recomputing is in no other program.
+  assert ("optimization_barrier" in lowered("auto")) == (same == "rows")
+  assert "optimization_barrier" in lowered("rows")
+  assert "optimization_barrier" not in lowered("segments")
 
 
 def test_bad_input_is_refused():
