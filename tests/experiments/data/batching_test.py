@@ -105,7 +105,8 @@ def test_what_is_made_of_a_batch_depends_on_its_number_only():
     return rows.weight, rng.integers(0, 2**30, 3)
 
   def drawn(iterator, count):
-    return [np.concatenate([ids, *made]).tolist() for ids, made in itertools.islice(iterator, count)]
+    taken = itertools.islice(iterator, count)
+    return [np.concatenate([ids, *made]).tolist() for ids, made in taken]
 
   settings = {"batch_size": 4, "seed": 3, "make": make}
   whole = drawn(batching.batches(_arrays(), **settings), 9)
