@@ -106,9 +106,7 @@ class Sampler:
     parts = np.split(np.asarray(nodes), self.num_blocks)
     blocks = [self._block(part, rng, index) for index, part in enumerate(parts)]
     treedef = jax.tree.structure(blocks[0])
-    leaves = [
-      np.concatenate(pieces) for pieces in zip(*map(jax.tree.leaves, blocks), strict=True)
-    ]
+    leaves = [np.concatenate(pieces) for pieces in zip(*map(jax.tree.leaves, blocks), strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
   def _block(self, centre: np.ndarray, rng: np.random.Generator, index: int) -> graphs.Graph:
