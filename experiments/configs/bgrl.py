@@ -29,6 +29,7 @@ PRESETS = {
   "wikics": base.Preset("articles, 11,701 nodes", "hours", "unrun"),
   "ppi": base.Preset("24 protein graphs, 121 labels a node, micro-F1", "not measured", "unrun"),
   "ogbn_arxiv": base.Preset("169,343 papers, sampled neighbours", "not measured", "unrun"),
+  "paper": base.Preset("the five small data sets, 3 initialisations each", "days", "unrun"),
   "tiny_ppi": base.Preset("the protocol of ppi on 6 generated graphs", "30 seconds", "runs"),
   "tiny_sampled": base.Preset("that of ogbn_arxiv on a block model", "30 seconds", "runs"),
 }
@@ -52,6 +53,8 @@ _SETTINGS = {
 def get_config(preset: str = "csbm") -> ml_collections.ConfigDict:
   """Returns the config of one preset."""
   base.check_preset(preset, PRESETS)
+  if preset == "paper":
+    return _paper()
   feature_mask_probs, edge_drop_probs, learning_rate, widths = _SETTINGS[preset]
   algorithm = {
     "feature_mask_probs": feature_mask_probs,
@@ -96,4 +99,27 @@ def get_config(preset: str = "csbm") -> ml_collections.ConfigDict:
     config.data.update(dict(zip(("batch_size", "fan_outs"), sizes, strict=True)))
   if preset == "ogbn_arxiv":
     config.network.predictor_width = 256
+  return config
+
+
+def _paper() -> ml_collections.ConfigDict:
+  """The table of the paper, a run of runs: the sections replace those of the runs."""
+  sections = base.graph("bgrl", "paper", algorithm={})
+  config = ml_collections.ConfigDict(
+    {
+      "paper": "bgrl",
+      "preset": "paper",
+      "runner": "node_table",
+      "seed": 0,  # the first one
+      "data": {
+        "names": ("wikics", "amazon_computers", "amazon_photo", "coauthor_cs", "coauthor_physics"),
+        "directory": "",
+        "num_seeds": 3,
+        # Of each run, below the work directory unless absolute: runs that are there are taken up.
+        "folders": "{name}-{seed}",
+      },
+    }
+  )
+  for section in ("sharding", "train", "eval", "checkpoint"):
+    config[section] = sections[section]
   return config
