@@ -1,6 +1,8 @@
 """What methods that learn from one graph share: its data, encoder, optimiser, judge and figures.
 
-A paper adds how its state begins, its update and its embeddings (`build`).
+A paper adds how its state begins, its update and its embeddings (`build`). A step reads the whole
+graph, or with `data.fan_outs` a sample around `data.batch_size` central nodes; what is judged are
+embeddings of the whole graph. Of several graphs those with test nodes are not trained on.
 """
 
 import functools
@@ -12,10 +14,10 @@ import numpy as np
 import optax
 
 import sharding
-from experiments import bandit, node_classification, report, training
-from experiments.data import csbm
+from experiments import bandit, memory, node_classification, report, training
+from experiments.data import batching, csbm
 from experiments.data import graphs as graph_data
-from representation import collapse, graphs
+from representation import collapse, graphs, neighbour_sampling
 from representation.networks import gcn
 
 ENCODERS = ("gcn", "mean_pooling", "gat")
@@ -39,9 +41,26 @@ def build(
     embed: `embed(state, graph) -> [N, K]`, what is judged.
   """
   data = load(config)
+  trained_on = graph_data.without_test_graphs(data)
+  sampler = make_sampler(config, trained_on)
+  check_memory(config, data, trained_on, sampler)
+  memory.reset_peak()
   graph = place(config, data)
+  if sampler is not None:
+    rows = np.arange(trained_on.labels.shape[0])
+    batches = functools.partial(
+      batching.batches, rows, batch_size=sampler.batch_size, seed=config.seed, make=sampler
+    )
+    first = sampler(rows[: sampler.batch_size], np.random.default_rng(0))
+    example = sharding.shard_batch(first, training.make_mesh(config.sharding.mesh))
+  else:
+    example = graph if trained_on is data else place(config, trained_on)
+    batches = functools.partial(bandit.NoData, example)
   judge = node_classification.Judge(
-    data, num_splits=config.eval.num_splits, split_seed=config.eval.split_seed
+    data,
+    num_splits=config.eval.num_splits,
+    split_seed=config.eval.split_seed,
+    protocol=config.eval.get("protocol", ""),
   )
   embed = jax.jit(embed)
 
@@ -60,14 +79,15 @@ def build(
       lambda: {
         "effective_rank": float(collapse.effective_rank(embeddings)),
         "mean_cosine": float(collapse.mean_cosine(embeddings)),
+        **({"peak_memory_gib": used / memory.GIBIBYTE} if (used := memory.peak()) else {}),
       },
     )
 
   return training.Experiment(
     init=init,
-    init_args=(graph,),
+    init_args=(example,),
     update=update,
-    batches=functools.partial(bandit.NoData, graph),
+    batches=batches,
     headline="loss",
     maximise=False,
     evaluate=evaluate,
@@ -83,6 +103,8 @@ def load(config: Any) -> graph_data.Graph:
   section = config.data
   if section.name == "csbm":
     return csbm.sample(**section.csbm)
+  if section.name == "csbm_several":
+    return csbm.sample_several(**section.csbm)
   return graph_data.load(
     section.name,
     directory=section.directory,
@@ -94,13 +116,111 @@ def load(config: Any) -> graph_data.Graph:
 def place(config: Any, data: graph_data.Graph) -> graphs.Graph:
   """Returns the graph on the mesh of the config, nodes and rows of edges split over it."""
   features = data.features
-  if hasattr(features, "toarray") and features.nnz > features.shape[0] * features.shape[1] / 20:
-    features = features.toarray()  # a dense product is faster from about there
+  if hasattr(features, "toarray") and not _is_sparse(features):
+    features = features.toarray()
   mesh = training.make_mesh(config.sharding.mesh)
   graph = graphs.make_graph(
     features, data.senders, data.receivers, graph_ids=data.graph_ids, multiple=mesh.size
   )
   return sharding.shard_batch(graph, mesh)
+
+
+def make_sampler(config: Any, data: graph_data.Graph) -> neighbour_sampling.Sampler | None:
+  """Returns what draws the sample of each step, or None where a step reads the whole graph."""
+  fan_outs = tuple(config.data.get("fan_outs", ()))
+  if not fan_outs:
+    return None
+  return neighbour_sampling.Sampler(
+    data.features,
+    data.senders,
+    data.receivers,
+    fan_outs=fan_outs,
+    batch_size=config.data.batch_size,
+    num_blocks=training.make_mesh(config.sharding.mesh).size,
+  )
+
+
+# Activations that a step holds at its peak, in widths of a layer a node, as compiled for a CPU.
+_COPIES = {"gcn": 12, "mean_pooling": 14, "gat": 9}
+_HEAD_COPIES, _EDGE_COPIES = 6, 20
+
+
+def step_bytes(
+  config: Any, num_nodes: int, num_edges: int, num_features: int, num_entries: int | None = None
+) -> int:
+  """Estimates the memory of one step of BGRL, in bytes, before anything is laid out or compiled.
+
+  Within a quarter of what the compiler plans, for the encoders of this project; what is compared is
+  sizes that differ by more.
+
+  Args:
+    config: of the run.
+    num_nodes: of what a step reads.
+    num_edges: directed.
+    num_features: columns.
+    num_entries: features that are stored; None for all.
+  """
+  section = config.network
+  widths, per_edge = list(section.widths), 21  # bytes of an edge in both layouts
+  if section.encoder == "mean_pooling":
+    widths = widths[-1:] * 3
+  elif section.encoder == "gat":
+    heads = gcn.GAT.num_heads
+    widths = [count * widths[-1] for count in heads]
+    per_edge += 4 * _EDGE_COPIES * sum(heads)
+  head = section.predictor_width + section.widths[-1]
+  floats = _COPIES[section.encoder] * sum(widths) + _HEAD_COPIES * head
+  entries = num_nodes * num_features * 4 if num_entries is None else num_entries * (per_edge + 4)
+  parameters = 8 * 4 * num_features * widths[0]  # two encoders, moments, gradients
+  return 4 * floats * num_nodes + per_edge * num_edges + entries + parameters
+
+
+def check_memory(
+  config: Any,
+  data: graph_data.Graph,
+  trained_on: graph_data.Graph,
+  sampler: neighbour_sampling.Sampler | None,
+) -> None:
+  """Raises `ValueError` if a step, or embedding the whole graph, will not fit into memory."""
+  free = memory.available(training.make_mesh(config.sharding.mesh).devices.flat)
+  if free is None:
+    return
+  num_features = data.features.shape[1]
+  whole = _stored(data.features) + 21 * len(data.senders)
+  whole += 4 * 4 * len(data.labels) * max(config.network.widths)  # activations, without gradients
+  if sampler is None:
+    shape = len(trained_on.labels), len(trained_on.senders)
+    entries = trained_on.features.nnz if _is_sparse(trained_on.features) else None
+    step = step_bytes(config, *shape, num_features, entries)
+    remedy = (
+      "sample neighbours, as the preset bgrl:ogbn_arxiv does with data.fan_outs and "
+      "data.batch_size, narrow network.widths, or spread nodes over more devices "
+      "(sharding.mesh.data)"
+    )
+  else:
+    size = sampler.num_nodes * sampler.num_blocks
+    step = step_bytes(config, size, size, num_features)
+    remedy = (
+      f"lower data.batch_size={sampler.batch_size} or data.fan_outs={sampler.fan_outs}, which make "
+      f"{size} nodes a step, or use more devices (sharding.mesh.data)"
+    )
+  needed = max(step, whole)
+  if needed > free:
+    raise ValueError(
+      f"{data.name}: {len(data.labels)} nodes, {len(data.senders)} edges and {num_features} "
+      f"features need about {needed / memory.GIBIBYTE:.3g} GiB a step, and "
+      f"{free / memory.GIBIBYTE:.3g} GiB are free: {remedy}"
+    )
+
+
+def _is_sparse(features: Any) -> bool:
+  """Whether features stay sparse: a dense product is faster from about a twentieth."""
+  return hasattr(features, "toarray") and features.nnz <= np.prod(features.shape) / 20
+
+
+def _stored(features: Any) -> int:
+  """Bytes of the features on the device."""
+  return 25 * features.nnz if _is_sparse(features) else 4 * int(np.prod(features.shape))
 
 
 def make_encoder(config: Any) -> gcn.Encoder:

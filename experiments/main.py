@@ -207,7 +207,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     # Ours before the paper loads weights or writes data; hosts share the folder.
     if jax.process_index() == 0:
       run_folder.claim(config, workdir)
-    paper = _paper(config.paper)
+    paper = _paper(_runner(config))
     if hasattr(paper, "run"):  # a run of runs, such as a comparison
       outcome = paper.run(config, workdir)
     else:
@@ -223,7 +223,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
   if config is not None:
     run_folder.claim(config, workdir)  # refuses another run's folder
     saved = config
-  paper = _paper(saved.paper)
+  paper = _paper(_runner(saved))
   if hasattr(paper, "run"):
     raise ValueError(f"{workdir} holds runs: give the folder of one of them to --workdir")
   experiment = paper.build(saved, workdir)
@@ -256,6 +256,11 @@ def _as_text(result: Any) -> str:
 
   checks = [row for table in result.tables if table.columns == report.CHECKS for row in table.rows]
   return "\n".join([str(result), *(f"{passed}  {criterion}" for criterion, passed in checks)])
+
+
+def _runner(config: Any) -> str:
+  """The module that runs a config: its paper's, unless the preset is a run of runs of the paper."""
+  return config.get("runner") or config.paper
 
 
 def _paper(name: str) -> Any:

@@ -6,7 +6,7 @@ a parameter), the encoder before training, and the trained one. What counts is t
 
 Protocols, by what the data set has: 20 frozen random splits (20 % train), each with five halves
 that choose C; the data set's own splits, C chosen by their validation nodes; several labels a node,
-micro-F1.
+micro-F1. Or "softmax" (ogbn-arxiv), a layer of all classes together, its weight decay chosen.
 """
 
 import functools
@@ -21,8 +21,12 @@ from experiments import evaluation, report
 from experiments.data import graphs, node_splits
 from representation import probes
 
+PROTOCOLS = ("", "softmax")
 MAX_COLUMNS = 1024  # wider features are judged by their main directions
 NUM_DIRECTIONS = 512
+SOFTMAX_STEPS = 100  # of AdamW, as published
+MAX_POINTS = 4000  # of the map of embeddings
+COLUMNS = ("of", "mean", "standard deviation", "worst", "best")
 
 
 class Judge:
@@ -33,65 +37,98 @@ class Judge:
     num_splits: how many scores `score` returns.
   """
 
-  def __init__(self, data: graphs.Graph, *, num_splits: int, split_seed: int):
+  def __init__(self, data: graphs.Graph, *, num_splits: int, split_seed: int, protocol: str = ""):
+    several = data.labels.ndim > 1
+    if protocol not in PROTOCOLS or (protocol and several):
+      listed = " or ".join(map(repr, PROTOCOLS))
+      raise ValueError(
+        f"protocol={protocol!r}: give {listed} (by what the data set has), and '' where nodes have "
+        "several labels"
+      )
     self._data = data
-    self.metric = "micro_f1" if data.labels.ndim > 1 else "accuracy"
+    self.metric = "micro_f1" if several else "accuracy"
     self._splits = _make_splits(data, num_splits, split_seed)
     self.num_splits = len(self._splits.train_rows)
+    # What counts first: gains of a layer that is far from fitted are the layer's.
+    self._ways: dict[str, Callable[[Any], np.ndarray]] = {"": self._logistic}
+    if several:
+      self._ways = {"": self._multilabel}
+    elif protocol:
+      self._ways = {
+        "": functools.partial(self._softmax, num_steps=None),
+        f"_{SOFTMAX_STEPS}_steps": functools.partial(self._softmax, num_steps=SOFTMAX_STEPS),
+      }
 
-  def score(self, embeddings: Any) -> np.ndarray:
+  def score(self, embeddings: Any, way: str = "") -> np.ndarray:
     """Returns the test score of each split, from embeddings `[N, K]`."""
+    return np.asarray(self._ways[way](jnp.asarray(embeddings)), float)
+
+  def _logistic(self, embeddings: jnp.ndarray) -> Any:
     labels = self._data.labels
-    if labels.ndim > 1:
-      found = probes.evaluate_multilabel(
-        jnp.asarray(embeddings), jnp.asarray(labels), self._splits.train_rows[0],
-        self._splits.validation_rows[0, 0], self._splits.test_rows[0],
-      )  # fmt: skip
-      return np.atleast_1d(np.asarray(found.score, float))
-    found = probes.evaluate_nodes(
+    return probes.evaluate_nodes(
       embeddings, np.maximum(labels, 0), self._splits, num_classes=int(labels.max()) + 1
-    )
-    return np.asarray(found.score, float)
+    ).score
+
+  def _multilabel(self, embeddings: jnp.ndarray) -> Any:
+    labels = jnp.asarray(self._data.labels)
+    return [probes.evaluate_multilabel(embeddings, labels, *rows).score for rows in self._rows()]
+
+  def _softmax(self, embeddings: jnp.ndarray, *, num_steps: int | None) -> Any:
+    labels = self._data.labels
+    return [
+      probes.evaluate_softmax(
+        embeddings, np.maximum(labels, 0), *rows, num_classes=int(labels.max()) + 1,
+        num_steps=num_steps,
+      ).score
+      for rows in self._rows()
+    ]  # fmt: skip
+
+  def _rows(self) -> Any:
+    """Training, validation and test rows of each split, for protocols that fit once."""
+    splits = self._splits
+    return zip(splits.fit_rows[:, 0], splits.validation_rows[:, 0], splits.test_rows, strict=True)
 
   @functools.cached_property
-  def baselines(self) -> dict[str, np.ndarray]:
-    """Scores of the features alone, and averaged twice over neighbours."""
+  def baselines(self) -> dict[str, dict[str, np.ndarray]]:
+    """Scores of the features alone, and averaged twice over neighbours, by way and row."""
     features, note = _narrow(self._data.features)
     averaged = features
     adjacency = _normalised_adjacency(self._data)
     for _ in range(2):
       averaged = adjacency @ averaged
-    return {f"features{note}": self.score(features), f"SGC-2{note}": self.score(averaged)}
+    rows = {f"features{note}": features, f"SGC-2{note}": averaged}
+    return {way: {name: self.score(row, way) for name, row in rows.items()} for way in self._ways}
 
   def result(
     self, trained: Any, untrained: Any, extra: Callable[[], dict[str, Any]] = dict
   ) -> evaluation.Result:
     """Returns the scores of an encoder before and after training, with all rows beside them."""
-    scores = {
-      **self.baselines,
-      "encoder, untrained": self.score(untrained),
-      "encoder, trained": self.score(trained),
-    }
-    before, after = scores["encoder, untrained"], scores["encoder, trained"]
-    rows = [
-      [name, f"{100 * x.mean():.2f}", f"{100 * x.std():.2f}", f"{100 * x.min():.2f}",
-       f"{100 * x.max():.2f}"]
-      for name, x in scores.items()
-    ]  # fmt: skip
-    title = f"Test {self.metric.replace('_', ' ')} in percent, {self.num_splits} splits"
+    metrics, tables = {}, []
+    for way, rows in self.baselines.items():
+      before, after = self.score(untrained, way), self.score(trained, way)
+      rows = {**rows, "encoder, untrained": before, "encoder, trained": after}
+      metrics |= {
+        f"{self.metric}{way}": _estimate(after),
+        f"{self.metric}_untrained{way}": _estimate(before),
+        f"gain{way}": _estimate(after - before),
+      }
+      tables.append(
+        report.Table(
+          f"Test {self.metric.replace('_', ' ')} in percent, {self.num_splits} splits"
+          + way.replace("_", " "),
+          COLUMNS,
+          [
+            [name, *(f"{100 * x:.2f}" for x in (s.mean(), s.std(), s.min(), s.max()))]
+            for name, s in rows.items()
+          ],
+        )
+      )
     notes = [[name.replace("_", " "), str(value)] for name, value in self._data.notes.items()]
+    shown = np.random.default_rng(0).permutation(len(trained))[:MAX_POINTS]
     return evaluation.Result(
-      metrics={
-        self.metric: _estimate(after),
-        f"{self.metric}_untrained": _estimate(before),
-        "gain": _estimate(after - before),
-        **extra(),
-      },
-      tables=[
-        report.Table(title, ["of", "mean", "standard deviation", "worst", "best"], rows),
-        report.Table("Data", ["what", "value"], notes),
-      ],
-      arrays={"embeddings": np.asarray(trained), "labels": self._data.labels},
+      metrics={**metrics, **extra()},
+      tables=[*tables, report.Table("Data", ["what", "value"], notes)],
+      arrays={"embeddings": np.asarray(trained)[shown], "labels": self._data.labels[shown]},
     )
 
 
@@ -147,18 +184,15 @@ def _normalised_adjacency(data: graphs.Graph) -> Any:
   return scale @ adjacency @ scale
 
 
-def embedding_map(result: evaluation.Result, *, max_points: int = 4000) -> report.Figure:
+def embedding_map(result: evaluation.Result) -> report.Figure:
   """Draws embeddings by their two main directions, a colour for each class."""
   embeddings, labels = result.arrays["embeddings"], result.arrays["labels"]
-  order = np.random.default_rng(0).permutation(len(embeddings))[:max_points]
-  rows = embeddings[order] / np.maximum(
-    np.linalg.norm(embeddings[order], axis=1, keepdims=True), 1e-12
-  )
+  rows = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
   centred = rows - rows.mean(0)
   _, _, directions = np.linalg.svd(centred, full_matrices=False)
   flat = centred @ directions[:2].T
   figure, axes = report.subplots(1, 1)
-  colours = labels[order] if labels.ndim == 1 else labels[order].sum(1)
+  colours = labels if labels.ndim == 1 else labels.sum(1)
   cmap = "tab10" if colours.max() < 10 else "tab20"
   axes[0][0].scatter(*flat.T, c=colours, cmap=cmap, s=4, linewidths=0)
   axes[0][0].set(xticks=[], yticks=[], xlabel="first direction", ylabel="second direction")

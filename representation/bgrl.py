@@ -191,12 +191,12 @@ def init(
 def loss(
   params: Params, state: State, batch: Batch, key: Any, *, apply_fn: Networks, config: Config
 ) -> tuple[jax.Array, tuple[Metrics, NetworkState]]:
-  """Returns the loss of both directions, averaged over the nodes in use.
+  """Returns the loss of both directions, averaged over `graphs.counted`.
 
   Args:
     params: the only input to differentiate.
     state: whose target is chased; its `params` and `opt_state` are not used.
-    batch: the graph.
+    batch: the graph, or a sample of one (`neighbour_sampling`).
     key: typed PRNG key, for the two corruptions.
     apply_fn: the networks.
     config: hyper-parameters.
@@ -219,10 +219,11 @@ def loss(
     embeddings.append(online)
     targets.append(target)
   losses = bgrl_loss(predictions[0], targets[1]) + bgrl_loss(predictions[1], targets[0])
-  value = jnp.sum(jnp.where(batch.mask, losses, 0)) / jnp.sum(batch.mask)
+  counted = graphs.counted(batch)
+  value = jnp.sum(jnp.where(counted, losses, 0)) / jnp.sum(counted)
   metrics = {
     "loss": value,
-    **collapse.metrics(jax.lax.stop_gradient(embeddings[0]), mask=batch.mask, spectrum=True),
+    **collapse.metrics(jax.lax.stop_gradient(embeddings[0]), mask=counted, spectrum=True),
   }
   return value, (metrics, jax.lax.stop_gradient(NetworkState(online_state, target_state)))
 

@@ -28,7 +28,7 @@ def drop_edges(graph: graphs.Graph, key: jax.Array, *, prob: Any) -> graphs.Grap
   """Returns the graph with each directed edge out of use with probability `prob`.
 
   One direction of an undirected edge can survive the other. Layers that normalise by degrees count
-  what is in use.
+  what is in use; of edges outside a sample, their expected share.
 
   Args:
     graph: the graph.
@@ -36,6 +36,8 @@ def drop_edges(graph: graphs.Graph, key: jax.Array, *, prob: Any) -> graphs.Grap
     prob: in [0, 1].
   """
   kept = jax.random.uniform(key, graph.neighbours.mask.shape) >= prob
+  if graph.outside_degree is not None:
+    graph = graph._replace(outside_degree=graph.outside_degree * (1 - prob))
   return graph._replace(edge_mask=kept if graph.edge_mask is None else kept & graph.edge_mask)
 
 

@@ -43,10 +43,16 @@ class Graph(NamedTuple):
   Attributes:
     features: `[N, D]` float, or `SparseFeatures`; `linear` reads them.
     neighbours: who sends to whom; without loops.
-    mask: `[N]` bool, false at nodes that only fill the shape up.
+    mask: `[N]` bool, false at nodes that only fill the shape up, or whose own neighbours are not
+      there; normalisation does not see them.
     graph_ids: `[N]` int32 in [0, N), which graph a node is of.
     column_mask: `[D]` bool, the columns in use; None means all.
     edge_mask: `[R, K]` bool in the layout of the slots, the edges in use; None means all.
+    central: `[N]` bool, the nodes that a loss counts; None means those of the mask.
+    edge_scale: `[R, K]`, how many edges of the whole graph each slot of a sample stands for; None
+      means 1.
+    outside_degree: `[N]`, how many edges of the whole graph come in for which no slot stands; None
+      means 0.
   """
 
   features: Any
@@ -55,6 +61,9 @@ class Graph(NamedTuple):
   graph_ids: jax.Array
   column_mask: jax.Array | None = None
   edge_mask: jax.Array | None = None
+  central: jax.Array | None = None
+  edge_scale: jax.Array | None = None
+  outside_degree: jax.Array | None = None
 
 
 def make_graph(
@@ -145,11 +154,27 @@ def _floating(values: np.ndarray) -> np.ndarray:
 
 
 def edge_weights(graph: Graph) -> jax.Array:
-  """Returns 1 at the edges in use and 0 elsewhere, `[R, K]`, for `message_passing`."""
+  """Returns how many edges each slot in use stands for, else 0, `[R, K]`, for `message_passing`."""
   mask = graph.neighbours.mask
   if graph.edge_mask is not None:
     mask = mask & graph.edge_mask
-  return mask.astype(graph.features.dtype)
+  weights = mask.astype(graph.features.dtype)
+  return weights if graph.edge_scale is None else weights * graph.edge_scale
+
+
+def in_degrees(graph: Graph, weights: jax.Array) -> jax.Array:
+  """Returns how many edges come into each node, `[N]`, by weights of `edge_weights`.
+
+  In a sample that is the degree in the whole graph: known where no neighbour is there, estimated
+  from the neighbours in use elsewhere.
+  """
+  degrees = message_passing.degrees(graph.neighbours, weights)
+  return degrees if graph.outside_degree is None else degrees + graph.outside_degree
+
+
+def counted(graph: Graph) -> jax.Array:
+  """Returns the nodes over which a loss is averaged, `[N]` bool."""
+  return graph.mask if graph.central is None else graph.central
 
 
 def linear(graph: Graph, kernel: jax.Array) -> jax.Array:

@@ -45,10 +45,10 @@ class Rows:
     num_receivers: static.
   """
 
-  senders: jax.Array
-  receivers: jax.Array
-  mask: jax.Array
-  edges: jax.Array
+  senders: Any
+  receivers: Any
+  mask: Any
+  edges: Any
   num_receivers: int
 
 
@@ -140,12 +140,12 @@ def layout(
   options: Any = {"chunk_size": chunk_size, "multiple": num_rows_multiple}
   senders, receivers = senders.astype(np.int32), receivers.astype(np.int32)
   edges = np.arange(len(senders))
-  rows, slots = _rows(senders, receivers, edges, num_receivers, **options)
-  transposed, _ = _rows(receivers, senders, slots, num_senders, **options)
-  return Neighbours(rows, transposed, len(senders))
+  rows, slots = make_rows(senders, receivers, edges, num_receivers, **options)
+  transposed, _ = make_rows(receivers, senders, slots, num_senders, **options)
+  return jax.tree.map(jnp.asarray, Neighbours(rows, transposed, len(senders)))
 
 
-def _rows(
+def make_rows(
   senders: np.ndarray,
   receivers: np.ndarray,
   edges: np.ndarray,
@@ -154,7 +154,16 @@ def _rows(
   chunk_size: int | None,
   multiple: int,
 ) -> tuple[Rows, np.ndarray]:
-  """Returns the rows, and for each edge of the list the number of its slot."""
+  """Returns the rows of one direction in NumPy, and for each edge of the list its slot, `[E]`.
+
+  Args:
+    senders: `[E]` int32.
+    receivers: `[E]` int32.
+    edges: `[E]` what `Rows.edges` says in each slot.
+    num_receivers: static.
+    chunk_size: slots of a row; None as in `layout`.
+    multiple: of which the number of rows is.
+  """
   order = np.argsort(receivers, kind="stable")
   degrees = np.bincount(receivers, minlength=num_receivers)
   if chunk_size is None:
@@ -173,10 +182,10 @@ def _rows(
   by_edge = np.zeros(len(order), np.int64)
   by_edge[order] = slots
   rows = Rows(
-    senders=jnp.asarray(shaped[0]),
-    receivers=jnp.asarray(owners),
-    mask=jnp.asarray(shaped[2], bool),
-    edges=jnp.asarray(shaped[1]),
+    senders=shaped[0],
+    receivers=owners,
+    mask=shaped[2].astype(bool),
+    edges=shaped[1],
     num_receivers=num_receivers,
   )
   return rows, by_edge

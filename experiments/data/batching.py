@@ -1,6 +1,6 @@
 """Shuffled batches of arrays in memory, resumable to the very example, on Grain."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ def batches(
   seed: int,
   num_epochs: int | None = None,
   drop_remainder: bool = True,
+  make: Callable[[Any, np.random.Generator], Any] | None = None,
 ) -> "Batches":
   """Returns an endless (or `num_epochs` long) iterator over shuffled batches.
 
@@ -28,6 +29,8 @@ def batches(
     seed: of the shuffles.
     num_epochs: None repeats for ever.
     drop_remainder: leaves out a last, smaller batch (there is one only with `num_epochs`).
+    make: `make(examples, rng) -> batch`, called ahead of time by two threads; what its generator
+      draws depends on `seed` and the number of the batch only.
 
   Raises:
     ValueError: leading axes differ, no examples, or `batch_size` outside 1..N.
@@ -56,27 +59,31 @@ def batches(
     "num_epochs": num_epochs,
     "drop_remainder": drop_remainder,
   }
-  return Batches(arrays, order)
+  return Batches(arrays, order, make)
 
 
 class Batches(Iterator[tuple[np.ndarray, Any]]):
   """Yields (ids `[B]` of the examples, batch with the structure of `arrays`); see `batches`."""
 
-  def __init__(self, arrays: Any, order: dict[str, Any]):
+  def __init__(self, arrays: Any, order: dict[str, Any], make: Callable[..., Any] | None = None):
     import grain
+
+    def read(ids, rng=None):
+      examples = jax.tree.map(lambda leaf: np.asarray(leaf)[ids], arrays)
+      return ids, examples if make is None else make(examples, rng)
 
     dataset = grain.MapDataset.source(range(order["num_examples"])).seed(order["seed"]).shuffle()
     dataset = dataset.repeat(order["num_epochs"])
     dataset = dataset.batch(order["batch_size"], drop_remainder=order["drop_remainder"])
-    # Indices only, so nothing is worth a thread or a prefetch buffer.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    dataset = dataset.map(read) if make is None else dataset.random_map(read)
+    # Rows alone are not worth a thread or a prefetch buffer.
+    threads, ahead = (0, 0) if make is None else (2, 4)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     self._iterator = iter(dataset.to_iter_dataset(options))
-    self._arrays = arrays
     self._order = order
 
   def __next__(self) -> tuple[np.ndarray, Any]:
-    ids = next(self._iterator)
-    return ids, jax.tree.map(lambda leaf: np.asarray(leaf)[ids], self._arrays)
+    return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
     """Returns the position as a dict that JSON can hold."""

@@ -17,6 +17,7 @@ Reference: Deshpande et al. 2018, https://arxiv.org/abs/1807.08479.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def sample(
   mean_degree: float,
   edge_signal: float,
   feature_signal: float,
-  seed: int,
+  seed: int | Sequence[int],
 ) -> graphs.Graph:
   """Returns a sample with dense features `[N, D]` and labels 0 and 1, in time linear in its edges.
 
@@ -70,6 +71,72 @@ def sample(
     "csbm", "csbm", features, np.concatenate(edges, axis=1), labels, {}, undirected=True
   )
   return graphs.build(raw, name="csbm")
+
+
+def sample_several(
+  num_graphs: int,
+  num_labels: int,
+  num_nodes: int,
+  num_features: int,
+  *,
+  mean_degree: float,
+  edge_signal: float,
+  feature_signal: float,
+  seed: int,
+) -> graphs.Graph:
+  """Returns graphs side by side whose nodes have several labels, as the protein graphs of PPI do.
+
+  Each label is a block model of its own over the same nodes, with one direction in the features for
+  all graphs; edges are those of all labels together, features their sum over sqrt(num_labels). The
+  last quarter of the graphs (at least one) is for testing, as many before them for validation. Its
+  time is `num_graphs` times that of the edges, since edges between graphs are drawn, then dropped.
+
+  Args:
+    num_graphs: at least 3.
+    num_labels: independent of each other; at least 2.
+    num_nodes: of each graph.
+    num_features: of each node.
+    mean_degree: of each label's edges within a graph; the rest as in `sample`, for each label.
+    edge_signal: as in `sample`.
+    feature_signal: as in `sample`.
+    seed: as in `sample`.
+
+  Raises:
+    ValueError: an argument is out of range.
+  """
+  for name, count, least in (("num_graphs", num_graphs, 3), ("num_labels", num_labels, 2)):
+    if count < least:
+      raise ValueError(f"{name} is {count}; at least {least} are needed")
+  # With these, probabilities within a graph are those of `num_nodes` alone.
+  parts = [
+    sample(
+      num_graphs * num_nodes,
+      num_features,
+      mean_degree=num_graphs * mean_degree,
+      edge_signal=math.sqrt(num_graphs) * edge_signal,
+      feature_signal=num_graphs * feature_signal,
+      seed=(seed, label),
+    )
+    for label in range(num_labels)
+  ]
+  graph_ids = np.repeat(np.arange(num_graphs), num_nodes)
+  held_out = max(1, num_graphs // 4)
+  first_test = num_graphs - held_out
+  raw = graph_formats.Raw(
+    "csbm_several",
+    "csbm",
+    sum(part.features for part in parts) / math.sqrt(num_labels),
+    np.concatenate([[part.senders, part.receivers] for part in parts], axis=1),
+    np.stack([part.labels for part in parts], axis=1),
+    {
+      "train": graph_ids < first_test - held_out,
+      "val": (graph_ids >= first_test - held_out) & (graph_ids < first_test),
+      "test": graph_ids >= first_test,
+    },
+    graph_ids,
+    undirected=True,
+  )
+  return graphs.build(raw, name="csbm_several")
 
 
 def threshold(num_nodes: int, num_features: int, *, feature_signal: float) -> float:

@@ -150,6 +150,35 @@ def build(
   )
 
 
+def part(graph: Graph, kept: np.ndarray) -> Graph:
+  """Returns the nodes in a mask `[N]` bool, numbered anew, with the edges among them."""
+  number = np.cumsum(kept) - 1
+  edges = kept[graph.senders] & kept[graph.receivers]
+  ids = graph.graph_ids[kept]
+  return graph._replace(
+    features=graph.features[kept],
+    senders=number[graph.senders[edges]].astype(np.int32),
+    receivers=number[graph.receivers[edges]].astype(np.int32),
+    labels=graph.labels[kept],
+    splits={name: masks[:, kept] for name, masks in graph.splits.items()},
+    graph_ids=np.unique(ids, return_inverse=True)[1].astype(np.int32),
+  )
+
+
+def without_test_graphs(graph: Graph) -> Graph:
+  """Returns what may be trained on: the only graph, or those of several without a test node."""
+  if "test" not in graph.splits or not graph.graph_ids.any():
+    return graph
+  tested = np.unique(graph.graph_ids[graph.splits["test"].any(axis=0)])
+  kept = ~np.isin(graph.graph_ids, tested)
+  if not kept.any():
+    raise ValueError(
+      f"{graph.name}: each of its {len(tested)} graphs has test nodes, so none is left to train "
+      "on: split by graphs, or give one graph"
+    )
+  return part(graph, kept)
+
+
 def _checked_features(features: Any, where: str) -> Any:
   if not sparse.issparse(features):
     features = np.asarray(features)

@@ -269,16 +269,17 @@ def loss(
     embeddings.append(hidden)
     projections.append(apply_fn.projector(params.projector, hidden))
   first, second = projections
-  shared = {"temperature": config.temperature, "mask": batch.mask}
+  counted = graphs.counted(batch)
+  shared = {"temperature": config.temperature, "mask": counted}
   if config.num_negatives:
-    negatives = sample_negatives(negative_key, batch.mask, num_negatives=config.num_negatives)
+    negatives = sample_negatives(negative_key, counted, num_negatives=config.num_negatives)
     losses = subsampled_grace_loss(first, second, negatives, **shared)
   else:
     losses = grace_loss(first, second, **shared)
-  value = jnp.sum(losses) / jnp.sum(batch.mask)
+  value = jnp.sum(losses) / jnp.sum(counted)
   metrics = {
     "loss": value,
-    **collapse.metrics(jax.lax.stop_gradient(embeddings[0]), mask=batch.mask, spectrum=True),
+    **collapse.metrics(jax.lax.stop_gradient(embeddings[0]), mask=counted, spectrum=True),
   }
   return value, (metrics, jax.lax.stop_gradient(network_state))
 

@@ -29,6 +29,8 @@ def _prelu() -> nn.Module:
 class GCNLayer(nn.Module):
   """D^-1/2 (A + I) D^-1/2 H W + b, with the in-degrees D of the edges in use and the loop.
 
+  In a sample of a graph A is scaled to it and D are degrees in the whole graph (`in_degrees`).
+
   Attributes:
     width: of what comes out.
     standardise: whether each output's incoming weights are brought to mean 0 and variance 1.
@@ -45,10 +47,10 @@ class GCNLayer(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     if self.standardise:
       kernel = standardise_weights(kernel)
-    mask = graphs.edge_weights(graph)
-    scale = jax.lax.rsqrt(1 + message_passing.degrees(graph.neighbours, mask))[:, None]
+    weights = graphs.edge_weights(graph)
+    scale = jax.lax.rsqrt(1 + graphs.in_degrees(graph, weights))[:, None]
     sent = scale * (graphs.linear(graph, kernel) if hidden is None else hidden @ kernel)
-    return scale * (message_passing.neighbour_sum(sent, graph.neighbours, mask) + sent) + bias
+    return scale * (message_passing.neighbour_sum(sent, graph.neighbours, weights) + sent) + bias
 
 
 def standardise_weights(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
@@ -182,8 +184,8 @@ class GATLayer(nn.Module):
     edge_logits = nn.leaky_relu(  # [R, K, heads]
       of_sender[neighbours.senders] + of_receiver[neighbours.receivers][:, None], 0.2
     )
-    in_use = graphs.edge_weights(graph)[..., None] > 0
-    edge_logits = jnp.where(in_use, edge_logits, -jnp.inf)
+    weights = graphs.edge_weights(graph)[..., None]
+    edge_logits = jnp.where(weights > 0, edge_logits, -jnp.inf)
     own_logits = nn.leaky_relu(of_sender + of_receiver, 0.2)
     # The largest logit of each receiver, its own among them, so that nothing overflows.
     top = jnp.maximum(
@@ -196,7 +198,7 @@ class GATLayer(nn.Module):
       own_logits,
     )
     top = jax.lax.stop_gradient(top)
-    edge_weights = jnp.exp(edge_logits - top[neighbours.receivers][:, None])
+    edge_weights = weights * jnp.exp(edge_logits - top[neighbours.receivers][:, None])
     own_weights = jnp.exp(own_logits - top)
     total = message_passing.degrees(neighbours, edge_weights) + own_weights
     out = message_passing.neighbour_sum(sent, neighbours, edge_weights)

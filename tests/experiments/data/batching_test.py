@@ -98,3 +98,21 @@ def test_state_of_other_data_is_refused(n, settings, message):
 def test_bad_arguments(arrays, settings, message):
   with pytest.raises(ValueError, match=message):
     batching.batches(arrays, seed=0, **settings)
+
+
+def test_what_is_made_of_a_batch_depends_on_its_number_only():
+  def make(rows, rng):
+    return rows.weight, rng.integers(0, 2**30, 3)
+
+  def drawn(iterator, count):
+    taken = itertools.islice(iterator, count)
+    return [np.concatenate([ids, *made]).tolist() for ids, made in taken]
+
+  settings = {"batch_size": 4, "seed": 3, "make": make}
+  whole = drawn(batching.batches(_arrays(), **settings), 9)
+  assert len({tuple(row[-3:]) for row in whole}) == 9
+  first = batching.batches(_arrays(), **settings)
+  assert drawn(first, 5) == whole[:5]
+  resumed = batching.batches(_arrays(), **settings)
+  resumed.set_state(json.loads(json.dumps(first.get_state())))
+  assert drawn(resumed, 4) == whole[5:]

@@ -97,3 +97,28 @@ def test_threshold():
 def test_bad_arguments_are_named(sizes, changes, message):
   with pytest.raises(ValueError, match=message):
     csbm.sample(*sizes, **{**ARGUMENTS, **changes})
+
+
+def test_several_graphs_have_several_labels_and_no_edges_between_them():
+  graph = csbm.sample_several(
+    5, 3, 400, 30, mean_degree=6.0, edge_signal=2.0, feature_signal=4.0, seed=0
+  )
+  assert graph.labels.shape == (2000, 3) and graph.features.shape == (2000, 30)
+  np.testing.assert_array_equal(graph.graph_ids, np.repeat(np.arange(5), 400))
+  np.testing.assert_array_equal(graph.graph_ids[graph.senders], graph.graph_ids[graph.receivers])
+  for name, ids in (("train", [0, 1, 2]), ("val", [3]), ("test", [4])):
+    np.testing.assert_array_equal(graph.splits[name][0], np.isin(graph.graph_ids, ids))
+  # Three labels of mean degree 6 each; 18,000 pairs, so five errors are 4 %.
+  np.testing.assert_allclose(len(graph.senders) / 2000, 18, rtol=0.04)
+  for label in range(3):
+    same = graph.labels[graph.senders, label] == graph.labels[graph.receivers, label]
+    # (1 + lambda / sqrt(d)) / 2 of this label's third, half of the others'; five errors of 18,000.
+    expected = (1 + 2 / math.sqrt(6)) / 6 + 1 / 3
+    np.testing.assert_allclose(same.mean(), expected, atol=5 * 0.5 / math.sqrt(18_000))
+    # One direction for all graphs, so that a linear layer carries over.
+    signs = 2 * graph.labels[:, label] - 1
+    signal = signs[:, None] * graph.features
+    first, last = signal[:1200].mean(0), signal[1200:].mean(0)
+    assert first @ last > 0.5 * np.linalg.norm(first) * np.linalg.norm(last)
+  with pytest.raises(ValueError, match="num_graphs is 2; at least 3"):
+    csbm.sample_several(2, 3, 9, 3, mean_degree=2.0, edge_signal=0.0, feature_signal=0.0, seed=0)

@@ -1,0 +1,64 @@
+"""How much memory there is, and how much a run has needed."""
+
+import pathlib
+from typing import Any
+
+GIBIBYTE = 2**30
+
+
+def available(devices: Any) -> int | None:
+  """Returns the bytes that arrays on these devices can still take, or None where nothing says it.
+
+  Of accelerators what their allocators may hand out together; of CPUs the free memory of the host,
+  or of the container if that is less.
+  """
+  free = [_free_on(device) for device in devices if device.platform != "cpu"]
+  if free:
+    known = [size for size in free if size is not None]
+    return sum(known) if len(known) == len(free) else None
+  found = [size for size in (_meminfo("MemAvailable"), _container()) if size is not None]
+  return min(found, default=None)
+
+
+def _free_on(device: Any) -> int | None:
+  stats = device.memory_stats() or {}
+  if "bytes_limit" not in stats:
+    return None
+  return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def reset_peak() -> None:
+  """Begins `peak` anew; where the system forbids it, that of the process goes on."""
+  try:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+  except OSError:
+    return
+
+
+def peak() -> int | None:
+  """Returns the largest resident memory of this process in bytes, or None where none is told."""
+  return _field(pathlib.Path("/proc/self/status"), "VmHWM")
+
+
+def _meminfo(name: str) -> int | None:
+  return _field(pathlib.Path("/proc/meminfo"), name)
+
+
+def _field(path: pathlib.Path, name: str) -> int | None:
+  """Reads `name:  123 kB` of a file of the Linux kernel."""
+  try:
+    lines = path.read_text().splitlines()
+  except OSError:
+    return None
+  values = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+  return 1024 * int(values[0]) if values else None
+
+
+def _container() -> int | None:
+  """What a control group leaves free; None without a limit."""
+  folder = pathlib.Path("/sys/fs/cgroup")
+  try:
+    limit, used = ((folder / f"memory.{name}").read_text() for name in ("max", "current"))
+  except OSError:
+    return None
+  return None if limit.strip() == "max" else int(limit) - int(used)
