@@ -46,6 +46,7 @@ def build(
   check_memory(config, data, trained_on, sampler)
   memory.reset_peak()
   graph = place(config, data)
+  batches: Callable[..., Any]
   if sampler is not None:
     rows = np.arange(trained_on.labels.shape[0])
     batches = functools.partial(

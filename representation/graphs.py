@@ -40,6 +40,8 @@ class SparseFeatures:
 class Graph(NamedTuple):
   """One graph, or several side by side without edges between them.
 
+  Arrays are NumPy's in a sample that lies on no device yet.
+
   Attributes:
     features: `[N, D]` float, or `SparseFeatures`; `linear` reads them.
     neighbours: who sends to whom; without loops.
@@ -57,13 +59,13 @@ class Graph(NamedTuple):
 
   features: Any
   neighbours: message_passing.Neighbours
-  mask: jax.Array
-  graph_ids: jax.Array
-  column_mask: jax.Array | None = None
-  edge_mask: jax.Array | None = None
-  central: jax.Array | None = None
-  edge_scale: jax.Array | None = None
-  outside_degree: jax.Array | None = None
+  mask: Any
+  graph_ids: Any
+  column_mask: Any = None
+  edge_mask: Any = None
+  central: Any = None
+  edge_scale: Any = None
+  outside_degree: Any = None
 
 
 def make_graph(

@@ -195,7 +195,7 @@ def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> evaluat
       program.judge.score(begin(jax.random.key(config.seed + 1 + i), program.graph)).mean()
       for i in range(_num_seeds(config))
     ]
-    fixed = [[score.mean()] * len(starts) for score in program.judge.baselines.values()]
+    fixed = [[score.mean()] * len(starts) for score in program.judge.baselines[""].values()]
     for k in range(len(program.values)):
       states = [
         jax.tree.map(lambda leaf, i=(k, i): leaf[i], runs.learners[name])
