@@ -102,16 +102,9 @@ class _Run:
     }
     self.metric = next(iter(result.metrics))
     self.steps = history[-1]["step"] + 1
-    self.minutes = training_seconds(history) / 60
+    self.minutes = history[-1]["seconds"] / 60
     peak = result.metrics.get("peak_memory_gib")  # absent where the system does not tell
     self.peak = peak.value if peak else None
-
-
-def training_seconds(history: metrics.History) -> float:
-  """Returns the seconds of all sittings of a run: each starts counting from 0."""
-  seconds = [row["seconds"] for row in history]
-  ends = [a for a, b in zip(seconds, [*seconds[1:], 0.0], strict=True) if b < a]
-  return sum(ends)
 
 
 def pooled(scores: list[tuple[float, float]]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import main, metrics, presets
+from experiments import main, presets
 from experiments.papers import node_table
 
 
@@ -41,11 +41,6 @@ def test_deviations_of_runs_pool_to_that_of_all_splits():
   scores = np.random.default_rng(0).normal(size=(3, 20))
   found = node_table.pooled([(row.mean(), row.std()) for row in scores])
   np.testing.assert_allclose(found, (scores.mean(), scores.std()), rtol=1e-12)
-
-
-def test_seconds_of_all_sittings_count():
-  history = metrics.History({"seconds": s} for s in (1.0, 5.0, 0.5, 2.5, 2.5, 0.25))
-  assert node_table.training_seconds(history) == 5.0 + 2.5 + 0.25
 
 
 @pytest.mark.slow  # two tiny runs
