@@ -97,7 +97,10 @@ def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array
   embeddings = _matrix(embeddings)
   mask = jnp.ones(len(embeddings), bool) if mask is None else mask
   # Distances don't depend on the origin, and from one of the rows equal rows are exactly zero.
-  shifted = jnp.where(mask[:, None], embeddings - embeddings[jnp.argmax(mask)], 0)
+  # It is picked by a sum, which leaves rows on their devices; indexing would gather all.
+  first = (jnp.arange(len(embeddings)) == jnp.argmax(mask))[:, None]
+  origin = jnp.sum(jnp.where(first, embeddings, 0), axis=0)
+  shifted = jnp.where(mask[:, None], embeddings - origin, 0)
   num_rows = jnp.sum(mask, dtype=shifted.dtype)
   mean = jnp.sum(shifted, axis=0) / num_rows
   squares = jnp.sum(jnp.where(mask[:, None], shifted - mean, 0) ** 2)

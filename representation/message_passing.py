@@ -53,7 +53,9 @@ class Rows:
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=["rows", "transposed"], meta_fields=["num_edges"]
+  jax.tree_util.register_dataclass,
+  data_fields=["rows", "transposed"],
+  meta_fields=["num_edges", "num_blocks"],
 )
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
@@ -63,11 +65,14 @@ class Neighbours:
     rows: by receiver.
     transposed: by sender; its `edges` point into the flattened slots of `rows`.
     num_edges: static.
+    num_blocks: static; above 1, nodes and rows are so many equal parts side by side, each of its
+      own edges: sums are taken part by part, and where parts lie on devices nothing moves.
   """
 
   rows: Rows
   transposed: Rows
   num_edges: int
+  num_blocks: int = 1
 
   @property
   def num_receivers(self) -> int:
@@ -204,7 +209,10 @@ def to_slots(neighbours: Neighbours, values: jax.Array) -> jax.Array:
 
 def degrees(neighbours: Neighbours, weights: jax.Array) -> jax.Array:
   """Returns the sum of the weights `[R, K, ...]` of each receiver, `[num_receivers, ...]`."""
-  return _join(jnp.sum(weights, axis=1), neighbours.rows)
+  sums = jnp.sum(weights, axis=1)
+  if neighbours.num_blocks > 1:
+    return _block_by_block(lambda sums, block: _join(sums, block.rows), neighbours, sums)
+  return _join(sums, neighbours.rows)
 
 
 def neighbour_sum(
@@ -245,14 +253,51 @@ def neighbour_sum(
       "the slots must be its first ones after the nodes"
     )
   weights = jnp.where(_expand(neighbours.mask, weights.ndim), weights, 0).astype(values.dtype)
-  functions: dict[str, Any] = {"rows": _by_rows, "segments": _by_segments}
-  if implementation == "auto":
-    return jax.lax.platform_dependent(
-      values, neighbours, weights, cpu=_by_rows, default=_by_segments
-    )
+  functions: dict[str, Any] = {"rows": _by_rows, "segments": _by_segments, "auto": _by_platform}
   if implementation not in functions:
     raise ValueError(f"implementation must be 'auto', 'rows' or 'segments', got {implementation!r}")
-  return functions[implementation](values, neighbours, weights)
+  function = functions[implementation]
+  if neighbours.num_blocks > 1:
+
+    def of_block(sent, block):
+      return function(sent[0], block, sent[1])
+
+    return _block_by_block(of_block, neighbours, (values, weights))
+  return function(values, neighbours, weights)
+
+
+def _by_platform(values: jax.Array, neighbours: Neighbours, weights: jax.Array) -> jax.Array:
+  return jax.lax.platform_dependent(values, neighbours, weights, cpu=_by_rows, default=_by_segments)
+
+
+def _block_by_block(function: Any, neighbours: Neighbours, arrays: Any) -> jax.Array:
+  """Returns `function(arrays, neighbours)` of each block, side by side."""
+  num_blocks = neighbours.num_blocks
+  cut = jax.tree.map(
+    lambda leaf: leaf.reshape(num_blocks, -1, *leaf.shape[1:]), (arrays, neighbours)
+  )
+  arrays, whole = cut
+  num_slots = neighbours.mask.size // num_blocks
+  sizes = neighbours.num_senders // num_blocks, neighbours.num_receivers // num_blocks
+
+  def local(rows: Rows, num_senders: int, num_receivers: int) -> Rows:
+    def shift(numbers, size):  # to numbers within the block
+      first = size * jnp.arange(num_blocks, dtype=numbers.dtype)
+      return numbers - first.reshape(-1, *[1] * (numbers.ndim - 1))
+
+    return Rows(
+      senders=shift(rows.senders, num_senders),
+      receivers=shift(rows.receivers, num_receivers),
+      mask=rows.mask,
+      edges=shift(rows.edges, num_slots),
+      num_receivers=num_receivers,
+    )
+
+  blocks = Neighbours(
+    local(whole.rows, *sizes), local(whole.transposed, *sizes[::-1]), neighbours.num_edges
+  )
+  found = jax.vmap(function)(arrays, blocks)
+  return found.reshape(-1, *found.shape[2:])
 
 
 def _by_segments(values: jax.Array, neighbours: Neighbours, weights: jax.Array) -> jax.Array:

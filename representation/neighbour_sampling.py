@@ -189,6 +189,9 @@ class Sampler:
     # The number of edges is part of the compiled type: it is that of the slots, always the same.
     num_slots = rows.mask.size
     neighbours = message_passing.Neighbours(
-      shift(rows, num_slots), shift(transposed, num_slots), self.num_blocks * num_slots
+      shift(rows, num_slots),
+      shift(transposed, num_slots),
+      self.num_blocks * num_slots,
+      self.num_blocks,
     )
     return neighbours, slots

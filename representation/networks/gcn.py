@@ -81,10 +81,13 @@ class GraphNorm(nn.Module):
 
     def mean(rows: jax.Array) -> jax.Array:  # over the nodes and channels of each node's graph
       sums = jnp.where(graph.mask, jnp.mean(rows, axis=1), 0)
-      total, count = (
-        jax.ops.segment_sum(x, graph.graph_ids, num_nodes)
-        for x in (sums, graph.mask.astype(hidden.dtype))
-      )
+      counts = graph.mask.astype(hidden.dtype)
+      num_blocks = graph.neighbours.num_blocks
+      if num_blocks > 1:  # each a graph of its own
+        total, count = (jnp.sum(x.reshape(num_blocks, -1), axis=1) for x in (sums, counts))
+        means = (total / jnp.maximum(count, 1))[:, None]
+        return jnp.broadcast_to(means, (num_blocks, num_nodes // num_blocks)).reshape(-1, 1)
+      total, count = (jax.ops.segment_sum(x, graph.graph_ids, num_nodes) for x in (sums, counts))
       return (total / jnp.maximum(count, 1))[graph.graph_ids][:, None]
 
     centred = hidden - mean(hidden)

@@ -1,6 +1,8 @@
 """Samples of a graph: their edges are its edges, their shapes never change, their sums are fair."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from scipy import sparse
 
 import sharding
-from representation import bgrl, graphs, neighbour_sampling
+from representation import bgrl, graphs, message_passing, neighbour_sampling
 from representation.networks import gcn
 
 NUM_NODES = 60
@@ -129,6 +131,35 @@ def test_with_all_neighbours_central_nodes_are_embedded_as_in_the_whole_graph(fe
   np.testing.assert_allclose(found[sample.central], expected, atol=1e-5)
 
 
+def test_sums_by_block_are_those_of_the_whole_sample():
+  sample = jax.tree.map(jnp.asarray, _sampler()(np.arange(8), np.random.default_rng(0)))
+  weights = graphs.edge_weights(sample) * jax.random.uniform(
+    jax.random.key(0), sample.edge_scale.shape
+  )
+  sent = jax.random.normal(jax.random.key(1), (len(sample.mask), 3))
+  norm = gcn.GraphNorm()
+  params = norm.init(jax.random.key(2), sample, sent)
+
+  @functools.partial(jax.jit, static_argnames="num_blocks")
+  def found(sent, weights, num_blocks):
+    neighbours = dataclasses.replace(sample.neighbours, num_blocks=num_blocks)
+
+    def total(sent, weights):
+      sums = message_passing.neighbour_sum(sent, neighbours, weights)
+      sums += message_passing.degrees(neighbours, weights)[:, None]
+      sums = norm.apply(params, sample._replace(neighbours=neighbours), sums)
+      return jnp.sum(jnp.sin(sums)), sums
+
+    return jax.value_and_grad(total, (0, 1), has_aux=True)(sent, weights)
+
+  # Each block is a graph of its own for the norm; sums of a few float32 in another order.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+    found(sent, weights, num_blocks=2),
+    found(sent, weights, num_blocks=1),
+  )
+
+
 def _bgrl(sample, num_steps=4):
   encoder, predictor = gcn.Encoder(gcn.GCN((8, 4), "graph")), gcn.Predictor(gcn.MLP(8, 4))
   keys = jax.random.split(jax.random.key(0), 3)
@@ -170,6 +201,14 @@ def test_updates_compile_once_and_eight_devices_equal_one():
     ends.append(jax.device_get(end))
     losses.append(float(metrics["loss"]))
   assert compilations == 2  # one for each mesh
+  # Nothing of a block leaves its device: what is exchanged are sums and gradients.
+  key = jax.random.key(0)
+  batch = sharding.shard_batch(samples[0], mesh)
+  replicated = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  text = jax.jit(update).lower(replicated, batch, key).compile().as_text()
+  exchanged = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all)(?:-start)?\(", text)
+  sizes = [int(x) for kind in exchanged for x in re.findall(r"\[(\d+)", kind)]
+  assert exchanged and max(sizes) < sampler.num_nodes
   # Sums over devices round otherwise, and Adam turns a tiny gradient's sign into a step.
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *ends)
