@@ -48,7 +48,7 @@ def build(
   graph = place(config, data)
   if sampler is not None:
     rows = np.arange(trained_on.labels.shape[0])
-    batches = functools.partial(
+    batches: Any = functools.partial(
       batching.batches, rows, batch_size=sampler.batch_size, seed=config.seed, make=sampler
     )
     first = sampler(rows[: sampler.batch_size], np.random.default_rng(0))

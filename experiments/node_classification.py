@@ -103,7 +103,8 @@ class Judge:
     self, trained: Any, untrained: Any, extra: Callable[[], dict[str, Any]] = dict
   ) -> evaluation.Result:
     """Returns the scores of an encoder before and after training, with all rows beside them."""
-    metrics, tables = {}, []
+    metrics: dict[str, Any] = {}
+    tables = []
     for way, rows in self.baselines.items():
       before, after = self.score(untrained, way), self.score(trained, way)
       rows = {**rows, "encoder, untrained": before, "encoder, trained": after}

@@ -133,17 +133,16 @@ class Sampler:
     outside = np.zeros(num_nodes, np.float32)
     outside[start : len(order)] = self._degrees[order[start:]]
     found = self._features[order]
-    features = np.zeros((num_nodes, found.shape[1]), np.float32)
+    features: Any = np.zeros((num_nodes, found.shape[1]), np.float32)
     features[: len(order)] = found.toarray() if hasattr(found, "toarray") else found
-    return graphs.Graph(
-      features=features,
-      neighbours=neighbours,
-      mask=places < start,
-      graph_ids=np.full(num_nodes, index, np.int32),
-      central=places < num_central,
-      edge_scale=edge_scale.reshape(neighbours.mask.shape),
-      outside_degree=outside,
-    )
+    arrays: dict[str, Any] = {
+      "mask": places < start,
+      "graph_ids": np.full(num_nodes, index, np.int32),
+      "central": places < num_central,
+      "edge_scale": edge_scale.reshape(neighbours.mask.shape),
+      "outside_degree": outside,
+    }
+    return graphs.Graph(features=features, neighbours=neighbours, **arrays)
 
   def _draw(
     self, nodes: np.ndarray, fan_out: int, rng: np.random.Generator
