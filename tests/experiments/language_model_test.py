@@ -360,5 +360,5 @@ def test_the_paper_preset_of_ipo_traces():
 
 def test_every_paper_preset_is_traced():
   found = {name for name, module in presets.papers().items() if "paper" in module.PRESETS}
-  # Traced in preference_task_test.py, solving_test.py; the last is compiled only, never run.
-  assert found == {*PAPERS, "ipo", "reward_model", "armac", "nfsp", "graph_memory"}
+  # Traced in preference_task_test.py, solving_test.py; compiled only, never run; a run of runs.
+  assert found == {*PAPERS, "ipo", "reward_model", "armac", "nfsp", "graph_memory", "bgrl"}
