@@ -215,6 +215,18 @@ def test_every_other_loss_reaches_its_closed_form_on_bandits(x64):
       assert np.abs(wanted[name] - problem.ref_logps).max() > 1e-3, f"{name} had nothing to learn"
 
 
+def test_dro_p_reaches_its_closed_form_on_bandits(x64):
+  """Its group is the whole bandit, so each size is a program of its own."""
+  rng = np.random.default_rng(1)
+  for num_arms in range(2, 8):
+    ref_logps, arms = np.log(rng.dirichlet(np.full(num_arms, 4.0))), np.arange(num_arms)[:, None]
+    problem = make_problem(rng, ref_logps[:, None], arms, np.ones(arms.shape))
+    found = train(ref_logps, problem, names=("DRO-P",), apply_fn=ar.arm_apply_fn)[0]
+    wanted = optima(problem)["DRO-P"]
+    np.testing.assert_allclose(found, wanted, atol=1e-6, err_msg=f"{num_arms} arms")
+    assert np.abs(wanted - ref_logps).max() > 1e-3, "nothing to learn"
+
+
 def test_every_other_loss_reaches_its_closed_form_on_sequences(x64):
   start, problem = sequence_problem(np.random.default_rng(0))
   found = train(start, problem, names=tuple(OBJECTIVES), apply_fn=ar.apply_fn)
