@@ -182,7 +182,10 @@ def check_memory(
   trained_on: graph_data.Graph,
   sampler: neighbour_sampling.Sampler | None,
 ) -> None:
-  """Raises `ValueError` if a step, or embedding the whole graph, will not fit into memory."""
+  """Raises `ValueError` if a step, or embedding the whole graph, will not fit into memory.
+
+  Where it fits several times, malloc keeps what steps free.
+  """
   free = memory.available(training.make_mesh(config.sharding.mesh).devices.flat)
   if free is None:
     return
@@ -212,6 +215,8 @@ def check_memory(
       f"features need about {needed / memory.GIBIBYTE:.3g} GiB a step, and "
       f"{free / memory.GIBIBYTE:.3g} GiB are free: {remedy}"
     )
+  if 4 * needed < free:
+    memory.keep_freed(all_of_it=True)
 
 
 def _is_sparse(features: Any) -> bool:

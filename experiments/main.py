@@ -7,7 +7,6 @@ ml_collections are imported before the arguments have been understood.
 """
 
 import argparse
-import ctypes
 import importlib
 import importlib.util
 import logging
@@ -16,6 +15,8 @@ import pathlib
 import signal
 import sys
 from typing import Any
+
+from experiments import memory
 
 _EPILOG = """\
 examples:
@@ -39,7 +40,7 @@ def main() -> int:
     _quiet_orbax()
     # JAX logs the traceback of host code that fails inside a step, and raises it as well.
     logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
-  _keep_freed_memory()
+  memory.keep_freed()
   # Between two steps the loop listens itself; anywhere else a signal unwinds, so that files close.
   signal.signal(signal.SIGTERM, _terminate)
   return run()
@@ -88,21 +89,6 @@ def _quiet_orbax() -> None:
 
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   sys.unraisablehook = filtered
-
-
-def _keep_freed_memory() -> None:
-  """Lets malloc keep what a step frees for the next step, on Linux.
-
-  A step's temporaries are hundreds of megabytes, which glibc hands back to the system and gets
-  anew: 60,000 page faults a step. The peak of memory stays the same (docs/performance.md).
-  """
-  if not sys.platform.startswith("linux"):
-    return
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt is not None:  # other C libraries than glibc have none
-    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX, since the arenas of threads return memory.
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
-      mallopt(option, value)
 
 
 def _is_ours(error: Exception) -> bool:

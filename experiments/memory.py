@@ -1,6 +1,8 @@
-"""How much memory there is, and how much a run has needed."""
+"""How much memory there is, how much a run has needed, and whether malloc keeps what is freed."""
 
+import ctypes
 import pathlib
+import sys
 from typing import Any
 
 GIBIBYTE = 2**30
@@ -38,6 +40,24 @@ def reset_peak() -> None:
 def peak() -> int | None:
   """Returns the largest resident memory of this process in bytes, or None where none is told."""
   return _field(pathlib.Path("/proc/self/status"), "VmHWM")
+
+
+def keep_freed(*, all_of_it: bool = False) -> None:
+  """Lets malloc keep what a step frees for the next step; does nothing without glibc.
+
+  A step's temporaries are hundreds of megabytes in one piece, which glibc hands back to the system
+  and gets anew: 60,000 page faults a step of BGRL. Kept pieces are cut into by what is allocated
+  between two steps, so that up to three of them can lie side by side.
+
+  Args:
+    all_of_it: also where 2 GiB and more are free, which pieces of a gigabyte soon are; for those
+      who know that three times what they need is there.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+  if mallopt is not None:
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX, since the arenas of threads return memory.
+    for option, value in ((-4, 0), (-1, -1 if all_of_it else 2**31 - 1), (-8, 1)):
+      mallopt(option, value)
 
 
 def _meminfo(name: str) -> int | None:

@@ -1,7 +1,10 @@
 """The inductive and the sampled protocol, what is read sparsely, and what does not fit."""
 
+import ctypes
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -62,6 +65,30 @@ def test_what_does_not_fit_is_refused_with_an_estimate(monkeypatch, tmp_path):
   assert memory.available(jax.devices()) > 2**20
   memory.reset_peak()
   assert memory.peak() > 2**20
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+  code = """if True:
+    import ctypes, resource, sys
+    from experiments import memory
+    memory.keep_freed(all_of_it="all" in sys.argv)
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    faults = []
+    for _ in range(3):
+      block = libc.malloc(2**26)
+      ctypes.memset(block, 1, 2**26)
+      libc.free(block)
+      faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    print(faults[2] - faults[1])
+  """
+  for argument in ("", "all"):
+    process = subprocess.run(
+      [sys.executable, "-c", code, argument], capture_output=True, text=True, check=True
+    )
+    assert int(process.stdout) < 2**26 / 4096 / 10
 
 
 @pytest.mark.slow  # five compiled updates
