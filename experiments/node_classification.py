@@ -142,6 +142,11 @@ def _estimate(scores: np.ndarray) -> evaluation.Estimate:
 
 def _make_splits(data: graphs.Graph, num_splits: int, split_seed: int) -> probes.Splits:
   if data.splits:
+    if missing := {"train", "val", "test"} - set(data.splits):
+      raise ValueError(
+        f"{data.name}: its splits lack {sorted(missing)}, which embeddings are judged by: add "
+        "them, or leave all out for random ones"
+      )
     train, validation, test = (
       _rows_of(data.splits[name], data.name, name) for name in ("train", "val", "test")
     )

@@ -105,7 +105,8 @@ def build(
 
   Raises:
     ValueError: sizes disagree, an edge or label is out of range, a feature is not finite, no node
-      is labelled, splits overlap or are empty, or an edge has no reverse under "error".
+      is labelled, splits overlap, are empty or hold a node without a label, or an edge has no
+      reverse under "error".
   """
   where = raw.where
   if edges not in EDGE_POLICIES:
@@ -114,6 +115,12 @@ def build(
   num_nodes = features.shape[0]
   labels = _checked_labels(raw.labels, num_nodes, where)
   splits = _checked_splits(raw.splits, num_nodes, where)
+  for split, masks in splits.items():
+    if labels.ndim == 1 and (unlabelled := masks & (labels < 0)).any():
+      raise ValueError(
+        f"{where}: split {split} holds node {np.argwhere(unlabelled)[0, 1]}, which has no label "
+        f"({unlabelled.any(axis=0).sum()} such nodes): take them out of the splits"
+      )
   graph_ids = np.zeros(num_nodes) if raw.graph_ids is None else np.asarray(raw.graph_ids)
   if graph_ids.shape != (num_nodes,):
     raise ValueError(f"{where}: graph_ids has shape {graph_ids.shape}, expected ({num_nodes},)")

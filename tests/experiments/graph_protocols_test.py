@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from experiments import graph_task, interruption, main, memory, presets
+from experiments import graph_task, interruption, main, memory, node_classification, presets
 from experiments.data import graphs as graph_data
 from experiments.papers import bgrl
 from representation import graphs
@@ -44,6 +44,14 @@ def test_graphs_with_test_nodes_are_not_trained_on():
   everywhere = data._replace(splits={"test": np.ones_like(data.splits["test"])})
   with pytest.raises(ValueError, match="each of its 6 graphs has test nodes"):
     graph_data.without_test_graphs(everywhere)
+
+
+def test_splits_that_cannot_be_judged_by_are_refused():
+  data = graph_task.load(presets.resolve("bgrl:tiny"))
+  train = (np.arange(300) < 150)[None]
+  data = data._replace(splits={"train": train, "test": ~train})
+  with pytest.raises(ValueError, match=r"csbm: its splits lack \['val'\]"):
+    node_classification.Judge(data, num_splits=2, split_seed=0)
 
 
 def test_features_stay_sparse_below_a_twentieth():

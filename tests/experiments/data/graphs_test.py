@@ -317,6 +317,10 @@ def test_layouts_have_the_preparation_of_the_paper_and_notes_say_so(tmp_path):
     ({"splits": {"train": [0, 1, 2, 3]}}, "split train must be a mask"),
     ({"splits": {"train": [0, 0, 0, 0]}}, "split train number 0 has no nodes"),
     ({"splits": {**MASKS, "test": [1, 0, 1, 0]}}, "splits train and test share node 0"),
+    (
+      {"labels": [0, 1, -1, 0], "splits": {"test": [[0, 1, 0, 0], [0, 0, 1, 1]]}},
+      r"split test holds node 2, which has no label \(1 such nodes\): take them out",
+    ),
     ({"graph_ids": np.zeros(3)}, r"graph_ids has shape \(3,\)"),
   ],
 )
