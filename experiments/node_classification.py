@@ -175,8 +175,13 @@ def _rows_of(masks: np.ndarray, data_name: str, name: str) -> np.ndarray:
 
 def _narrow(features: Any) -> tuple[np.ndarray, str]:
   """Returns dense features, wide ones by their main directions, and what to call that."""
-  if features.shape[1] <= MAX_COLUMNS:
-    return features.toarray() if sparse.issparse(features) else np.asarray(features), ""
+  num_nodes, num_columns = features.shape
+  if num_columns <= MAX_COLUMNS or num_nodes <= NUM_DIRECTIONS:
+    dense = features.toarray() if sparse.issparse(features) else np.asarray(features)
+    if num_columns <= MAX_COLUMNS:
+      return dense, ""
+    left, values, _ = np.linalg.svd(dense, full_matrices=False)
+    return left * values, ""  # in all directions: the same to a linear layer
   left, values, _ = sparse.linalg.svds(features.astype(np.float32), k=NUM_DIRECTIONS, rng=0)
   return left * values, f", {NUM_DIRECTIONS} main directions"
 

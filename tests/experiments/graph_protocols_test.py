@@ -63,6 +63,14 @@ def test_features_stay_sparse_below_a_twentieth():
     assert placed.features.shape == (300, 500)
 
 
+def test_few_nodes_with_many_features_are_judged_in_all_directions():
+  features = sparse.random_array((40, 1200), density=0.02, format="csr", rng=0)
+  found, note = node_classification._narrow(features)
+  assert found.shape == (40, 40) and note == ""
+  dense = features.toarray()
+  np.testing.assert_allclose(found @ found.T, dense @ dense.T, atol=1e-12)  # float64
+
+
 def test_what_does_not_fit_is_refused_with_an_estimate(monkeypatch, tmp_path):
   monkeypatch.setattr(memory, "available", lambda devices: 2**16)
   with pytest.raises(ValueError, match=r"csbm: 300 nodes, .* GiB are free: sample neighbours"):
