@@ -100,7 +100,7 @@ def make_graph(
     raise ValueError(f"features must be [N, D], neither of them 0, got shape {features.shape}")
   num_nodes, num_features = features.shape
   _check_finite(features)
-  senders, receivers = np.asarray(senders), np.asarray(receivers)
+  senders, receivers = checked_edges(senders, receivers, num_nodes)
   graph_ids = np.zeros(num_nodes, np.int32) if graph_ids is None else np.asarray(graph_ids)
   if graph_ids.shape != (num_nodes,):
     raise ValueError(f"graph_ids must have shape [N] = [{num_nodes}], got {graph_ids.shape}")
@@ -108,9 +108,6 @@ def make_graph(
     raise ValueError(
       f"graph_ids must lie in [0, N) = [0, {num_nodes}), got {graph_ids.min()} to {graph_ids.max()}"
     )
-  if senders.shape == receivers.shape and np.any(senders == receivers):
-    node = int(senders[senders == receivers][0])
-    raise ValueError(f"edges must not be loops, got one at node {node}: layers add their own")
   total = -(-num_nodes // multiple) * multiple
   layout = functools.partial(
     message_passing.layout,
@@ -134,6 +131,15 @@ def make_graph(
     mask=jnp.arange(total) < num_nodes,
     graph_ids=jnp.asarray(graph_ids),
   )
+
+
+def checked_edges(senders: Any, receivers: Any, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the edges as two `[E]` int32, or raises the errors of `make_graph`."""
+  senders, receivers = message_passing.checked_edges(senders, receivers, num_nodes, num_nodes)
+  if np.any(loops := senders == receivers):
+    node = senders[loops][0]
+    raise ValueError(f"edges must not be loops, got one at node {node}: layers add their own")
+  return senders, receivers
 
 
 def _check_finite(features: Any) -> None:

@@ -127,6 +127,18 @@ def layout(
   for name, count in (("chunk_size", chunk_size), ("num_rows_multiple", num_rows_multiple)):
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
       raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+  senders, receivers = checked_edges(senders, receivers, num_receivers, num_senders)
+  options: Any = {"chunk_size": chunk_size, "multiple": num_rows_multiple}
+  edges = np.arange(len(senders))
+  rows, slots = make_rows(senders, receivers, edges, num_receivers, **options)
+  transposed, _ = make_rows(receivers, senders, slots, num_senders, **options)
+  return jax.tree.map(jnp.asarray, Neighbours(rows, transposed, len(senders)))
+
+
+def checked_edges(
+  senders: Any, receivers: Any, num_receivers: int, num_senders: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns both lists as `[E]` int32, or raises the errors of `layout`."""
   senders, receivers = np.asarray(senders), np.asarray(receivers)
   if senders.ndim != 1 or senders.shape != receivers.shape:
     raise ValueError(
@@ -142,12 +154,7 @@ def layout(
     if index.size and (index.min() < 0 or index.max() >= size):
       wrong = int(np.flatnonzero((index < 0) | (index >= size))[0])
       raise ValueError(f"{name}[{wrong}]={index[wrong]} is no node: give numbers in [0, {size})")
-  options: Any = {"chunk_size": chunk_size, "multiple": num_rows_multiple}
-  senders, receivers = senders.astype(np.int32), receivers.astype(np.int32)
-  edges = np.arange(len(senders))
-  rows, slots = make_rows(senders, receivers, edges, num_receivers, **options)
-  transposed, _ = make_rows(receivers, senders, slots, num_senders, **options)
-  return jax.tree.map(jnp.asarray, Neighbours(rows, transposed, len(senders)))
+  return senders.astype(np.int32), receivers.astype(np.int32)
 
 
 def make_rows(

@@ -63,7 +63,8 @@ class Sampler:
       num_blocks: a divisor of it, such as the number of devices.
 
     Raises:
-      ValueError: if a number is out of range, or blocks cannot be equal.
+      ValueError: if a number is out of range, blocks cannot be equal, or an edge is one that
+        `graphs.make_graph` refuses.
     """
     total = features.shape[0]
     self.fan_outs = tuple(fan_outs)
@@ -78,9 +79,9 @@ class Sampler:
         f"batch_size is {batch_size}: give a multiple of {num_blocks}, the number of blocks, of at "
         f"most {total}, the number of nodes"
       )
-    senders, receivers = np.asarray(senders), np.asarray(receivers)
+    senders, receivers = graphs.checked_edges(senders, receivers, total)
     order = np.argsort(receivers, kind="stable")
-    self._features, self._senders = features, senders[order].astype(np.int32)
+    self._features, self._senders = features, senders[order]
     self._degrees = np.bincount(receivers, minlength=total)
     self._starts = np.cumsum(self._degrees) - self._degrees
     self.batch_size, self.num_blocks = batch_size, num_blocks
@@ -102,7 +103,13 @@ class Sampler:
     Args:
       nodes: `[batch_size]` int central nodes; one that comes twice counts once.
       rng: what the sample depends on, besides the nodes.
+
+    Raises:
+      ValueError: if there are fewer or more of them, or one is no node.
     """
+    checks.row_numbers("nodes", nodes, len(self._degrees), ndim=1)
+    if len(nodes) != self.batch_size:
+      raise ValueError(f"nodes must be batch_size = {self.batch_size} numbers, got {len(nodes)}")
     parts = np.split(np.asarray(nodes), self.num_blocks)
     blocks = [self._block(part, rng, index) for index, part in enumerate(parts)]
     treedef = jax.tree.structure(blocks[0])

@@ -231,6 +231,9 @@ def test_bad_graphs_are_refused():
     graphs.make_graph(features, senders, receivers, multiple=0)
   with pytest.raises(ValueError, match=r"receivers\[1\]=9 is no node: give numbers in \[0, 9\)"):
     graphs.make_graph(features, [0, 3], [1, 9])
+  # Also where 9 is a node that only fills the shape up.
+  with pytest.raises(ValueError, match=r"receivers\[1\]=9 is no node: give numbers in \[0, 9\)"):
+    graphs.make_graph(features, [0, 3], [1, 9], multiple=8)
   with pytest.raises(ValueError, match=r"neither of them 0, got shape \(9, 0\)"):
     graphs.make_graph(features[:, :0], senders, receivers)
   holed = features.copy()

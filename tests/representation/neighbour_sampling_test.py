@@ -242,3 +242,22 @@ def test_only_central_nodes_count():
 def test_bad_sizes_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     _sampler(**options)
+
+
+def test_bad_edges_and_centres_are_refused():
+  data = _data()
+  for edges, message in (
+    (([0, 60], [1, 2]), r"senders\[1\]=60 is no node: give numbers in \[0, 60\)"),
+    (([0, -1], [1, 2]), r"senders\[1\]=-1 is no node"),
+    (([0, 3], [1, 3]), "must not be loops, got one at node 3"),
+    (([0, 3], [1]), "lists of one length"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      neighbour_sampling.Sampler(data[0], *edges, fan_outs=(2,), batch_size=4)
+  sampler = _sampler()
+  for nodes, message in (
+    (np.arange(-1, 7), r"nodes must lie in \[0, 60\), got -1 to 6"),
+    (np.arange(16), "nodes must be batch_size = 8 numbers, got 16"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      sampler(nodes, np.random.default_rng(0))
