@@ -60,6 +60,15 @@ def matrix(name: str, array: Any, num_rows: int | None = None) -> None:
     raise ValueError(f"{name} must have as many rows as labels, {num_rows}, got {shape[0]}")
 
 
+def row_mask(mask: Any, num_rows: int) -> None:
+  """Raises `ValueError` unless `mask` is `[num_rows]` of truths: others would broadcast."""
+  if jnp.shape(mask) != (num_rows,) or jnp.asarray(mask).dtype != bool:
+    raise ValueError(
+      f"mask must have shape [{num_rows}], one bool for each row, got "
+      f"{jnp.asarray(mask).dtype} {list(jnp.shape(mask))}"
+    )
+
+
 def labels(array: Any, num_classes: Any) -> None:
   """Raises `ValueError` unless `array` is `[N]` of integers in [0, num_classes)."""
   count("num_classes", num_classes, least=2)

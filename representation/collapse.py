@@ -31,7 +31,8 @@ def metrics(
     a row, to compare the spread with), and `collapse/rank` and `collapse/effective_rank` if asked.
 
   Raises:
-    ValueError: if `embeddings` is no matrix with at least one row and one column.
+    ValueError: if `embeddings` is no matrix with at least one row and one column, or `mask` does
+      not fit it.
   """
   embeddings = _matrix(embeddings)
   norms = jnp.linalg.norm(embeddings, axis=1)
@@ -65,7 +66,7 @@ def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.
     Array(0.3333, dtype=float32)
   """
   embeddings = _matrix(embeddings)
-  mask = jnp.ones(len(embeddings), bool) if mask is None else mask
+  mask = _rows(embeddings, mask)
   # Through the largest entry first: squares of very small or large rows leave float32.
   embeddings = jnp.where(mask[:, None], embeddings, 0)
   largest = jnp.max(jnp.abs(embeddings), axis=1, keepdims=True)
@@ -95,7 +96,7 @@ def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array
     Array(5., dtype=float32)
   """
   embeddings = _matrix(embeddings)
-  mask = jnp.ones(len(embeddings), bool) if mask is None else mask
+  mask = _rows(embeddings, mask)
   # Distances don't depend on the origin, and from one of the rows equal rows are exactly zero.
   # It is picked by a sum, which leaves rows on their devices; indexing would gather all.
   first = (jnp.arange(len(embeddings)) == jnp.argmax(mask))[:, None]
@@ -173,6 +174,14 @@ def _effective_rank(singular_values: jax.Array) -> jax.Array:
   shares = singular_values / jnp.where(total == 0, 1, total)
   entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares))
   return jnp.where(total == 0, 0, jnp.exp(entropy))
+
+
+def _rows(embeddings: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """The rows that count, `[N]` bool."""
+  if mask is None:
+    return jnp.ones(len(embeddings), bool)
+  checks.row_mask(mask, len(embeddings))
+  return jnp.asarray(mask)
 
 
 def _matrix(embeddings: jax.Array) -> jax.Array:

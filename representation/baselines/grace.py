@@ -124,7 +124,8 @@ def grace_loss(
     cosine 0.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete temperature is not positive.
+    ValueError: if the shapes differ, the mask does not fit, or a concrete temperature is not
+      positive.
 
   Example:
     >>> grace_loss(jnp.eye(2), 3 * jnp.eye(2), temperature=1.0).round(4)  # log(e + 2) - 1
@@ -198,6 +199,7 @@ def _prepare(
   checks.same_shape(first_embeddings=first, second_embeddings=second)
   checks.positive("temperature", temperature)
   mask = jnp.ones(len(first), bool) if mask is None else mask
+  checks.row_mask(mask, len(first))
   return bgrl.normalise(jnp.stack([first, second])), mask
 
 

@@ -122,6 +122,13 @@ def test_bad_shapes_are_named(shape):
       measure(jnp.zeros(shape))
 
 
+@pytest.mark.parametrize("mask", [np.ones(1, bool), np.ones((3, 1), bool), np.ones(3)], ids=str)
+def test_masks_that_would_broadcast_are_refused(mask):
+  for measure in (collapse.metrics, collapse.mean_cosine, collapse.spread):
+    with pytest.raises(ValueError, match=r"mask must have shape \[3\], one bool for each row, got"):
+      measure(jnp.ones((3, 2)), mask=mask)
+
+
 def test_rows_that_do_not_count_change_nothing(x64):
   rng = np.random.default_rng(3)
   rows = jnp.asarray(rng.normal(size=(9, 4)))

@@ -195,6 +195,10 @@ def test_bad_arrays_are_refused():
     grace.grace_loss(rows, rows[:3], temperature=0.5)
   with pytest.raises(ValueError, match="temperature must be positive"):
     grace.grace_loss(rows, rows, temperature=-1.0)
+  with pytest.raises(ValueError, match=r"mask must have shape \[4\].* got bool \[1\]"):
+    grace.subsampled_grace_loss(
+      rows, rows, np.zeros((4, 1), int), temperature=0.5, mask=jnp.ones(1, bool)
+    )
   for negatives, message in (
     (np.zeros((3, 2), int), r"negatives must have shape \[N, k\], N = 4"),
     (np.full((4, 2), 4), r"negatives must lie in \[0, 4\), got 4 to 4"),
