@@ -142,9 +142,12 @@ def bgrl_loss(online_predictions: jax.Array, target_embeddings: jax.Array) -> ja
 
 
 def normalise(rows: jax.Array) -> jax.Array:
-  """Returns `[..., K]` over their lengths; zeros stay zeros, with a finite gradient."""
+  """Returns `[..., K]` over their lengths; what is shorter than 1e-12 stays as it is.
+
+  Zeros thus stay zeros, and the gradient, in float32 too, is finite.
+  """
   square = jnp.sum(rows**2, axis=-1, keepdims=True)
-  return rows * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
+  return rows * jax.lax.rsqrt(jnp.where(square > 1e-24, square, 1))
 
 
 def target_decay_schedule(step: Any, *, target_decay: Any, num_steps: Any) -> jax.Array:

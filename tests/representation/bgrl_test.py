@@ -75,6 +75,13 @@ def test_loss_by_hand_and_against_numpy(x64):
     bgrl.bgrl_loss(predictions, targets[:3])
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-20, 1e-14, 1e-11])
+def test_short_rows_have_finite_gradients(length):
+  row = jnp.array([[length, 2 * length]])
+  gradient = jax.grad(lambda row: bgrl.bgrl_loss(row, jnp.ones((1, 2))).sum())(row)
+  assert jnp.isfinite(gradient).all()
+
+
 def test_schedule_has_the_published_values(x64):
   found = [
     float(bgrl.target_decay_schedule(k, target_decay=0.99, num_steps=10_000))
