@@ -264,7 +264,12 @@ def update(
   decay = target_decay_schedule(
     state.step, target_decay=config.target_decay, num_steps=config.num_steps
   )
-  target_params = optax.incremental_update(params.encoder, state.target_params, 1 - decay)
+  # The decay is float32, and would make float32 of narrower parameters.
+  target_params = jax.tree.map(
+    lambda new, old: (decay * old + (1 - decay) * new).astype(old.dtype),
+    params.encoder,
+    state.target_params,
+  )
   metrics |= {"grad_norm": optax.global_norm(grads), "bgrl/target_decay": decay}
   return State(params, target_params, network_state, opt_state, state.step + 1), metrics
 

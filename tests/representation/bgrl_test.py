@@ -1,5 +1,7 @@
 """BGRL: its loss by hand, its schedule, its slow target, and the corruptions that feed it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,6 +168,23 @@ def test_the_target_follows_after_the_step(x64):
   for new, old, online in zip(*map(jax.tree.leaves, trees), strict=True):
     # The decay itself is a float32 scalar.
     np.testing.assert_allclose(new, 0.95 * old + 0.05 * online, atol=1e-7)
+
+
+def test_narrow_parameters_stay_narrow():
+  graph = _graph()
+  state, bound = _start(graph)
+  narrow = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.bfloat16))
+  state = bgrl.init(
+    narrow(state.params),
+    optimizer=bound["optimizer"],
+    config=bound["config"],
+    target_params=narrow(state.target_params),
+    network_state=state.network_state,
+  )
+  update = functools.partial(bgrl.update, **bound)
+  after, _ = jax.eval_shape(update, state, graph, jax.random.key(0))
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves((after.params, after.target_params))}
+  assert dtypes == {jnp.dtype("bfloat16")}
 
 
 def test_corruptions_have_the_right_frequencies():
