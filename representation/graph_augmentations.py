@@ -3,9 +3,11 @@
 Reference: Thakoor et al. 2021, https://arxiv.org/abs/2102.06514, section 3.
 """
 
+import numbers
 from typing import Any
 
 import jax
+import numpy as np
 
 from representation import checks, graphs
 
@@ -66,11 +68,15 @@ def check(config: Any) -> None:
   """Raises `ValueError` for the fields that all methods on two views of a graph share."""
   for name in ("feature_mask_probs", "edge_drop_probs"):
     values = getattr(config, name)
+    if isinstance(values, np.ndarray):
+      values = values.tolist()
     if isinstance(values, tuple | list):
-      if len(values) != 2:
-        raise ValueError(f"{name} must have one number for each of the two views, got {values}")
       for value in values:
         checks.probability(name, value)
+    if isinstance(values, numbers.Real | str) or (
+      isinstance(values, tuple | list) and len(values) != 2
+    ):
+      raise ValueError(f"{name} must have one number for each of the two views, got {values!r}")
   if config.num_microbatches != 1:
     raise ValueError(
       f"num_microbatches must be 1, got {config.num_microbatches}: the nodes of a graph are read "

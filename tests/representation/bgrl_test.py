@@ -236,6 +236,8 @@ def test_training_lowers_the_loss_and_does_not_collapse():
   ("options", "message"),
   [
     ({"feature_mask_probs": (0.2,)}, "feature_mask_probs must have one number for each"),
+    ({"feature_mask_probs": 0.2}, "feature_mask_probs must have one number for each .* got 0.2"),
+    ({"edge_drop_probs": np.array([0.2, 1.5])}, r"edge_drop_probs must lie in \[0, 1\], got 1.5"),
     ({"edge_drop_probs": (0.2, 1.5)}, r"edge_drop_probs must lie in \[0, 1\], got 1.5"),
     ({"target_decay": -0.1}, "target_decay must lie in"),
     ({"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
