@@ -43,7 +43,12 @@ class GCNLayer(nn.Module):
   def __call__(self, graph: graphs.Graph, hidden: jax.Array | None = None) -> jax.Array:
     """Returns `[N, width]` from `hidden` `[N, D]`, by default the graph's features."""
     width_in = (graph.features if hidden is None else hidden).shape[1]
-    kernel = self.param("kernel", nn.initializers.glorot_uniform(), (width_in, self.width))
+    glorot = nn.initializers.glorot_uniform()
+
+    def start(*args):  # standardised, so that a step changes the weights as much as the authors'
+      return standardise_weights(glorot(*args)) if self.standardise else glorot(*args)
+
+    kernel = self.param("kernel", start, (width_in, self.width))
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     if self.standardise:
       kernel = standardise_weights(kernel)
@@ -57,7 +62,7 @@ def standardise_weights(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
   """Returns `[D, W]` with each column of mean 0 and (unbiased) variance 1; no gradient through it.
 
   The authors' code overwrites the weights before each pass, so the gradient is that of the
-  overwritten ones; here they are kept as they are and start standardised.
+  overwritten ones; here they start standardised and are kept as the optimiser leaves them.
   """
   fixed = jax.lax.stop_gradient(kernel)
   mean = jnp.mean(fixed, axis=0)

@@ -197,6 +197,16 @@ def test_weights_are_standardised_without_a_gradient_through_it(x64):
   np.testing.assert_allclose(gradient, 2 * found, atol=1e-12)
 
 
+def test_standardised_weights_start_so():
+  features, senders, receivers, _ = _data()
+  graph = graphs.make_graph(features, senders, receivers)
+  module = gcn.GCN((30, 5), norm="graph", standardise=True)
+  params = module.init(jax.random.key(0), graph, train=False)["params"]
+  kernel = params["GCNLayer_1"]["kernel"]  # float32; epsilon beside the variance 1 / 15 of the draw
+  np.testing.assert_allclose(kernel.mean(0), 0, atol=1e-6)
+  np.testing.assert_allclose(kernel.std(0, ddof=1), 1, atol=1e-3)
+
+
 def test_batch_norm_counts_real_nodes_and_keeps_a_hundredth(x64):
   features, senders, receivers, _ = _data()
   graph = graphs.make_graph(features, senders, receivers, multiple=8)
