@@ -272,9 +272,9 @@ class Encoder:
   def __call__(
     self, params: Any, network_state: Any, graph: graphs.Graph, *, train: bool
   ) -> tuple[Any, Any]:
-    variables = {"params": params, **network_state}
-    if not train:
-      return self.module.apply(variables, graph, train=False), network_state
+    variables = {"params": params, **dict(network_state)}  # `()` or `{}` where there is none
+    if not (train and network_state):
+      return self.module.apply(variables, graph, train=train), network_state
     out, new_state = self.module.apply(variables, graph, train=True, mutable=list(network_state))
     return out, new_state
 

@@ -207,6 +207,16 @@ def test_standardised_weights_start_so():
   np.testing.assert_allclose(kernel.std(0, ddof=1), 1, atol=1e-3)
 
 
+def test_an_encoder_that_remembers_nothing_takes_an_empty_state():
+  features, senders, receivers, _ = _data()
+  graph = graphs.make_graph(features, senders, receivers)
+  encoder = gcn.Encoder(gcn.MeanPooling(3))
+  params, state = encoder.init(jax.random.key(0), graph)
+  out, same = encoder(params, (), graph, train=True)  # the default of bgrl.init and grace.init
+  assert same == ()
+  np.testing.assert_array_equal(out, encoder(params, state, graph, train=True)[0])
+
+
 def test_batch_norm_counts_real_nodes_and_keeps_a_hundredth(x64):
   features, senders, receivers, _ = _data()
   graph = graphs.make_graph(features, senders, receivers, multiple=8)
