@@ -254,6 +254,10 @@ def neighbour_sum(
     raise ValueError(
       f"values must have a row for each of {neighbours.num_senders} senders, got {values.shape}"
     )
+  if not jnp.issubdtype(values.dtype, jnp.inexact):
+    raise ValueError(
+      f"values must be floating, got {values.dtype}, in which weights would lose their fractions"
+    )
   if weights.shape[2:] != values.shape[1 : weights.ndim - 1]:
     raise ValueError(
       f"weights of shape {weights.shape} do not fit what is sent, {values.shape}: their axes after "

@@ -169,6 +169,8 @@ def test_bad_input_is_refused():
     message_passing.neighbour_sum(jnp.ones((2, 1)), neighbours, mask[0])
   with pytest.raises(ValueError, match="a row for each of 2 senders"):
     message_passing.neighbour_sum(jnp.ones((3, 1)), neighbours, mask)
+  with pytest.raises(ValueError, match="values must be floating, got int32"):
+    message_passing.neighbour_sum(jnp.ones((2, 1), jnp.int32), neighbours, mask / 2)
   with pytest.raises(ValueError, match="do not fit what is sent"):
     message_passing.neighbour_sum(jnp.ones((2, 4)), neighbours, jnp.ones((*mask.shape, 3)))
   with pytest.raises(ValueError, match="implementation must be"):
