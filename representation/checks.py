@@ -28,6 +28,12 @@ def not_negative(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
+def candidates(name: str, values: Any) -> None:
+  """Raises `ValueError` unless `values` is a list of numbers."""
+  if jnp.ndim(values) != 1:
+    raise ValueError(f"{name} must be a list of numbers, got {values!r}: give [{values!r}] for one")
+
+
 def probability(name: str, value: Any) -> None:
   """Raises `ValueError` unless `value`, where it is a Python or NumPy number, lies in [0, 1]."""
   if isinstance(value, str) or (isinstance(value, numbers.Real) and not 0 <= float(value) <= 1):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from representation import checks, logistic_newton
@@ -102,6 +103,7 @@ def logistic_loss(
   targets = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
   losses = jax.nn.softplus(logits) - targets * logits
   if sample_weights is not None:
+    checks.same_shape(sample_weights=sample_weights, labels=labels)
     losses = losses * jnp.asarray(sample_weights)[:, None]
   return 0.5 * (jnp.sum(probe.weights**2, 0) + probe.bias**2) + C * jnp.sum(losses, 0)
 
@@ -201,6 +203,7 @@ def evaluate_nodes(
   checks.labels(labels, num_classes)
   checks.matrix("embeddings", embeddings, len(labels))
   checks.positive("inverse_strengths", inverse_strengths)
+  checks.candidates("inverse_strengths", inverse_strengths)
   if choose_by not in ("accuracy", "exact_match"):
     raise ValueError(f"choose_by must be 'accuracy' or 'exact_match', got {choose_by!r}")
   _check_splits(splits, len(labels))
@@ -443,7 +446,7 @@ def _check_splits(splits: Splits, num_rows: int) -> None:
   checks.disjoint("validation_rows", splits.validation_rows, "fit_rows", splits.fit_rows)
   for name in ("train_rows", "fit_rows", "validation_rows"):
     rows = getattr(splits, name)
-    checks.disjoint("test_rows", splits.test_rows, name, rows.reshape(rows.shape[0], -1))
+    checks.disjoint("test_rows", splits.test_rows, name, np.reshape(rows, (len(rows), -1)))
 
 
 def _check_layer(
@@ -457,6 +460,7 @@ def _check_layer(
   checks.disjoint("test_rows", test, "train_rows", train)
   checks.disjoint("test_rows", test, "validation_rows", validation)
   checks.not_negative("weight_decays", weight_decays)
+  checks.candidates("weight_decays", weight_decays)
   checks.positive("learning_rate", learning_rate)
   checks.count("num_steps", num_steps)
   return tuple(jnp.asarray(each) for each in rows.values())

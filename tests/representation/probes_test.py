@@ -317,8 +317,16 @@ def test_bad_input_of_an_evaluation_is_named():
       evaluate(splits._replace(**{field: value}))
   with pytest.raises(ValueError, match="inverse_strengths must be positive and finite"):
     evaluate(splits, inverse_strengths=[1.0, 0.0])
+  with pytest.raises(ValueError, match=r"inverse_strengths must be a list .* give \[1.0\] for one"):
+    evaluate(splits, inverse_strengths=1.0)
   with pytest.raises(ValueError, match="choose_by must be 'accuracy' or 'exact_match', got 'f1'"):
     evaluate(splits, choose_by="f1")
+  with pytest.raises(ValueError, match=r"sample_weights \[1\], labels \[40\]"):
+    probe = probes.Probe(np.zeros((embeddings.shape[1], 4)), np.zeros(4))
+    probes.logistic_loss(probe, embeddings, labels, C=1.0, sample_weights=np.ones(1))
+  lists = probes.Splits(*(rows.tolist() for rows in splits))
+  with pytest.raises(ValueError, match="test_rows must have no row of train_rows"):
+    evaluate(lists._replace(train_rows=lists.test_rows))
   rows = np.split(np.arange(40), [20, 30])
   with pytest.raises(ValueError, match=r"labels must be 0 or 1, got 0 to 3: one-hot"):
     probes.evaluate_multilabel(embeddings, labels[:, None], *rows)
