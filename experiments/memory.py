@@ -74,11 +74,16 @@ def _field(path: pathlib.Path, name: str) -> int | None:
   return 1024 * int(values[0]) if values else None
 
 
-def _container() -> int | None:
+def _container(folder: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int | None:
   """What a control group leaves free; None without a limit."""
-  folder = pathlib.Path("/sys/fs/cgroup")
   try:
-    limit, used = ((folder / f"memory.{name}").read_text() for name in ("max", "current"))
+    limit, used, stat = (
+      (folder / f"memory.{name}").read_text() for name in ("max", "current", "stat")
+    )
   except OSError:
     return None
-  return None if limit.strip() == "max" else int(limit) - int(used)
+  # Files that were read and lie idle count as used, until someone needs their place.
+  idle = next(
+    (line.split()[1] for line in stat.splitlines() if line.startswith("inactive_file")), 0
+  )
+  return None if limit.strip() == "max" else max(0, int(limit) - int(used) + int(idle))

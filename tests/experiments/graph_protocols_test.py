@@ -84,6 +84,18 @@ def test_what_does_not_fit_is_refused_with_an_estimate(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
+def test_files_that_lie_idle_in_a_container_leave_memory_free(tmp_path):
+  for name, text in (
+    ("max", "8000"),
+    ("current", "7000"),
+    ("stat", "anon 900\ninactive_file 5000"),
+  ):
+    (tmp_path / f"memory.{name}").write_text(text + "\n")
+  assert memory._container(tmp_path) == 6000
+  (tmp_path / "memory.max").write_text("max\n")
+  assert memory._container(tmp_path) is None
+
+
 def test_freed_memory_is_kept_for_the_next_step():
   code = """if True:
     import ctypes, resource, sys
