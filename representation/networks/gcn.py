@@ -251,12 +251,14 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, embeddings: jax.Array) -> jax.Array:
-    def bias(key, shape, dtype=jnp.float32, fan_in=embeddings.shape[-1]):
-      return jax.random.uniform(key, shape, dtype, -1, 1) / fan_in**0.5
+    def linear(rows: jax.Array, width: int) -> jax.Array:
+      def bias(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -1, 1) / rows.shape[-1] ** 0.5
 
-    hidden = nn.Dense(self.hidden, kernel_init=_UNIFORM, bias_init=bias)(embeddings)
-    hidden = (self.activation or _prelu())(hidden)
-    return nn.Dense(self.width, kernel_init=_UNIFORM, bias_init=bias)(hidden)
+      return nn.Dense(width, kernel_init=_UNIFORM, bias_init=bias)(rows)
+
+    hidden = (self.activation or _prelu())(linear(embeddings, self.hidden))
+    return linear(hidden, self.width)
 
 
 @dataclasses.dataclass(frozen=True)
