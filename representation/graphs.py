@@ -104,6 +104,8 @@ def make_graph(
   graph_ids = np.zeros(num_nodes, np.int32) if graph_ids is None else np.asarray(graph_ids)
   if graph_ids.shape != (num_nodes,):
     raise ValueError(f"graph_ids must have shape [N] = [{num_nodes}], got {graph_ids.shape}")
+  if not np.issubdtype(graph_ids.dtype, np.integer):
+    raise ValueError(f"graph_ids must be integers, got {graph_ids.dtype}: number the graphs")
   if graph_ids.min() < 0 or graph_ids.max() >= num_nodes:
     raise ValueError(
       f"graph_ids must lie in [0, N) = [0, {num_nodes}), got {graph_ids.min()} to {graph_ids.max()}"

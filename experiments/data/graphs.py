@@ -121,9 +121,11 @@ def build(
         f"{where}: split {split} holds node {np.argwhere(unlabelled)[0, 1]}, which has no label "
         f"({unlabelled.any(axis=0).sum()} such nodes): take them out of the splits"
       )
-  graph_ids = np.zeros(num_nodes) if raw.graph_ids is None else np.asarray(raw.graph_ids)
+  graph_ids = np.zeros(num_nodes, int) if raw.graph_ids is None else np.asarray(raw.graph_ids)
   if graph_ids.shape != (num_nodes,):
     raise ValueError(f"{where}: graph_ids has shape {graph_ids.shape}, expected ({num_nodes},)")
+  if graph_ids.dtype.kind not in "iu" or graph_ids.min() < 0:
+    raise ValueError(f"{where}: graph_ids must be whole numbers from 0, found {graph_ids.min()}")
   stored = _checked_edges(raw.edges, num_nodes, where)
   (senders, receivers), notes = _clean_edges(stored, graph_ids, raw, edges)
   if binarise:

@@ -254,6 +254,8 @@ def test_bad_graphs_are_refused():
     graphs.make_graph(features, senders, receivers, graph_ids=[0, 1])
   with pytest.raises(ValueError, match=r"graph_ids must lie in \[0, N\) = \[0, 9\), got 1 to 9"):
     graphs.make_graph(features, senders, receivers, graph_ids=range(1, 10))
+  with pytest.raises(ValueError, match="graph_ids must be integers, got float64"):
+    graphs.make_graph(features, senders, receivers, graph_ids=np.arange(9) / 2)
   with pytest.raises(ValueError, match=r"multiple must be an integer >= 1, got 0"):
     graphs.make_graph(features, senders, receivers, multiple=0)
   with pytest.raises(ValueError, match=r"receivers\[1\]=9 is no node: give numbers in \[0, 9\)"):

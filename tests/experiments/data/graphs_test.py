@@ -322,6 +322,8 @@ def test_layouts_have_the_preparation_of_the_paper_and_notes_say_so(tmp_path):
       r"split test holds node 2, which has no label \(1 such nodes\): take them out",
     ),
     ({"graph_ids": np.zeros(3)}, r"graph_ids has shape \(3,\)"),
+    ({"graph_ids": np.array([0, 0.5, 0, 0.5])}, "graph_ids must be whole numbers"),
+    ({"graph_ids": np.array([0, 0, -1, -1])}, "graph_ids must be whole numbers from 0, found -1"),
   ],
 )
 def test_bad_arrays_are_named(changes, message):
