@@ -74,8 +74,23 @@ def _field(path: pathlib.Path, name: str) -> int | None:
   return 1024 * int(values[0]) if values else None
 
 
-def _container(folder: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int | None:
-  """What a control group leaves free; None without a limit."""
+def _container(
+  group: pathlib.Path | None = None, root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")
+) -> int | None:
+  """What the control group of this process and those around it leave free; None without a limit."""
+  if group is None:
+    try:
+      lines = pathlib.Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+      return None
+    paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    group = root.joinpath(*paths)  # as a job of a cluster has one; a container sees its own as root
+  around = [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+  free = [size for size in map(_left_by_group, around) if size is not None]
+  return min(free, default=None)
+
+
+def _left_by_group(folder: pathlib.Path) -> int | None:
   try:
     limit, used, stat = (
       (folder / f"memory.{name}").read_text() for name in ("max", "current", "stat")

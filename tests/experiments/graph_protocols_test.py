@@ -83,19 +83,28 @@ def test_what_does_not_fit_is_refused_with_an_estimate(monkeypatch, tmp_path):
   assert memory.peak() > 2**20
 
 
+def test_a_control_group_and_those_around_it_say_what_is_free(tmp_path):
+  def limit(folder, most):
+    folder.mkdir(exist_ok=True)
+    for name, text in (
+      ("max", most),
+      ("current", "7000"),
+      ("stat", "anon 900\ninactive_file 5000"),  # files that lie idle leave memory free
+    ):
+      (folder / f"memory.{name}").write_text(text + "\n")
+    return folder
+
+  group = limit(tmp_path / "job", "8000")
+  assert memory._container(group, tmp_path) == 6000  # the root has no files
+  limit(tmp_path, "7500")
+  assert memory._container(group, tmp_path) == 5500
+  limit(tmp_path, "max")
+  limit(group, "max")
+  assert memory._container(group, tmp_path) is None
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
-def test_files_that_lie_idle_in_a_container_leave_memory_free(tmp_path):
-  for name, text in (
-    ("max", "8000"),
-    ("current", "7000"),
-    ("stat", "anon 900\ninactive_file 5000"),
-  ):
-    (tmp_path / f"memory.{name}").write_text(text + "\n")
-  assert memory._container(tmp_path) == 6000
-  (tmp_path / "memory.max").write_text("max\n")
-  assert memory._container(tmp_path) is None
-
-
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
 def test_freed_memory_is_kept_for_the_next_step():
   code = """if True:
     import ctypes, resource, sys
