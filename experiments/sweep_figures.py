@@ -22,18 +22,23 @@ ROWS = ("trained", "untrained", "features", "SGC-2", "no labels", "mean cosine")
 _Rows = dict[str, np.ndarray]
 
 
+def _all(words: str, held: np.ndarray) -> list[tuple[str, bool]]:
+  """A criterion on some of the values; none where the sweep has no such value."""
+  return [(words, bool(np.all(held)))] if len(held) else []
+
+
 def _mask_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]]:
   gains = (rows["trained"] - rows["untrained"]).mean(1)
   usual = (values >= 0.1) & (values <= 0.5)
-  return [("probabilities of 0.1 to 0.5 gain over no training", bool(np.all(gains[usual] > 0)))]
+  return _all("probabilities of 0.1 to 0.5 gain over no training", gains[usual] > 0)
 
 
 def _decay_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]]:
   gains, cosines = (rows["trained"] - rows["untrained"]).mean(1), rows["mean cosine"].max(1)
   slow = (values >= 0.9) & (values < 1)
   return [
-    ("slow targets (0.9 to below 1) gain over no training", bool(np.all(gains[slow] > 0))),
-    ("none collapses: mean cosine below 0.9", bool(np.all(cosines < 0.9))),
+    *_all("slow targets (0.9 to below 1) gain over no training", gains[slow] > 0),
+    *_all("none collapses: mean cosine below 0.9", cosines < 0.9),
   ]
 
 
@@ -48,26 +53,28 @@ def _negative_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]
 
 
 def _signal_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]]:
-  blind = rows["no labels"].mean(1)
+  blind, none = rows["no labels"].mean(1), np.abs(rows["trained"][values == 0] - 0.5)
   return [
-    (
-      "no signal: within 0.05 of chance",
-      bool(np.all(np.abs(rows["trained"][values == 0] - 0.5) < 0.05)),
-    ),
-    (
-      "without labels, signals up to 0.5: within 0.1 of chance",
-      bool(np.all(blind[values <= 0.5] < 0.6)),
-    ),
-    ("without labels, signals of 3 and more: above 0.75", bool(np.all(blind[values >= 3] > 0.75))),
+    *_all("no signal: within 0.05 of chance", none < 0.05),
+    *_all("without labels, signals up to 0.5: within 0.1 of chance", blind[values <= 0.5] < 0.6),
+    *_all("without labels, signals of 3 and more: above 0.75", blind[values >= 3] > 0.75),
   ]
 
 
 def _predictor_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]]:
-  del values
   cosines, scores = rows["mean cosine"].mean(1), rows["trained"].mean(1)
+  with_it, without = values == 1, values == 0
+  if not (with_it.any() and without.any()):
+    return []
   return [
-    ("normalised: mean cosine above that of the plain predictor", bool(cosines[1] > cosines[0])),
-    ("normalised: accuracy below that of the plain predictor", bool(scores[1] < scores[0])),
+    (
+      "normalised: mean cosine above that of the plain predictor",
+      bool(cosines[with_it] > cosines[without]),
+    ),
+    (
+      "normalised: accuracy below that of the plain predictor",
+      bool(scores[with_it] < scores[without]),
+    ),
   ]
 
 

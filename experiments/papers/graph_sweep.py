@@ -232,8 +232,8 @@ def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> evaluat
     for over in found
   ]
   return evaluation.Result(
-    metrics={"criteria_passed": evaluation.fraction_passed(checks)},
-    tables=[report.checks_table("Expected before the run", checks), *tables],
+    metrics={"criteria_passed": evaluation.fraction_passed(checks)} if checks else {},
+    tables=[*([report.checks_table("Expected before the run", checks)] if checks else []), *tables],
     arrays=arrays,
   )
 
