@@ -122,6 +122,7 @@ class Judge:
             [name, *(f"{100 * x:.2f}" for x in (s.mean(), s.std(), s.min(), s.max()))]
             for name, s in rows.items()
           ],
+          caption="Untrained: one initialisation, another one than the trained encoder's.",
         )
       )
     notes = [[name.replace("_", " "), str(value)] for name, value in self._data.notes.items()]

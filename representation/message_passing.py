@@ -240,7 +240,8 @@ def neighbour_sum(
       rows on a CPU, segments elsewhere.
 
   Returns:
-    `[num_receivers, ..., D]`; gradients reach `values` and `weights`.
+    `[num_receivers, ..., D]`; gradients reach `values` and `weights`. Rows have a reverse mode only
+    (`grad`, of any order); `jvp` wants segments.
 
   Raises:
     ValueError: if a shape does not fit, or there is no such implementation.
