@@ -26,7 +26,7 @@ PRESETS = {
     "co-purchases, 7,650 nodes", "1 hour", "accuracy 0.933 +- 0.003 (untrained 0.915)"
   ),
   "amazon_computers": base.Preset(
-    "co-purchases, 13,752 nodes", "1 to 2 hours", "accuracy 0.906 +- 0.003 (untrained 0.871)"
+    "co-purchases, 13,752 nodes", "1 to 2 hours", "accuracy 0.906 +- 0.002 (untrained 0.873)"
   ),
   "coauthor_cs": base.Preset("co-authors, 18,333 nodes", "hours", "unrun"),
   "coauthor_physics": base.Preset("co-authors, 34,493 nodes", "hours", "unrun"),
