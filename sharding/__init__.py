@@ -14,12 +14,14 @@ from sharding.batches import DATA_AXES, accumulate_grads, shard_batch
 from sharding.mesh import initialize_multihost, make_mesh
 from sharding.placement import init_sharded, jit_update, place
 from sharding.rules import REPLICATED, Rules, infer_shardings, tree_paths
+from sharding.updates import gradient_step
 
 __all__ = [
   "DATA_AXES",
   "REPLICATED",
   "Rules",
   "accumulate_grads",
+  "gradient_step",
   "infer_shardings",
   "init_sharded",
   "initialize_multihost",

@@ -1,0 +1,253 @@
+"""Checks of arguments: each error names the argument, its value and what to give instead.
+
+Shapes are always checked, before anything is computed. Values are checked where they are already
+on the host: Python numbers, lists of them and NumPy arrays. A traced value cannot be looked at, and
+looking at a JAX array waits for the device. Functions that are called rarely, such as evaluations,
+pass `fetch=True` to look at JAX arrays too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_integer(value: Any) -> bool:
+  """Returns whether `value` is a Python or NumPy integer; a bool is not one.
+
+  Example:
+    >>> is_integer(3), is_integer(np.int32(3)), is_integer(True), is_integer(3.0)
+    (True, True, False, False)
+  """
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def positive(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless every entry of `value` is positive and finite.
+
+  Example:
+    >>> positive("tau", 0.1)
+    >>> positive("tau", 0)
+    Traceback (most recent call last):
+      ...
+    ValueError: tau must be positive and finite, got 0
+  """
+  array = _numbers(name, value, fetch)
+  if array is not None and not np.all((array > 0) & np.isfinite(array)):
+    raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def not_negative(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless every entry of `value` is finite and at least 0."""
+  array = _numbers(name, value, fetch)
+  if array is not None and not np.all((array >= 0) & np.isfinite(array)):
+    raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def probabilities(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless every entry of `value` lies in [0, 1]."""
+  array = _numbers(name, value, fetch)
+  if array is not None and not np.all((array >= 0) & (array <= 1)):  # also false for NaN
+    raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def finite(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` if `value` holds NaN or an infinity."""
+  array = _numbers(name, value, fetch)
+  if array is None:
+    return
+  flat = array.ravel()
+  bad = np.flatnonzero(~np.isfinite(flat))
+  if bad.size:
+    raise ValueError(
+      f"{name} must be finite, got {flat[bad[0]]} at position {bad[0]}: leave the row out"
+    )
+
+
+def antisymmetric(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless preferences `[..., A, A]` have P(i, j) + P(j, i) = 1."""
+  probabilities(name, value, fetch=fetch)
+  array = _numbers(name, value, fetch)
+  # 1e-4: float32 inputs, rounded by whoever made them.
+  if array is not None and not np.allclose(array + np.swapaxes(array, -1, -2), 1, atol=1e-4):
+    raise ValueError(
+      f"{name} must be antisymmetric, P(i beats j) + P(j beats i) = 1 with 1/2 on the diagonal, "
+      f"got {value}"
+    )
+
+
+def count(name: str, value: Any, least: int = 1) -> None:
+  """Raises `ValueError` unless `value` is an integer of at least `least`.
+
+  Example:
+    >>> count("num_steps", True)
+    Traceback (most recent call last):
+      ...
+    ValueError: num_steps must be an integer >= 1, got True
+  """
+  if not is_integer(value) or value < least:
+    raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+  """Raises `ValueError` unless `value` is one of `choices`."""
+  if value not in choices:
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+def same_shape(**arrays: Any) -> tuple[int, ...]:
+  """Returns the one shape that all the named arrays have; raises `ValueError` if they differ."""
+  shapes = {name: np.shape(array) for name, array in arrays.items()}
+  if len(set(shapes.values())) > 1:
+    listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    raise ValueError(f"shapes must be equal, got {listed}")
+  return next(iter(shapes.values()))
+
+
+def shape(name: str, array: Any, expected: tuple[int, ...], meaning: str) -> None:
+  """Raises `ValueError` unless `array` has the `expected` shape; `meaning` is e.g. '[B, T]'."""
+  if np.shape(array) != expected:
+    raise ValueError(
+      f"{name} must have shape {meaning} = {list(expected)}, got {list(np.shape(array))}"
+    )
+
+
+def not_empty(**arrays: Any) -> None:
+  """Raises `ValueError` if one of the named arrays has no entries."""
+  for name, array in arrays.items():
+    if 0 in np.shape(array):
+      raise ValueError(f"{name} must not be empty, got shape {list(np.shape(array))}")
+
+
+def vector(name: str, values: Any) -> None:
+  """Raises `ValueError` unless `values` is a list of numbers."""
+  if np.ndim(values) != 1:
+    raise ValueError(f"{name} must be a list of numbers, got {values!r}: give [{values!r}] for one")
+
+
+def matrix(name: str, array: Any, num_rows: int | None = None) -> None:
+  """Raises `ValueError` unless `array` is `[N, D]`, not empty, with `num_rows` rows if given."""
+  found = np.shape(array)
+  if len(found) != 2 or 0 in found:
+    raise ValueError(
+      f"{name} must have shape [N, D] and must not be empty, got {list(found)}: fold further axes "
+      "into N, or use vmap"
+    )
+  if num_rows is not None and found[0] != num_rows:
+    raise ValueError(f"{name} must have one row for each label, {num_rows}, got {found[0]}")
+
+
+def row_mask(mask: Any, num_rows: int) -> None:
+  """Raises `ValueError` unless `mask` is `[num_rows]` of bool: other shapes would broadcast."""
+  if np.shape(mask) != (num_rows,) or not np.issubdtype(_dtype(mask), np.bool_):
+    raise ValueError(
+      f"mask must have shape [{num_rows}], one bool for each row, got "
+      f"{_dtype(mask)} {list(np.shape(mask))}"
+    )
+
+
+# --- indices and labels ---------------------------------------------------------------------------
+
+
+def token_ids(name: str, value: Any, size: int) -> None:
+  """Raises `ValueError` if a NumPy or Python `value` has an id outside [0, size)."""
+  ids = _on_host(value, fetch=False)
+  if ids is not None and ids.size and not (ids.min() >= 0 and ids.max() < size):
+    raise ValueError(
+      f"{name} must lie in [0, {size}), got {ids.min()} to {ids.max()}: another model's tokenizer?"
+    )
+
+
+def labels(array: Any, num_classes: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless `array` is `[N]` of integers in [0, num_classes)."""
+  count("num_classes", num_classes, least=2)
+  if np.ndim(array) != 1 or not len(array) or not np.issubdtype(_dtype(array), np.integer):
+    raise ValueError(
+      f"labels must be integers of shape [N], not empty, got {_dtype(array)} "
+      f"{list(np.shape(array))}"
+    )
+  known = _on_host(array, fetch)
+  if known is not None and not (known.min() >= 0 and known.max() < num_classes):
+    raise ValueError(
+      f"labels must lie in [0, num_classes) = [0, {num_classes}), got {known.min()} to "
+      f"{known.max()}: leave rows without a label out"
+    )
+
+
+def binary(name: str, array: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless `array` is `[N, L]`, not empty, of zeros and ones."""
+  if np.ndim(array) != 2 or 0 in np.shape(array):
+    raise ValueError(f"{name} must have shape [N, L], not empty, got {list(np.shape(array))}")
+  known = _on_host(array, fetch)
+  if known is not None and not np.isin(known, (0, 1)).all():
+    raise ValueError(
+      f"{name} must be 0 or 1, got {known.min()} to {known.max()}: encode the labels one-hot"
+    )
+
+
+def row_numbers(name: str, array: Any, num_rows: int, ndim: int, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless `array` has `ndim` axes, none empty, of row numbers."""
+  if np.ndim(array) != ndim or 0 in np.shape(array):
+    raise ValueError(
+      f"{name} must have {ndim} axes, none of them empty, got shape {list(np.shape(array))}"
+    )
+  known = _on_host(array, fetch)
+  if known is None:
+    return
+  if not np.issubdtype(known.dtype, np.integer):
+    raise ValueError(
+      f"{name} must be row numbers, got {known.dtype}: turn a mask into np.flatnonzero(mask)"
+    )
+  if known.min() < 0 or known.max() >= num_rows:
+    raise ValueError(f"{name} must lie in [0, {num_rows}), got {known.min()} to {known.max()}")
+
+
+def disjoint(name: str, array: Any, other_name: str, other: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` if `array` and `other` share a row; compared along the last axis."""
+  first, second = _on_host(array, fetch), _on_host(other, fetch)
+  if first is None or second is None:
+    return
+  for index in np.ndindex(first.shape[:-1]):
+    common = np.intersect1d(first[index], second[index])
+    if common.size:
+      raise ValueError(
+        f"{name} must share no row with {other_name}, got {common.size} at {list(index)}, for "
+        f"example row {common[0]}: a row that was used to fit or choose cannot judge"
+      )
+
+
+def _numbers(name: str, value: Any, fetch: bool) -> np.ndarray | None:
+  """Returns the value as an array of numbers, None where it cannot be seen; refuses text."""
+  if isinstance(value, str):
+    raise ValueError(f"{name} must be a number, got the string {value!r}")
+  array = _on_host(value, fetch)
+  if array is not None and array.dtype.kind not in "biuf":
+    # ml_dtypes, such as bfloat16, are NumPy extension types of kind "V".
+    try:
+      return array.astype(float)
+    except (TypeError, ValueError):
+      raise ValueError(f"{name} must hold numbers, got {value!r}") from None
+  return array
+
+
+def _on_host(value: Any, fetch: bool) -> np.ndarray | None:
+  """Returns the value as an array; None where it is traced, on the device or JAX's placeholder."""
+  if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not fetch):
+    return None
+  if isinstance(value, list | tuple) and any(
+    isinstance(leaf, jax.Array) and not fetch for leaf in jax.tree.leaves(value)
+  ):
+    return None
+  array = np.asarray(value)
+  return None if array.dtype == object else array
+
+
+def _dtype(array: Any) -> Any:
+  return getattr(array, "dtype", None) or np.asarray(array).dtype
