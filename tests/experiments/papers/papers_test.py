@@ -282,9 +282,10 @@ def test_untrained_bandits_fail_their_criteria_and_can_be_sampled(paper):
     assert "fail" in {row[1] for row in checks}
   else:
     assert {row[1] for row in checks} == {"fail"}
-  rows = experiment.sample(state).rows
+  table = experiment.sample(state)
   drawn = 1 if paper is reward_model_paper else 20  # a probability, or arms
-  assert rows and all(len(row[2].split()) == drawn for row in rows)
+  assert table.rows
+  assert all(len(table.text(row[2]).split()) == drawn for row in table.rows)
 
 
 def test_the_closed_forms_of_revision_have_the_published_win_rates():
