@@ -122,7 +122,7 @@ def test_sigterm_outside_of_the_loop_is_said_and_has_its_exit_code():
     [sys.executable, "-c", script], capture_output=True, text=True, env=_environment(), timeout=60
   )
   assert done.returncode == 143
-  assert "the same command continues from the last checkpoint" in done.stderr
+  assert "repeat the command to continue from the last checkpoint" in done.stderr
   assert "Traceback" not in done.stderr
 
 

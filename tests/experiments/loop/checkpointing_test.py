@@ -191,7 +191,7 @@ def test_a_changed_number_in_a_readable_file_is_noticed(tmp_path):
   with ocp.StandardCheckpointer() as writer:
     shutil.rmtree(tmp_path / "2" / "state")
     writer.save(tmp_path / "2" / "state", changed)
-  with pytest.warns(UserWarning, match=r"step is not what was saved \(checksum\)"):
+  with pytest.warns(UserWarning, match=r"the checksum of step differs"):
     assert checkpointer.restore_last(_target()).step == 1
 
 

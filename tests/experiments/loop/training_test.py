@@ -291,7 +291,7 @@ def test_what_a_judge_on_the_host_complains_of_is_the_error(tmp_path):
     state, metrics = experiment.update(state, batch, key)
     return state, metrics | {"judged": judged}
 
-  with pytest.raises(training.RunError, match=r"inside a step, ValueError: reward own:f .*finite"):
+  with pytest.raises(training.RunError, match=r"inside a step: ValueError: reward own:f .*finite"):
     _train(tmp_path / "run", config, dataclasses.replace(experiment, update=update))
   assert "reward own:f" in (tmp_path / "run" / "report.html").read_text()
 
