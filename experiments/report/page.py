@@ -1,4 +1,4 @@
-"""The HTML of a report: one page that loads nothing, in light and dark, wide and narrow."""
+"""The HTML of a report: one file that loads nothing, for light, dark, wide and narrow screens."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from typing import Any
 from experiments import files
 from experiments.report import records, results
 
-# Metrics that live in [0, 1] are drawn on that scale.
+# Cards draw the intervals of these metrics on the scale [0, 1].
 _PROPORTION = re.compile("rate|accuracy|fraction|passed|share")
 _ACRONYMS = {"kl": "KL", "ipo": "IPO", "copg": "CoPG", "dpo": "DPO"}
 
@@ -25,9 +25,20 @@ def render(
   environment: Mapping[str, Any],
   warning: str = "",
 ) -> str:
-  """Returns the whole page; every text in it is escaped."""
+  """Returns the HTML of the page, in which every text is escaped.
+
+  Args:
+    title: the heading.
+    result: the final evaluation.
+    headline: the metric that comes first.
+    history: the training records.
+    figures: (name, caption, SVG) of each figure.
+    config: fields by dotted name.
+    environment: as `run_folder.environment` returns it; may be empty.
+    warning: a text in red above the numbers; empty for none.
+  """
   estimates = dict(result.metrics)
-  # The last training record stands in for what the evaluation does not measure.
+  # A metric that the evaluation lacks is taken from the last training record.
   wanted = [headline] if estimates else [headline, "loss"]
   for name in wanted:
     if name not in estimates and history and name in history[-1]:
@@ -61,7 +72,7 @@ def render(
 
 
 def _durations(history: records.History) -> list[float]:
-  """Returns the length of each sitting: the clock of the records restarts when a run resumes."""
+  """Returns the seconds of each part of a run: the clock may restart when the run is resumed."""
   clocks = [record.get("seconds", 0.0) for record in history]
   ends = [a for a, b in zip(clocks, [*clocks[1:], -1.0], strict=False) if b < a]
   return ends
@@ -121,7 +132,7 @@ def _cell(text: str) -> str:
 
 
 def _align(texts: list[str]) -> str:
-  """Returns the class of a column, or of a cell, that holds nothing but numbers."""
+  """Returns the class attribute of cells that all hold numbers; empty for other cells."""
   numbers = [re.fullmatch(r"[+\-−]?[\d.,]+(e[+\-]?\d+)?%?( \[.*\])?", text) for text in texts]
   return " class=number" if texts and all(numbers) else ""
 
