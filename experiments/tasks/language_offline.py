@@ -19,7 +19,7 @@ import tqdm
 
 from alignment import checks, sequences
 from alignment.models import sampling, transformer
-from experiments.data import pretrained, rewards, templates, text
+from experiments.data import encoding, pretrained, rewards, templates, text
 
 OWN_DATA = ("scored", "preferences", "demonstrations")
 
@@ -70,7 +70,7 @@ class Task:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens and mask `[N, P]`, P the longest prompt (in its template) rounded up."""
     data = self.config.data
-    return text.encode_prompts(
+    return encoding.encode_prompts(
       self.model.tokenizer,
       self._filled(prompts),
       max_length=data.prompt_length,
@@ -239,7 +239,7 @@ class Task:
       prompts, where = _places(pairs)
     shape = (*scores.shape, data.completion_length)
     encoded = self.encode_prompts(prompts, [f"{place}: prompt" for place in where])
-    tokens, mask = text.encode_completions(
+    tokens, mask = encoding.encode_completions(
       self.model.tokenizer,
       [completion for group in completions for completion in group],
       max_length=data.completion_length,
