@@ -95,7 +95,7 @@ def _card(name: str, estimate: results.Estimate, first: bool) -> str:
     lines.append(f"n = {estimate.n:,}")
   if estimate.note:
     lines.append(estimate.note)
-  small = " · ".join(html.escape(line) for line in lines)
+  small = " · ".join(f"<span>{html.escape(line)}</span>" for line in lines)
   return (
     f'<div class="card{" first" if first else ""}"><h3>{html.escape(label)}</h3>'
     f"<p class=value>{results.number(estimate.value)}</p>{bar}<p class=small>{small}</p></div>"
@@ -106,8 +106,8 @@ def _image(name: str, caption: str, svg: bytes) -> str:
   data = base64.b64encode(svg).decode()
   text = html.escape(caption)
   return (
-    f'<figure id="{html.escape(name)}"><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-    f"<figcaption>{text}</figcaption></figure>"
+    f'<figure id="{html.escape(name)}"><div class=panels><img alt="{text}" '
+    f'src="data:image/svg+xml;base64,{data}"></div><figcaption>{text}</figcaption></figure>'
   )
 
 
@@ -181,6 +181,7 @@ h2 { margin: 56px 0 16px; font-size: 21px; letter-spacing: -.01em; }
   font-variant-numeric: tabular-nums; }
 .card.first .value { color: var(--accent); }
 .small { margin: 6px 0 0; color: var(--soft); font-size: 13.5px; }
+.card .small span { display: inline-block; }
 .track { position: relative; display: block; height: 6px; margin: 6px 0 10px; border-radius: 3px;
   background: var(--line); }
 .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; opacity: .5;
@@ -194,6 +195,7 @@ h2 { margin: 56px 0 16px; font-size: 21px; letter-spacing: -.01em; }
 figure { margin: 0 0 24px; padding: 22px 22px 16px;
   border: 1px solid var(--line); border-radius: 14px; background: var(--card); }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.panels { overflow-x: auto; }
 figcaption { margin-top: 12px; color: var(--soft); font-size: 14px; }
 .scroll { overflow-x: auto; border: 1px solid var(--line);
   border-radius: 14px; background: var(--card); }
@@ -211,6 +213,15 @@ summary { cursor: pointer; font-size: 17px; font-weight: 600; margin-bottom: 12p
 details td:first-child { color: var(--soft); width: 34%; }
 details tr:first-child td { border-top: 0; }
 code { font: 13.5px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media (max-width: 640px) {  /* figures and tables scroll rather than shrink below legibility */
+  main { padding: 32px 16px 64px; }
+  h1 { font-size: 30px; }
+  .cards { grid-template-columns: 1fr 1fr; gap: 10px; }
+  .card { padding: 14px 14px 10px; }
+  .value { font-size: 25px; }
+  figure { padding: 16px 14px 12px; }
+  figure img { max-width: max(100%, 720px); }
+  td:not(.number) { min-width: 10em; } }
 @media print { details { display: none; } body { background: #fff; } }
 </style></head><body><main>
 $BODY
