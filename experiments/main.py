@@ -196,7 +196,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     if jax.process_index() == 0:
       run_folder.claim(config, workdir)
     paper = presets.module_of(config)
-    if hasattr(paper, "run"):  # a study: several runs and one report
+    if hasattr(paper, "run"):  # a run of runs, such as a comparison
       outcome = paper.run(config, workdir)
     else:
       outcome = training.train(paper.build(config, workdir), config, workdir, wandb=args.wandb)

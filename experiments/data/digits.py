@@ -88,7 +88,7 @@ def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
   """
   count = len(shown.tokens)
   keys = jax.random.split(key, 5)
-  anew = imitations(keys[0], sequences.Prompts(shown.prompt_tokens, shown.prompt_mask))
+  fresh = imitations(keys[0], sequences.Prompts(shown.prompt_tokens, shown.prompt_mask))
   num_digits = _is_digit(shown).sum(1)
   tokens = shown.tokens
   rows, starts = jnp.arange(count), _has_mark(shown).astype(jnp.int32)
@@ -100,7 +100,7 @@ def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
   tokens = tokens.at[:, 0].set(jnp.where(remark, _marks(keys[4], count), tokens[:, 0]))
   light = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.7, (count, 1))
   return shown._replace(
-    tokens=jnp.where(light, tokens, anew.tokens), mask=jnp.where(light, shown.mask, anew.mask)
+    tokens=jnp.where(light, tokens, fresh.tokens), mask=jnp.where(light, shown.mask, fresh.mask)
   )
 
 
