@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from experiments.data import graph_formats
+from experiments.data import graph_checks, graph_formats
 
 EDGE_POLICIES = ("symmetrise", "keep", "error")
 # Layouts of bags of words and word vectors. BGRL divides these features by their row sums.
@@ -113,22 +113,12 @@ def build(
   where = raw.where
   if edges not in EDGE_POLICIES:
     raise ValueError(f"edges is {edges!r}; choose one of {EDGE_POLICIES}")
-  features = _checked_features(raw.features, where)
+  features = graph_checks.features(raw.features, where)
   num_nodes = features.shape[0]
-  labels = _checked_labels(raw.labels, num_nodes, where)
-  splits = _checked_splits(raw.splits, num_nodes, where)
-  for split, masks in splits.items():
-    if labels.ndim == 1 and (unlabelled := masks & (labels < 0)).any():
-      raise ValueError(
-        f"{where}: split {split} holds node {np.argwhere(unlabelled)[0, 1]}, which has no label "
-        f"({unlabelled.any(axis=0).sum()} such nodes): remove them from the splits"
-      )
-  graph_ids = np.zeros(num_nodes, int) if raw.graph_ids is None else np.asarray(raw.graph_ids)
-  if graph_ids.shape != (num_nodes,):
-    raise ValueError(f"{where}: graph_ids has shape {graph_ids.shape}, expected ({num_nodes},)")
-  if graph_ids.dtype.kind not in "iu" or graph_ids.min() < 0:
-    raise ValueError(f"{where}: graph_ids must be whole numbers from 0, found {graph_ids.min()}")
-  stored = _checked_edges(raw.edges, num_nodes, where)
+  labels = graph_checks.labels(raw.labels, num_nodes, where)
+  splits = graph_checks.splits(raw.splits, labels, where)
+  graph_ids = graph_checks.graph_ids(raw.graph_ids, num_nodes, where)
+  stored = graph_checks.edges(raw.edges, num_nodes, where)
   (senders, receivers), notes = _clean_edges(stored, graph_ids, raw, edges)
   if binarise:
     features = (features > 0).astype(np.float32)
@@ -192,96 +182,6 @@ def without_test_graphs(graph: Graph) -> Graph:
       "on; put whole graphs into the test split, or give a single graph"
     )
   return part(graph, kept)
-
-
-def _checked_features(features: Any, where: str) -> Any:
-  if not sparse.issparse(features):
-    features = np.asarray(features)
-  if features.ndim != 2 or 0 in features.shape:
-    raise ValueError(f"{where}: features have shape {features.shape}; expected [N, D], both > 0")
-  if features.dtype.kind not in "biuf":
-    raise ValueError(f"{where}: features are {features.dtype}; save them as numbers")
-  # Checked before the cast: a number that is too large for float32 would become infinite.
-  if sparse.issparse(features):
-    features = sparse.csr_array(features)
-    rows, values = np.repeat(np.arange(features.shape[0]), np.diff(features.indptr)), features.data
-  else:
-    rows, values = np.arange(len(features))[:, None], features
-  bad = ~(np.abs(values) <= np.finfo(np.float32).max)
-  if bad.any():
-    node = np.broadcast_to(rows, bad.shape)[bad][0]
-    raise ValueError(
-      f"{where}: features of node {node} hold {values[bad][0]} ({bad.sum()} such values); "
-      "they must be finite in float32: repair or drop them"
-    )
-  return features.astype(np.float32)
-
-
-def _checked_labels(labels: Any, num_nodes: int, where: str) -> np.ndarray:
-  labels = np.asarray(labels)
-  if labels.ndim == 2 and labels.shape[1] == 1:
-    labels = labels[:, 0]
-  if labels.ndim not in (1, 2) or len(labels) != num_nodes or 0 in labels.shape:
-    raise ValueError(
-      f"{where}: labels have shape {labels.shape}, features {num_nodes} rows; give [N] or [N, L]"
-    )
-  if labels.dtype.kind not in "biuf":
-    raise ValueError(f"{where}: labels are {labels.dtype}; number the classes from 0")
-  if labels.ndim == 2:
-    if not np.isin(labels, (0, 1)).all():
-      bad = labels[~np.isin(labels, (0, 1))][0]
-      raise ValueError(f"{where}: labels [N, L] hold {bad}; each must be 0 or 1")
-    return labels.astype(np.float32)
-  if labels.dtype.kind == "f":
-    labels = np.where(np.isnan(labels), -1, labels)  # OGB marks missing labels by NaN
-  bad = (labels < -1) | (labels >= 2**31) | (labels % 1 != 0)
-  if bad.any():
-    node = np.flatnonzero(bad)[0]
-    raise ValueError(
-      f"{where}: label of node {node} is {labels[node]}; give a class from 0, or -1 where missing"
-    )
-  if (labels < 0).all():
-    raise ValueError(f"{where}: every label is missing; linear evaluation needs some")
-  return labels.astype(np.int32)
-
-
-def _checked_edges(edges: Any, num_nodes: int, where: str) -> np.ndarray:
-  edges = np.asarray(edges)
-  if edges.ndim != 2 or edges.shape[0] != 2:
-    raise ValueError(f"{where}: edges have shape {edges.shape}; expected one row of two nodes each")
-  if edges.dtype.kind not in "iu":
-    raise ValueError(f"{where}: edges are {edges.dtype}; save node numbers as integers")
-  edges = edges.astype(np.int64)
-  bad = ((edges < 0) | (edges >= num_nodes)).any(axis=0)
-  if bad.any():
-    first = np.flatnonzero(bad)[0]
-    raise ValueError(
-      f"{where}: edge {first} joins {edges[0, first]} and {edges[1, first]}, but the {num_nodes} "
-      f"nodes are 0 to {num_nodes - 1} ({bad.sum()} such edges): number nodes from 0"
-    )
-  return edges
-
-
-def _checked_splits(splits: dict[str, Any], num_nodes: int, where: str) -> dict[str, np.ndarray]:
-  masks = {name: np.atleast_2d(np.asarray(mask)) for name, mask in splits.items()}
-  num_splits = max((len(mask) for mask in masks.values()), default=0)
-  for name, mask in masks.items():
-    if mask.shape not in ((1, num_nodes), (num_splits, num_nodes)):
-      raise ValueError(
-        f"{where}: split {name} has shape {mask.shape}; expected [{num_splits}, {num_nodes}] masks"
-      )
-    if not np.isin(mask, (0, 1)).all():
-      raise ValueError(f"{where}: split {name} must be a mask of false and true, or 0 and 1")
-    if not mask.any(axis=1).all():
-      raise ValueError(f"{where}: split {name} number {np.argmin(mask.any(axis=1))} has no nodes")
-    masks[name] = np.repeat(mask.astype(bool), num_splits // len(mask), axis=0)
-  for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-    if first in masks and second in masks and (both := masks[first] & masks[second]).any():
-      node = np.argwhere(both)[0, 1]
-      raise ValueError(
-        f"{where}: splits {first} and {second} share node {node}: remove it from one"
-      )
-  return masks
 
 
 def _clean_edges(

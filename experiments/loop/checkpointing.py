@@ -19,12 +19,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-import sharding
+from experiments.loop import leaves
 
 
 class CheckpointError(OSError):
@@ -125,13 +123,13 @@ class Checkpointer:
       NotFiniteError: a leaf holds NaN or Inf; nothing is written.
       CheckpointError: this write failed, or the earlier one that ran in the background.
     """
-    leaves = _describe(state)
-    bad = [path for path, leaf in leaves.items() if not leaf["finite"]]
+    described = leaves.describe(state)
+    bad = [path for path, leaf in described.items() if not leaf["finite"]]
     if bad:
       raise NotFiniteError(bad)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      record=ocp.args.JsonSave({**record, "step": step, "leaves": leaves}),
+      record=ocp.args.JsonSave({**record, "step": step, "leaves": described}),
     )
     self.wait()  # so that an error of the earlier write names the earlier step
     self._writing = step
@@ -210,7 +208,7 @@ class Checkpointer:
       )["state"]
       changed = [
         path
-        for path, leaf in _describe(state).items()
+        for path, leaf in leaves.describe(state).items()
         if leaf["checksum"] != saved[path]["checksum"]
       ]
     except Exception as error:
@@ -258,7 +256,7 @@ class Checkpointer:
       source.rename(aside)
 
   def _check_leaves(self, step: int, saved: Mapping[str, Any], target: Any) -> None:
-    wanted = _layout(target)
+    wanted = leaves.layout(target)
     for path in sorted(saved.keys() | wanted.keys()):
       old, new = saved.get(path), wanted.get(path)
       old = None if old is None else (old["dtype"], tuple(old["shape"]))
@@ -284,56 +282,3 @@ def _reason(error: Exception) -> str:
 
 def _words(leaf: tuple[str, tuple[int, ...]] | None) -> str:
   return "absent" if leaf is None else f"{leaf[0]}{list(leaf[1])}"
-
-
-def _layout(tree: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-  """Returns dtype and shape of each leaf by path."""
-  paths, leaves = sharding.tree_paths(tree), jax.tree.leaves(tree)
-  return {
-    path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in zip(paths, leaves, strict=True)
-  }
-
-
-def _describe(state: Any) -> dict[str, dict[str, Any]]:
-  """Returns dtype, shape, checksum and finiteness of each leaf by path."""
-  checks = jax.device_get(_inspect(jax.tree.leaves(state)))
-  return {
-    path: {
-      "dtype": dtype,
-      "shape": list(shape),
-      "checksum": int(checksum),
-      "finite": bool(finite),
-    }
-    for (path, (dtype, shape)), (checksum, finite) in zip(
-      _layout(state).items(), checks, strict=True
-    )
-  }
-
-
-@jax.jit
-def _inspect(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-  """Returns (checksum, whether all entries are finite) of each leaf.
-
-  The checksum is the sum of the entries' bits as unsigned integers, modulo 2^32. Integer addition
-  is exact in any order, so the checksum is the same for every sharding.
-  """
-  return [(_checksum(leaf), _is_finite(leaf)) for leaf in leaves]
-
-
-def _is_finite(leaf: jax.Array) -> jax.Array:
-  if jnp.issubdtype(leaf.dtype, jnp.inexact):
-    return jnp.isfinite(leaf).all()
-  return jnp.array(True)
-
-
-def _checksum(leaf: jax.Array) -> jax.Array:
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-    return _checksum(leaf.real) + 3 * _checksum(leaf.imag)
-  if leaf.dtype == jnp.bool_:
-    leaf = leaf.astype(jnp.uint8)
-  size = np.dtype(leaf.dtype).itemsize
-  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)  # 8 bytes become two words
-  bits = jax.lax.bitcast_convert_type(leaf, unsigned)
-  return jnp.sum(bits, dtype=jnp.uint32)

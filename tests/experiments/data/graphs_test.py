@@ -319,11 +319,11 @@ def test_layouts_have_the_preparation_of_the_paper_and_notes_say_so(tmp_path):
     ({"splits": {**MASKS, "test": [1, 0, 1, 0]}}, "splits train and test share node 0"),
     (
       {"labels": [0, 1, -1, 0], "splits": {"test": [[0, 1, 0, 0], [0, 0, 1, 1]]}},
-      r"split test holds node 2, which has no label \(1 such nodes\): take them out",
+      r"split test holds node 2, which has no label \(1 such nodes\): remove them",
     ),
     ({"graph_ids": np.zeros(3)}, r"graph_ids has shape \(3,\)"),
-    ({"graph_ids": np.array([0, 0.5, 0, 0.5])}, "graph_ids must be whole numbers"),
-    ({"graph_ids": np.array([0, 0, -1, -1])}, "graph_ids must be whole numbers from 0, found -1"),
+    ({"graph_ids": np.array([0, 0.5, 0, 0.5])}, "graph_ids must be integers"),
+    ({"graph_ids": np.array([0, 0, -1, -1])}, "graph_ids must be integers from 0, found -1"),
   ],
 )
 def test_bad_arrays_are_named(changes, message):
