@@ -1,4 +1,4 @@
-"""Graphs: one small graph in every layout, what cleaning does to it, and whatever may be wrong."""
+"""Graphs: one small graph in every layout, how it is cleaned, and the errors of bad files."""
 
 import gzip
 import json
@@ -288,7 +288,7 @@ def test_layouts_have_the_preparation_of_the_paper_and_notes_say_so(tmp_path):
     assert notes["binarised"] is False
 
 
-# --- what may be wrong ----------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

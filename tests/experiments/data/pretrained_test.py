@@ -1,4 +1,4 @@
-"""Tests of experiments.data.pretrained: names, the fetch and its failures (without a network)."""
+"""Tests of experiments.data.pretrained: names, downloads and their failures, without a network."""
 
 import hashlib
 import pathlib
@@ -53,7 +53,7 @@ def _files(cache):
   return [path.name for path in cache.rglob("*") if path.is_file()]
 
 
-# --- the embedded model ---------------------------------------------------------------------------
+# --- SmolLM2 --------------------------------------------------------------------------------------
 
 
 def test_fetch_downloads_once_and_keeps_the_model_alone(index):

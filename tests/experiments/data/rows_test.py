@@ -1,4 +1,4 @@
-"""Rows by name: files, the two libraries (as doubles: no network here) and published formats."""
+"""Rows by name: files, published formats, and doubles of the two libraries, without a network."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def _jsonl(path, *found):
 
 @pytest.fixture
 def library(monkeypatch):
-  """Puts a double in place of `tensorflow_datasets` or `datasets` and keeps what it was asked."""
+  """Replaces `tensorflow_datasets` or `datasets` by a double, which records its calls."""
   asked = []
 
   def install(name, function, examples):

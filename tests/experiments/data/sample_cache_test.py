@@ -13,7 +13,7 @@ _SETTINGS = {"model": "abc", "prompts": ["The soup", "Zoë"], "temperature": 1.0
 
 
 class _Make:
-  """Counts how often the samples are made."""
+  """Counts how often the samples are computed."""
 
   def __init__(self):
     self.calls = 0

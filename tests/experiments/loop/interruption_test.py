@@ -1,4 +1,4 @@
-"""Tests of experiments.interruption in a process of its own."""
+"""Tests of loop.interruption in a separate process."""
 
 import pathlib
 import signal

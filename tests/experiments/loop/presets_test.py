@@ -1,4 +1,4 @@
-"""Tests of loop.presets: names to configs, arguments to fields of the right type."""
+"""Tests of loop.presets: configs by name, and overrides that keep the types of the fields."""
 
 import pathlib
 

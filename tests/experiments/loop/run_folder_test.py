@@ -1,4 +1,4 @@
-"""Tests of loop.run_folder: whose a folder is, and that nothing of others is touched."""
+"""Tests of loop.run_folder: which run owns a folder, and that other files are not touched."""
 
 import pathlib
 import re
