@@ -134,7 +134,12 @@ def make_parser() -> argparse.ArgumentParser:
   add("--config", metavar="P:Q", help="<paper>:<preset>, or a config file: path.py, path.py:preset")
   add("--config.x.y", metavar="VALUE", dest="_", help="override a field of the config")
   add("--workdir", metavar="DIR", help="folder of the run (default: runs/<paper>-<preset>)")
-  add("--mode", choices=("train", "eval", "sample"), default="train", help="what to do (default: train)")
+  add(
+    "--mode",
+    choices=("train", "eval", "sample"),
+    default="train",
+    help="what to do (default: train)",
+  )
   add(
     "--checkpoint",
     metavar="WHICH",

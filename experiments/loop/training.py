@@ -222,6 +222,7 @@ class _Run:
   # --- the loop -----------------------------------------------------------------------------------
 
   def train(self, wandb: str) -> Outcome:
+    """Runs the loop from the last checkpoint to the last step, or until a signal."""
     num_steps = self.config.train.num_steps
     self.iterator = self.experiment.batches()
     state, start = self._start()

@@ -14,9 +14,11 @@ from experiments.report import records
 class Writer(Protocol):
   """A second destination of the records, besides `metrics.jsonl`."""
 
-  def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None: ...
+  def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
+    """Writes the metrics of a step; `kind` is "train" or "eval"."""
 
-  def close(self) -> None: ...
+  def close(self) -> None:
+    """Flushes and closes the destination."""
 
 
 class TensorBoard:

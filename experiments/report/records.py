@@ -85,6 +85,7 @@ class JsonLines:
     return kept
 
   def close(self) -> None:
+    """Closes the file; `append` opens it again."""
     file, self._file = self._file, None
     if file is not None:
       with contextlib.suppress(OSError):  # `append` has already raised the error of a full disk
