@@ -144,7 +144,7 @@ def test_the_default_folder_is_named_after_the_config(tmp_path, monkeypatch):
   [
     (["--config=copg:sentimen"], ["no preset 'sentimen'", "did you mean 'sentiment'", "bandit"]),
     (["--config=cpog:tiny"], ["no paper 'cpog'", "did you mean 'copg'", "ipo"]),
-    (["--config=gone.py"], ["gone.py", "no such file"]),
+    (["--config=gone.py"], ["gone.py", "does not exist"]),
     (
       ["--config=copg:tiny", "--config.optimiser.learning_rate=1"],
       ["config.optimizer.learning_rate"],
