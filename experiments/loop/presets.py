@@ -127,6 +127,18 @@ def module_of(config: Any) -> Any:
   return importlib.import_module(name)
 
 
+def build(config: Any, workdir: pathlib.Path) -> Any:
+  """Returns the `training.Experiment` of a config.
+
+  Its module defines `build(config)`, or `build_in(config, workdir)` where a run reads other runs
+  that lie beside its own folder.
+  """
+  module = module_of(config)
+  if hasattr(module, "build_in"):
+    return module.build_in(config, workdir)
+  return module.build(config)
+
+
 def check(config: Any) -> None:
   """Raises `ValueError` if a field that every run needs is missing or out of range."""
   from sharding import checks  # imports JAX, which --help and --list must not

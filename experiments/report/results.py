@@ -20,7 +20,8 @@ class Table:
   Attributes:
     title: the heading.
     columns: names of the columns.
-    rows: rows of cells. A cell is a text, a number, an `Estimate`, "pass" or "fail".
+    rows: rows of cells. A cell is a text, a number, a list of numbers, an `Estimate`, "pass" or
+      "fail".
     caption: one or two sentences above the table.
     digits: number of decimals to show; None chooses it by the size of each number.
   """
@@ -38,6 +39,8 @@ class Table:
       if cell.low is None or cell.high is None:
         return value
       return f"{value} [{number(cell.low, self.digits)}, {number(cell.high, self.digits)}]"
+    if isinstance(cell, list | tuple):
+      return "  ".join(map(self.text, cell))
     return number(cell, self.digits) if isinstance(cell, float) else str(cell)
 
   @classmethod
