@@ -200,7 +200,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
     if jax.process_index() == 0:
       run_folder.claim(config, workdir)
-    study = getattr(presets.module_of(config), "run", None)  # a run of runs, such as a comparison
+    study = getattr(presets.module_of(config), "run", None)  # a study of several runs
     if study is not None:
       outcome = study(config, workdir)
     else:
@@ -218,7 +218,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     run_folder.claim(config, workdir)  # raises if the folder belongs to another run
     saved = config
   if hasattr(presets.module_of(saved), "run"):
-    raise ValueError(f"{workdir} holds runs: give the folder of one of them to --workdir")
+    raise ValueError(f"--workdir={workdir} holds several runs: name the folder of one of them")
   experiment = presets.build(saved, workdir)
   return _evaluate(args, experiment, saved, workdir)
 

@@ -29,10 +29,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import batching, rows, sample_cache
+from experiments.data import rows, sample_cache
 
-batches = batching.batches
-SampleCache = sample_cache.SampleCache
+SampleCache = sample_cache.SampleCache  # tests redirect the cache through this name
 
 _Path = str | os.PathLike[str]
 

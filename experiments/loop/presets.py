@@ -130,8 +130,8 @@ def module_of(config: Any) -> Any:
 def build(config: Any, workdir: pathlib.Path) -> Any:
   """Returns the `training.Experiment` of a config.
 
-  Its module defines `build(config)`, or `build_in(config, workdir)` where a run reads other runs
-  that lie beside its own folder.
+  Its module defines `build(config)`. A module whose runs read other runs beside their own folder
+  defines `build_in(config, workdir)` instead.
   """
   module = module_of(config)
   if hasattr(module, "build_in"):

@@ -19,7 +19,7 @@ import tqdm
 
 from alignment import checks, sequences
 from alignment.models import sampling, transformer
-from experiments.data import encoding, pretrained, rewards, templates, text
+from experiments.data import encoding, pretrained, rewards, sample_cache, templates, text
 
 OWN_DATA = ("scored", "preferences", "demonstrations")
 
@@ -61,7 +61,7 @@ class Task:
   reward_fn: rewards.Reward
   train_prompts: list[str]
   test_prompts: list[str]
-  cache: text.SampleCache
+  cache: sample_cache.SampleCache
 
   # --- reference log-probabilities and samples ------------------------------------------------
 
@@ -360,5 +360,5 @@ def make_task(config: Any) -> Task:
     reward_fn=rewards.resolve(config.reward),
     train_prompts=train[: config.data.num_prompts],
     test_prompts=test,
-    cache=text.SampleCache(config.data.cache or None),
+    cache=sample_cache.SampleCache(config.data.cache or None),
   )
