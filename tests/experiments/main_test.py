@@ -200,7 +200,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(tmp_path, monkeypatch):
-  def build(config, workdir):
+  def build(config):
     raise TypeError("a bug")
 
   monkeypatch.setattr(fake_paper, "build", build)
