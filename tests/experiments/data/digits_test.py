@@ -1,4 +1,4 @@
-"""The language of digits: judges by hand, and what its people write."""
+"""The language of digits: oracles worked by hand, and statistics of the simulated people."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from experiments.data import digits
 
 
 def _row(text):
-  """Tokens and mask of an answer such as "b 1 3 5", its end included."""
+  """Returns tokens and mask of a completion such as "b 1 3 5", with its end token."""
   ids = ["abc".find(c) + 4 if c in "abc" else int(c) + digits.FIRST_DIGIT for c in text.split()]
   ids.append(digits.EOS)
   pad = digits.LENGTH - len(ids)
