@@ -114,7 +114,10 @@ def micro_f1(predictions: jax.Array, labels: jax.Array) -> jax.Array:
 def logistic_loss(
   probe: Probe, features: jax.Array, labels: jax.Array, *, C: Any, sample_weights: Any = None
 ) -> jax.Array:
-  """Returns the objective of `logistic_regression` for each class, `[num_classes]`."""
+  """Returns the objective of `logistic_regression` for each class, `[num_classes]`.
+
+  The arguments are those of `logistic_regression`.
+  """
   num_classes = probe.bias.shape[0]
   checks.labels(labels, num_classes, fetch=True)
   checks.matrix("features", features, len(labels))
