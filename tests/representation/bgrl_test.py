@@ -232,8 +232,10 @@ def test_training_lowers_the_loss_and_does_not_collapse():
     state
   )
   loss = np.asarray(metrics["loss"])
+  # The loss falls to between 0.33 and 0.47 of its start on four random graphs.
   assert loss[-50:].mean() < 0.6 * loss[:5].mean()
-  assert np.asarray(metrics["collapse/mean_cosine"])[-50:].mean() < 0.7
+  # It is 1 after a collapse, and below 0.05 on those graphs.
+  assert np.asarray(metrics["collapse/mean_cosine"])[-50:].mean() < 0.3
 
 
 @pytest.mark.parametrize(

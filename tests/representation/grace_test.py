@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from representation import graphs
+from representation import bgrl, graph_augmentations, graphs
 from representation.baselines import grace
 from representation.networks import adapters, gcn, mlp
 
@@ -163,20 +163,42 @@ def test_padding_changes_nothing(x64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_negatives", [0, 3])
-def test_training_lowers_the_loss_and_separates_nodes(num_negatives):
+def test_training_lowers_the_loss_and_finds_nodes_in_the_other_view(num_negatives):
   graph = graphs.make_graph(*_graph())
-  state, bound = _start(graph, num_negatives=num_negatives)
+  start, bound = _start(graph, num_negatives=num_negatives)
+  networks, config = bound["apply_fn"], bound["config"]
+
+  @jax.jit
+  @functools.partial(jax.vmap, in_axes=(None, 0))
+  def share_found(state, key):
+    """The share of nodes that are nearest to themselves in the other view."""
+    views = graph_augmentations.two_views(
+      graph,
+      key,
+      feature_mask_probs=config.feature_mask_probs,
+      edge_drop_probs=config.edge_drop_probs,
+    )
+    rows = []
+    for view in views:
+      hidden, _ = networks.encoder(state.params.encoder, state.network_state, view, train=True)
+      rows.append(bgrl.normalise(networks.projector(state.params.projector, hidden)))
+    return jnp.mean(jnp.argmax(rows[0] @ rows[1].T, axis=1) == jnp.arange(NUM_NODES))
 
   def step(state, key):
     return grace.update(state, graph, key, **bound)
 
-  state, metrics = jax.jit(
-    lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(1), 200))
-  )(state)
+  end, metrics = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(1), 200)))(
+    start
+  )
   loss = np.asarray(metrics["loss"])
+  # The loss falls to between 0.74 and 0.86 of its start over three keys and both losses.
   assert loss[-50:].mean() < 0.9 * loss[:5].mean()
-  assert np.asarray(metrics["collapse/mean_cosine"])[-50:].mean() < 0.5
-  found = grace.embed(state, graph, apply_fn=bound["apply_fn"])
+  # The share is 0.16 before training, and 0.23 to 0.31 after it; the standard error is 0.02.
+  before, after = (
+    share_found(state, jax.random.split(jax.random.key(9), 50)).mean() for state in (start, end)
+  )
+  assert after > 1.2 * before
+  found = grace.embed(end, graph, apply_fn=networks)
   assert found.shape == (NUM_NODES, WIDTH) and np.all(np.isfinite(found))
 
 
