@@ -22,7 +22,7 @@ from experiments.report import results, statistics
 from experiments.tasks import bandits, graph_runs, graph_sweeps, node_classification
 from representation import bgrl, collapse
 from representation.baselines import grace
-from representation.networks import gcn
+from representation.networks import adapters
 
 _METHODS = {"bgrl": (bgrl_paper, bgrl), "grace": (grace_paper, grace)}
 
@@ -158,7 +158,7 @@ def _program(config: Any, over: str, values: tuple[float, ...]) -> _Program:
   networks = update.keywords["apply_fn"]
   if over == "predictor_norm" and values[0]:
     mlp = dataclasses.replace(networks.predictor.module, activation=_batch_normalised)
-    networks = networks._replace(predictor=gcn.Predictor(mlp))
+    networks = networks._replace(predictor=adapters.Predictor(mlp))
     update = functools.partial(update, apply_fn=networks)
   data = graph_runs.load(method)
   judge = node_classification.Evaluator(

@@ -19,7 +19,7 @@ from scipy import sparse
 
 from experiments.data import graphs, node_splits
 from experiments.report import plots, results
-from representation import probes
+from representation import adamw_probes, probes
 
 PROTOCOLS = ("", "softmax")
 MAX_COLUMNS = 1024  # wider features are judged by their main directions
@@ -71,12 +71,14 @@ class Evaluator:
 
   def _multilabel(self, embeddings: jnp.ndarray) -> Any:
     labels = jnp.asarray(self._data.labels)
-    return [probes.evaluate_multilabel(embeddings, labels, *rows).score for rows in self._rows()]
+    return [
+      adamw_probes.evaluate_multilabel(embeddings, labels, *rows).score for rows in self._rows()
+    ]
 
   def _softmax(self, embeddings: jnp.ndarray, *, num_steps: int | None) -> Any:
     labels = self._data.labels
     return [
-      probes.evaluate_softmax(
+      adamw_probes.evaluate_softmax(
         embeddings, np.maximum(labels, 0), *rows, num_classes=int(labels.max()) + 1,
         num_steps=num_steps,
       ).score
