@@ -119,7 +119,7 @@ def revision_prompts(shown: sequences.Sequences) -> sequences.Prompts:
 
 
 @jax.jit
-def judge(rows: sequences.Sequences) -> Quality:
+def quality(rows: sequences.Sequences) -> Quality:
   """Returns the reward and style of B completions; several may share a prompt."""
   rows = sequences.repeat_prompts(rows)
   is_digit = _is_digit(rows)

@@ -50,7 +50,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judge:
+class LearnedReward:
   """A trained model that scores texts.
 
   Attributes:
@@ -194,7 +194,7 @@ def save(
   path.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: _Path) -> Judge:
+def load(folder: _Path) -> LearnedReward:
   """Reads a reward or preference model.
 
   Raises:
@@ -219,4 +219,4 @@ def load(folder: _Path) -> Judge:
     with open(file, "rb") as stream:
       digest.update(hashlib.file_digest(stream, "sha256").digest())
   params = jax.tree.map(jnp.asarray, params)
-  return Judge(settings, config, params, words, digest.hexdigest())
+  return LearnedReward(settings, config, params, words, digest.hexdigest())

@@ -49,7 +49,9 @@ def build(config: Any) -> training.Experiment:
 
   def evaluate(state):
     found = log_odds(state.params)
-    return preference_accuracy.judge(found, task.test_pairs, length_coefficient=length_coefficient)
+    return preference_accuracy.evaluate(
+      found, task.test_pairs, length_coefficient=length_coefficient
+    )
 
   def export(state, folder):
     accuracy = evaluate(state).metrics["accuracy"]

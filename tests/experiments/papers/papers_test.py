@@ -343,7 +343,7 @@ def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
 @pytest.mark.parametrize(
   ("paper", "changes", "match"),
   [
-    ("dpo", {"data.num_arms": 2}, "config.data.num_arms=2: give an integer of at least 3"),
+    ("dpo", {"data.num_arms": 2}, "config.data.num_arms must be an integer >= 3, got 2"),
     ("kto", {"algorithm.beta": "(2.0,)"}, "beta must lie in"),
     ("online_ipo", {"data.mixture_beta": 1.0}, "config.data.mixture_beta=1.0"),
     ("reward_model", {"data.cycles": "(1.0, 2.0)"}, "config.data.cycles"),
