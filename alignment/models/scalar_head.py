@@ -20,9 +20,10 @@ import safetensors.numpy
 from jax.sharding import PartitionSpec
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
 from alignment.models import attention, huggingface, transformer
 from alignment.models import tokenizer as tokenizer_lib
+from sharding import checks
 
 _HEAD_FILE = "scalar_head.safetensors"
 
