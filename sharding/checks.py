@@ -285,10 +285,12 @@ def _on_host(value: Any, fetch: bool) -> np.ndarray | None:
     leaves = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
     if any(_on_host(leaf, fetch) is None for leaf in leaves):
       return None
-  elif not isinstance(value, numbers.Real) and not hasattr(value, "__array__"):
+  elif not isinstance(value, numbers.Number) and not hasattr(value, "__array__"):
     return None
   array = np.asarray(value)
-  return None if array.dtype == object else array
+  if array.dtype == object:  # a fraction, a huge integer, or a list of JAX's placeholders
+    return np.asarray(float(value)) if isinstance(value, numbers.Real) else None
+  return array
 
 
 def _dtype(array: Any) -> Any:
