@@ -138,7 +138,11 @@ def copg_loss(log_ratios: jax.Array, rewards: jax.Array, *, beta: Any) -> jax.Ar
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; start `params` at the reference, where all log-ratios are zero."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -152,10 +156,12 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean CoPG loss of B prompts, and `(metrics, ())`.
+  """Returns the mean CoPG loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [B K, T]` gives the log-probability of each completion token; it
-  gets B K completions of B prompts.
+  Args:
+    batch: K scored completions of each of B prompts.
+    apply_fn: `apply_fn(params, Sequences) -> [B K, T]`, log-probability of each completion token,
+      for B K completions of B prompts.
   """
   del state, key
   flat = sequences.flatten_samples(batch.tokens, batch.mask, batch.prompt_tokens, batch.prompt_mask)
@@ -190,11 +196,15 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B prompts, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The metrics are `loss`, `grad_norm`, `copg/margin` (log-ratio of the best sample of a prompt minus
-  that of the worst, mean over prompts), and the means over all samples of `copg/log_ratio`,
-  `copg/reward` and `copg/regularised_reward`.
+  Args:
+    batch: K scored completions of each of B prompts.
+
+  Returns:
+    The new state, and the metrics `loss`, `grad_norm`, `copg/margin` (log-ratio of the best
+    sample of a prompt minus that of the worst, mean over prompts), and the means over all samples
+    of `copg/log_ratio`, `copg/reward` and `copg/regularised_reward`.
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

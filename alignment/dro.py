@@ -232,7 +232,12 @@ def make_optimizer(
 
 
 def init(params: Params, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; start `params.policy` at the reference (see also `make_optimizer`)."""
+  """Returns the first state.
+
+  Args:
+    params: `Params(policy, value)`. Start the policy at the reference, where log-ratios are zero.
+    optimizer: the one that `update` gets; see `make_optimizer`.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -246,10 +251,12 @@ def loss(
   apply_fn: ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean loss of a batch, policy and value together, and `(metrics, ())`.
+  """Returns the mean loss of policy and value together, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> ([B, T], [B])` gives the policy's log-probability of each
-  completion token and the value of each prompt.
+  Args:
+    batch: one scored completion of each of B prompts.
+    apply_fn: `apply_fn(params, Sequences) -> ([B, T], [B])`, the policy's log-probability of each
+      completion token and the value of each prompt.
   """
   del state, key
   shape = checks.same_shape(ref_logps=batch.ref_logps, rewards=batch.rewards)
@@ -283,11 +290,15 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B completions, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The metrics are `loss` (its value means nothing), `grad_norm`, `dro/squared_residual` (zero at the
-  optimum: watch this one), and the means over the data of `dro/value`, `dro/reward` and
-  `dro/log_ratio`.
+  Args:
+    batch: one scored completion of each of B prompts.
+
+  Returns:
+    The new state, and the metrics `loss` (its value means nothing), `grad_norm`,
+    `dro/squared_residual` (zero at the optimum: watch this one), and the means over the data of
+    `dro/value`, `dro/reward` and `dro/log_ratio`.
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

@@ -254,7 +254,11 @@ def ipo_label_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; start `params` at the reference, where all log-ratios are zero."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -268,9 +272,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean IPO loss of B labelled pairs, and `(metrics, ())`.
+  """Returns the mean IPO loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [2 B, T]` gives the log-probability of each completion token.
+  Args:
+    batch: B labelled pairs.
+    apply_fn: `apply_fn(params, Sequences) -> [2 B, T]`, log-probability of each completion token.
   """
   del state, key
   chosen, rejected = sequences.pair_log_ratios(
@@ -298,10 +304,14 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B labelled pairs, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The metrics are `loss`, `grad_norm`, `ipo/margin` (mean h), `ipo/accuracy` (share of pairs with
-  h > 0), `ipo/chosen_log_ratio` and `ipo/rejected_log_ratio` (means, nats).
+  Args:
+    batch: B labelled pairs.
+
+  Returns:
+    The new state, and the metrics `loss`, `grad_norm`, `ipo/margin` (mean h), `ipo/accuracy`
+    (share of pairs with h > 0), `ipo/chosen_log_ratio` and `ipo/rejected_log_ratio` (means, nats).
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

@@ -312,12 +312,10 @@ def nash_md_pg_loss(
 def init(
   params: Any, *, optimizer: optax.GradientTransformation, config: Config, ema_params: Any = None
 ) -> State:
-  """Returns the first state; start `params` at the reference, where all log-ratios are zero.
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy.
-    optimizer: the one that `update` gets.
-    config: hyper-parameters.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
     ema_params: where the moving average starts; a copy of `params` by default.
   """
   del config
@@ -376,9 +374,12 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean Nash-MD-PG loss, and `(metrics, ())`; `params` must have drawn the batch.
+  """Returns the mean Nash-MD-PG loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [B, T]` gives the log-probability of each completion token.
+  Args:
+    params: parameters of the policy, which must have drawn the batch.
+    batch: B completions of the policy with their preferences.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
   """
   del state, key
   rows = sequences.Sequences(batch.tokens, batch.mask, batch.prompt_tokens, batch.prompt_mask)
@@ -411,10 +412,13 @@ def update(
 ) -> tuple[State, Metrics]:
   """Returns the state after one gradient step, and metrics from before it.
 
-  The batch holds samples of `state.params`. The moving average `ema_params` follows the new
-  parameters. The metrics are `loss` (its value means nothing), `grad_norm`, and the means over the
-  batch of `nash_md/preference`, `nash_md/kl` (log-ratio, which estimates the KL) and
-  `nash_md/regularised_preference`.
+  Args:
+    batch: B completions drawn from `state.params`, each compared with one of the opponent's.
+
+  Returns:
+    The new state, and the metrics `loss` (its value means nothing), `grad_norm`, and the means
+    over the batch of `nash_md/preference`, `nash_md/kl` (log-ratio, which estimates the KL) and
+    `nash_md/regularised_preference`. The moving average `ema_params` follows the new parameters.
   """
   state, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

@@ -218,7 +218,11 @@ def _logits(params, batch: Batch, *, apply_fn: ApplyFn, config: Config):
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the model.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -226,9 +230,11 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
 def loss(
   params: Any, state: State, batch: Batch, key: Any, *, apply_fn: ApplyFn, config: Config
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean cross-entropy of B labelled pairs, and `(metrics, ())`.
+  """Returns the mean cross-entropy, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [2 B]` gives one number for each sequence.
+  Args:
+    batch: B labelled pairs.
+    apply_fn: `apply_fn(params, Sequences) -> [2 B]`, one number for each sequence.
   """
   del state, key
   logits, values = _logits(params, batch, apply_fn=apply_fn, config=config)
@@ -256,10 +262,14 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B labelled pairs, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The metrics are `loss`, `grad_norm`, `reward_model/accuracy` (share of pairs whose chosen
-  completion the model prefers) and `reward_model/margin` (mean log-odds).
+  Args:
+    batch: B labelled pairs.
+
+  Returns:
+    The new state, and the metrics `loss`, `grad_norm`, `reward_model/accuracy` (share of pairs
+    whose chosen completion the model prefers) and `reward_model/margin` (mean log-odds).
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

@@ -324,7 +324,11 @@ def six_sequences(batch: Batch) -> sequences.Sequences:
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; start `params` at the reference, where all log-ratios are zero."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -376,10 +380,12 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean SRPO loss of B labelled pairs, and `(metrics, ())`.
+  """Returns the mean SRPO loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [6 B, T]` gives the log-probability of each completion token; it
-  is called once, with 6 B completions of 3 B prompts.
+  Args:
+    batch: B labelled pairs.
+    apply_fn: `apply_fn(params, Sequences) -> [6 B, T]`, log-probability of each completion token;
+      called once, with 6 B completions of 3 B prompts.
   """
   del state, key
   rows = six_sequences(batch)
@@ -414,10 +420,15 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B labelled pairs, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The metrics are `loss`, `grad_norm`, `srpo/margin` (mean of r(w) - r(l)), `srpo/accuracy` (share
-  of pairs where it is positive) and `srpo/improvement` (mean of r(w | l) - r(l | l)).
+  Args:
+    batch: B labelled pairs.
+
+  Returns:
+    The new state, and the metrics `loss`, `grad_norm`, `srpo/margin` (mean of r(w) - r(l)),
+    `srpo/accuracy` (share of pairs where it is positive) and `srpo/improvement` (mean of
+    r(w | l) - r(l | l)).
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

@@ -166,7 +166,11 @@ def kto_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; start `params` at the reference, where all log-ratios are zero."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -180,9 +184,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean KTO loss of B labelled and B mismatched completions, and `(metrics, ())`.
+  """Returns the mean KTO loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [B, T]` gives the log-probability of each completion token.
+  Args:
+    batch: B labelled completions and B mismatched ones.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
   """
   del state, key
   prompt = (batch.prompt_tokens, batch.prompt_mask)
@@ -234,10 +240,14 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B completions, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The metrics are `loss`, `grad_norm`, `kto/kl` (the reference point), `kto/desirable_log_ratio` and
-  `kto/undesirable_log_ratio` (means over the samples of each kind).
+  Args:
+    batch: B labelled completions and B mismatched ones.
+
+  Returns:
+    The new state, and the metrics `loss`, `grad_norm`, `kto/kl` (the reference point),
+    `kto/desirable_log_ratio` and `kto/undesirable_log_ratio` (means over the samples of each kind).
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

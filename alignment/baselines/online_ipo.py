@@ -142,7 +142,11 @@ def online_ipo_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; start `params` at the reference, where all log-ratios are zero."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -183,9 +187,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean online IPO loss of B judged pairs, and `(metrics, ())`.
+  """Returns the mean online IPO loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [2 B, T]` gives the log-probability of each completion token.
+  Args:
+    batch: B judged pairs.
+    apply_fn: `apply_fn(params, Sequences) -> [2 B, T]`, log-probability of each completion token.
   """
   del state, key
   batch_size = sequences.check_rows(batch, "first", "second")
@@ -213,11 +219,15 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B judged pairs, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The pairs are samples of `state.params`, or of the mixture for IPO-MD. The metrics are `loss`,
-  `grad_norm`, `online_ipo/decidedness` (mean of |2 P - 1|), `online_ipo/margin` (mean of |h|) and
-  `online_ipo/kl` (mean log-ratio of all samples, which estimates the KL if the policy drew them).
+  Args:
+    batch: B judged pairs, drawn from `state.params` (IPO-MD: from the mixture).
+
+  Returns:
+    The new state, and the metrics `loss`, `grad_norm`, `online_ipo/decidedness` (mean of
+    |2 P - 1|), `online_ipo/margin` (mean of |h|) and `online_ipo/kl` (mean log-ratio of all
+    samples, which estimates the KL if the policy drew them).
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

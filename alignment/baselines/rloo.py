@@ -136,7 +136,11 @@ def rloo_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; start `params` at the reference, where all log-ratios are zero."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -171,10 +175,13 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean loss of B prompts, and `(metrics, ())`; `params` must have drawn the batch.
+  """Returns the mean loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [B K, T]` gives the log-probability of each completion token; it
-  gets B K completions of B prompts.
+  Args:
+    params: parameters of the policy, which must have drawn the batch.
+    batch: K scored samples of the policy for each of B prompts.
+    apply_fn: `apply_fn(params, Sequences) -> [B K, T]`, log-probability of each completion token,
+      for B K completions of B prompts.
   """
   del state, key
   flat = sequences.flatten_samples(batch.tokens, batch.mask, batch.prompt_tokens, batch.prompt_mask)
@@ -209,9 +216,13 @@ def update(
 ) -> tuple[State, Metrics]:
   """Returns the state after one gradient step, and metrics from before it.
 
-  The batch holds samples of `state.params`. The metrics are `loss` (its value means nothing),
-  `grad_norm`, and the means over all samples of `rloo/reward`, `rloo/kl` (log-ratio, which
-  estimates the KL) and `rloo/regularised_reward` (which estimates the objective).
+  Args:
+    batch: K scored samples of `state.params` for each of B prompts.
+
+  Returns:
+    The new state, and the metrics `loss` (its value means nothing), `grad_norm`, and the means
+    over all samples of `rloo/reward`, `rloo/kl` (log-ratio, which estimates the KL) and
+    `rloo/regularised_reward` (which estimates the objective).
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config

@@ -103,7 +103,11 @@ def sft_loss(token_logps: jax.Array, mask: jax.Array, *, reduction: str = "sum")
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state."""
+  """Returns the first state.
+
+  Args:
+    params: parameters of the policy.
+  """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -117,9 +121,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean loss of B completions, and `(metrics, ())`.
+  """Returns the mean loss, and `(metrics, ())`.
 
-  `apply_fn(params, Sequences) -> [B, T]` gives the log-probability of each completion token.
+  Args:
+    batch: B completions.
+    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
   """
   del state, key
   checks.same_shape(tokens=batch.tokens, mask=batch.mask)
@@ -140,10 +146,14 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one gradient step on B completions, and metrics from before it.
+  """Returns the state after one gradient step, and metrics from before it.
 
-  The metrics are `loss`, `grad_norm` and `sft/token_logp` (mean over the sequences of the mean
-  log-probability of their tokens).
+  Args:
+    batch: B completions.
+
+  Returns:
+    The new state, and the metrics `loss`, `grad_norm` and `sft/token_logp` (mean over the sequences
+    of the mean log-probability of their tokens).
   """
   return sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
