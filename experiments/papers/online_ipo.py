@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import nash_md, oracles, sequences
+from alignment import nash_md, preference_games, sequences
 from alignment.baselines import online_ipo
 from experiments.loop import training
 from experiments.report import results
@@ -83,7 +83,9 @@ def _bandit(config: Any) -> training.Experiment:
       )
 
     def end(index, tau):
-      return oracles.nash_md_pg_fixed_point(preferences[index], ref_logps[index], tau, beta)
+      return preference_games.nash_md_pg_fixed_point(
+        preferences[index], ref_logps[index], tau, beta
+      )
 
     places = range(len(ref_logps))
     return bandit_grid.Method(
@@ -108,14 +110,16 @@ def _bandit(config: Any) -> training.Experiment:
     checks, rows = [], []
     for i, tau in enumerate(taus):
       exploited = [
-        oracles.regularised_exploitability(np.log(ends[name][i]), preferences, ref_logps, tau)
+        preference_games.regularised_exploitability(
+          np.log(ends[name][i]), preferences, ref_logps, tau
+        )
         for name in methods
       ]
       means = [x.mean() for x in exploited]
       # A drawn gradient leaves 1e-5 or less.
       rising = bool(means[0] < 1e-4 and means[0] < means[1] < means[2])
       checks.append((f"tau {tau}: exploitability below 1e-4 online, then rising", rising))
-      start = oracles.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
+      start = preference_games.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
       rows.append([tau, *(bandit_grid.by_bandit(x) for x in (*exploited, start))])
     columns = ["tau", *(method.label for method in methods.values()), "reference"]
     return checks, [results.Table("Exploitability, mean over the problems", columns, rows)]

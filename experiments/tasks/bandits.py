@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignment import checks, sequences
+from alignment import sequences
 from experiments.report import results
+from sharding import checks
 
 
 class Sweep(NamedTuple):
