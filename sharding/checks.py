@@ -11,7 +11,7 @@ on the host: Python numbers, lists of them and NumPy arrays. Three kinds of valu
 """
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -118,7 +118,7 @@ def count(name: str, value: Any, least: int = 1) -> None:
     raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def choice(name: str, value: Any, choices: Collection[Any]) -> None:
   """Raises `ValueError` unless `value` is one of `choices`."""
   if value not in choices:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

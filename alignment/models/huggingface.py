@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from alignment.models import layout, transformer
 from alignment.models import tokenizer as tokenizer_lib
+from sharding import checks
 
 _Path = str | os.PathLike[str]
 _Dtype = Literal["float32", "bfloat16"]
@@ -83,9 +84,8 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
   fields = {**_DEFAULTS[model_type], **fields}
 
   def integer(name: str) -> int:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"{name} must be an integer >= 1 in config.json, got {value!r}")
+    value: Any = fields.get(name)
+    checks.count(f"{name} in config.json", value)
     return value
 
   num_heads, width = integer("num_attention_heads"), integer("hidden_size")
