@@ -74,7 +74,7 @@ def distribution(name: str, value: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` unless `value` holds probabilities that sum to 1 over the last axis."""
   probabilities(name, value, fetch=fetch)
   array = _numbers(name, value, fetch)
-  # 1e-4: float32 inputs, rounded by whoever made them.
+  # 1e-4: inputs are often rounded to float32 or to a few digits.
   if array is not None and not np.allclose(array.sum(-1), 1, atol=1e-4):
     raise ValueError(f"{name} must sum to 1 over the last axis, got {array}")
 
@@ -97,7 +97,7 @@ def preference_matrix(preferences: Any, *, fetch: bool = False, **per_action: An
     raise ValueError(f"the shapes must be {', '.join(wanted)}, got {', '.join(found)}")
   probabilities("preferences", preferences, fetch=fetch)
   array = _numbers("preferences", preferences, fetch)
-  # 1e-4: float32 inputs, rounded by whoever made them.
+  # 1e-4: inputs are often rounded to float32 or to a few digits.
   if array is not None and not np.allclose(array + np.swapaxes(array, -1, -2), 1, atol=1e-4):
     raise ValueError(
       "preferences must be antisymmetric, P(i beats j) + P(j beats i) = 1 with 1/2 on the "
