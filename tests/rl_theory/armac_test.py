@@ -104,15 +104,17 @@ def _run_tables(game, key, config, length, exact_critic=False):
 
 
 @pytest.mark.slow
-def test_sampled_armac_lies_within_the_table():
-  """1,000 episodes an epoch: what the notes' section 5.8 lists, for given and learned values."""
+def test_sampled_armac_comes_near_the_exact_form():
+  """With 1,000 episodes in an epoch, and values from the tree or learned ones."""
   game = compiled_games.compile_game(compiled_games.KUHN)
   config = armac.Config(num_episodes=1000, num_groups=500, batch_size=1000, capacity=200)
   for exact_critic in (True, False):
     keys = jax.random.split(jax.random.key(0), 8)
     run = functools.partial(_run_tables, game, config=config, length=200, exact_critic=exact_critic)
     _, (distances, metrics) = jax.vmap(run)(keys)
-    # Two seeds of the notes gave .063 to .097 after 100 and 200 epochs; here the mean of eight.
+    # Exact expectations give 0.192 after 10 epochs and 0.035 after 200 (see `cfr_test`); no average
+    # over noisy epochs is better. These seeds have 0.18 and 0.05, single ones 0.04 to 0.07 at the
+    # end; the bounds leave as much again for other random numbers.
     assert 0.03 < distances[:, -1].mean() < 0.09
     assert np.all(distances[:, -1] < 0.12) and distances[:, 9].mean() > 0.12
     assert np.all(metrics["armac/critic_error"][:, -1] < 0.01)
