@@ -1,6 +1,5 @@
 """ARMAC (arXiv:2008.12234) on a compiled game; a step of the loop is one epoch of every seed."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -12,9 +11,8 @@ from rl_theory import armac, armac_epochs, armac_play, games
 from rl_theory.networks import actor_critic
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   game = game_runs.compile_game(config)
   return game_runs.build(config, game, solver(config, game))
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -53,7 +52,7 @@ def test_splits_that_cannot_be_judged_by_are_refused():
   train = (np.arange(300) < 150)[None]
   data = data._replace(splits={"train": train, "test": ~train})
   with pytest.raises(ValueError, match=r"csbm: its splits lack \['val'\]"):
-    node_classification.Judge(data, num_splits=2, split_seed=0)
+    node_classification.Evaluator(data, num_splits=2, split_seed=0)
 
 
 def test_features_stay_sparse_below_a_twentieth():
@@ -76,9 +75,9 @@ def test_few_nodes_with_many_features_are_judged_in_all_directions():
 def test_what_does_not_fit_is_refused_with_an_estimate(monkeypatch, tmp_path):
   monkeypatch.setattr(memory, "available", lambda devices: 2**16)
   with pytest.raises(ValueError, match=r"csbm: 300 nodes, .* GiB are free: sample neighbours"):
-    bgrl.build(presets.resolve("bgrl:tiny"), tmp_path)
+    bgrl.build(presets.resolve("bgrl:tiny"))
   with pytest.raises(ValueError, match=r"lower data.batch_size=32 or data.fan_outs=\(4, 3\)"):
-    bgrl.build(presets.resolve("bgrl:tiny_sampled"), tmp_path)
+    bgrl.build(presets.resolve("bgrl:tiny_sampled"))
   monkeypatch.undo()
   assert memory.available(jax.devices()) > 2**20
   memory.reset_peak()
@@ -142,7 +141,7 @@ def test_the_estimate_is_what_the_compiler_plans(preset, fan_outs):
   if fan_outs:  # more nodes than a sample holds
     config.data.csbm.num_nodes = 10_000
     config.data.update({"batch_size": 64, "fan_outs": fan_outs})
-  experiment = bgrl.build(config, pathlib.Path())
+  experiment = bgrl.build(config)
   key, graph = jax.eval_shape(lambda: (jax.random.key(0), experiment.init_args[0]))
   state = jax.eval_shape(experiment.init, key, graph)
   plan = jax.jit(experiment.update).lower(state, graph, key).compile().memory_analysis()
