@@ -112,9 +112,9 @@ def test_sampled_armac_comes_near_the_exact_form():
     keys = jax.random.split(jax.random.key(0), 8)
     run = functools.partial(_run_tables, game, config=config, length=200, exact_critic=exact_critic)
     _, (distances, metrics) = jax.vmap(run)(keys)
-    # Exact expectations give 0.192 after 10 epochs and 0.035 after 200 (see `cfr_test`); no average
-    # over noisy epochs is better. These seeds have 0.18 and 0.05, single ones 0.04 to 0.07 at the
-    # end; the bounds leave as much again for other random numbers.
+    # Exact expectations give 0.192 after 10 epochs and 0.035 after 200, to which the noise of the
+    # episodes adds. These seeds have means of 0.18 and 0.05, and 0.04 to 0.07 at the end; the
+    # bounds leave as much again for other random numbers.
     assert 0.03 < distances[:, -1].mean() < 0.09
     assert np.all(distances[:, -1] < 0.12) and distances[:, 9].mean() > 0.12
     assert np.all(metrics["armac/critic_error"][:, -1] < 0.01)
