@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("alignment", "rl_theory", "representation", "sharding", "experiments")
 
@@ -22,6 +24,26 @@ FORBIDDEN = {
   "representation/new_folder/new_loss.py": ("import matplotlib.pyplot", "matplotlib"),
   "sharding/new_step.py": ("import flax", "flax"),
 }
+# What the other contracts must refuse, and a line that their answer must hold.
+REFUSED = {
+  "experiments/report/new_page.py": (
+    "from experiments.tasks import language",
+    "experiments.report is not allowed to import experiments.tasks:",
+  ),
+  "experiments/tasks/new_task.py": (
+    "from experiments.papers import ipo",
+    "experiments.tasks is not allowed to import experiments.papers:",
+  ),
+  "experiments/new_room.py": ("", "experiments.new_room"),
+  "alignment/new_circle.py": (
+    "from alignment import new_paper",
+    "No cycles are allowed in alignment.",
+  ),
+  "alignment/new_paper.py": (
+    "from alignment import new_circle",
+    "No cycles are allowed in alignment.",
+  ),
+}
 ALLOWED = {
   "alignment/new_closed_form.py": "import scipy.special\nfrom alignment import sequences",
   "alignment/models/new_decoder.py": "import flax.linen\nimport safetensors",
@@ -36,20 +58,28 @@ def _lint(folder):
   )
 
 
-def test_new_files_are_covered(tmp_path):
+@pytest.fixture
+def tree(tmp_path):
+  """A copy of the packages and their contracts."""
   for package in PACKAGES:
     shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc"))
   shutil.copy(ROOT / "pyproject.toml", tmp_path)
+  return tmp_path
+
+
+def test_rooms_stay_open_to_what_belongs_there(tree):
   for name, source in ALLOWED.items():
-    (tmp_path / name).write_text(source + "\n")
-  process = _lint(tmp_path)
+    (tree / name).write_text(source + "\n")
+  process = _lint(tree)
   assert process.returncode == 0, process.stdout + process.stderr
 
+
+def test_new_algorithms_may_import_no_networks_and_no_files(tree):
   for name, (source, _) in FORBIDDEN.items():
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).parent.joinpath("__init__.py").touch()
-    (tmp_path / name).write_text(source + "\n")
-  process = _lint(tmp_path)
+    (tree / name).parent.mkdir(exist_ok=True)
+    (tree / name).parent.joinpath("__init__.py").touch()
+    (tree / name).write_text(source + "\n")
+  process = _lint(tree)
   assert process.returncode == 1, process.stdout + process.stderr
   broken = process.stdout.partition("Broken contracts")[2]
   found = set(re.findall(r"^-\s+(\S+) -> (\S+) \(l\.1\)$", broken, re.MULTILINE))
@@ -58,3 +88,13 @@ def test_new_files_are_covered(tmp_path):
     for name, (_, imported) in FORBIDDEN.items()
   }
   assert found == wanted
+
+
+def test_arrows_that_run_back_up_and_circles_are_refused(tree):
+  for name, (source, _) in REFUSED.items():
+    (tree / name).write_text(source + "\n")
+  process = _lint(tree)
+  assert process.returncode == 1, process.stdout + process.stderr
+  broken = process.stdout.partition("Broken contracts")[2]
+  for name, (_, line) in REFUSED.items():
+    assert line in broken, name

@@ -2,9 +2,11 @@
 
 import ctypes
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -79,10 +81,56 @@ def test_what_does_not_fit_is_refused_with_an_estimate(monkeypatch, tmp_path):
     bgrl.build(presets.resolve("bgrl:tiny"), tmp_path)
   with pytest.raises(ValueError, match=r"lower data.batch_size=32 or data.fan_outs=\(4, 3\)"):
     bgrl.build(presets.resolve("bgrl:tiny_sampled"), tmp_path)
-  monkeypatch.undo()
-  assert memory.available(jax.devices()) > 2**20
-  memory.reset_peak()
-  assert memory.peak() > 2**20
+
+
+def test_what_is_free_is_the_least_that_the_host_and_its_container_leave(monkeypatch):
+  cpu = [types.SimpleNamespace(platform="cpu")]
+  for host, container, found in ((50, 60, 50), (50, 40, 40), (None, 40, 40), (None, None, None)):
+    monkeypatch.setattr(memory, "_meminfo", lambda name, host=host: host)
+    monkeypatch.setattr(memory, "_container", lambda container=container: container)
+    assert memory.available(cpu) == found
+
+
+def test_what_is_free_on_accelerators_is_what_their_allocators_have_left():
+  def device(stats):
+    return types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+
+  known = device({"bytes_limit": 100, "bytes_in_use": 30})
+  assert memory.available([known, device({"bytes_limit": 50})]) == 70 + 50
+  assert memory.available([known, device(None)]) is None  # nothing is known of one of them
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_counts_what_was_touched_since_it_was_reset():
+  code = """if True:
+    import mmap
+    from experiments.loop import memory
+    def touch(size):
+      with mmap.mmap(-1, size) as block:  # the system gets it back at once
+        block.write(b"1" * size)
+    start = memory.peak()
+    touch(2**27)
+    high = memory.peak()
+    memory.reset_peak()
+    low = memory.peak()
+    touch(2**26)
+    print(high - start, low - start, memory.peak() - start)
+  """
+  process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  high, low, again = (int(part) / 2**20 for part in process.stdout.split())
+  # A block of 128 MiB and the bytes written into it; the interpreter takes a few more.
+  assert 256 <= high < 266
+  if low >= high:
+    pytest.skip("this system forbids to reset the peak")
+  assert low < 10 and 128 <= again < 138
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_free_memory_of_the_host_is_in_bytes():
+  page = os.sysconf("SC_PAGE_SIZE")
+  # What nobody uses is available, and caches that can be dropped; half for what others take now.
+  least, most = os.sysconf("SC_AVPHYS_PAGES") * page / 2, os.sysconf("SC_PHYS_PAGES") * page
+  assert least < memory._meminfo("MemAvailable") < most
 
 
 def test_a_control_group_and_those_around_it_say_what_is_free(tmp_path):
@@ -105,8 +153,7 @@ def test_a_control_group_and_those_around_it_say_what_is_free(tmp_path):
   assert memory._container(group, tmp_path) is None
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 def test_freed_memory_is_kept_for_the_next_step():
   code = """if True:
     import ctypes, resource, sys
@@ -153,24 +200,6 @@ def test_the_estimate_is_what_the_compiler_plans(preset, fan_outs):
   found = graph_runs.step_bytes(config, num_nodes, num_edges, 100)
   # It must tell what fits from what does not, not more.
   assert 0.75 < found / needed < 1.33
-
-
-@pytest.mark.slow  # 20 seconds a run: updates, encoders and the judge are compiled
-@pytest.mark.parametrize("config", ["bgrl:tiny_ppi", "bgrl:tiny_sampled"])
-def test_tiny_run_ends_with_its_rows_and_figures(config, tmp_path):
-  folder = tmp_path / "run"
-  assert main.run([f"--config={config}", f"--workdir={folder}"]) == 0
-  result = json.loads((folder / "results.json").read_text())["result"]
-  judged = [table for table in result["tables"] if table["columns"][0] == "of"]
-  assert len(judged) == (2 if config.endswith("sampled") else 1)  # a fitted layer, and 100 steps
-  for table in judged:
-    rows = {row[0] for row in table["rows"]}
-    assert rows == {"features", "SGC-2", "encoder, untrained", "encoder, trained"}
-  # Thirty steps: nothing is learned for certain, and nothing is destroyed.
-  assert result["metrics"]["gain"]["value"] > -0.15
-  for name in ("collapse", "embeddings"):
-    assert (folder / "figures" / f"{name}.png").exists()
-  assert main.run(["--mode=eval", f"--workdir={folder}"]) == 0
 
 
 @pytest.mark.slow  # three runs of 30 steps
