@@ -118,11 +118,12 @@ def test_the_peak_counts_what_was_touched_since_it_was_reset():
   """
   process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   high, low, again = (int(part) / 2**20 for part in process.stdout.split())
-  # A block of 128 MiB and the bytes written into it; the interpreter takes a few more.
-  assert 256 <= high < 266
+  # A block of 128 MiB and the bytes written into it. The interpreter may take a few more, and the
+  # kernel counts in batches of pages.
+  assert 246 < high < 266
   if low >= high:
     pytest.skip("this system forbids to reset the peak")
-  assert low < 10 and 128 <= again < 138
+  assert low < 10 and 118 < again < 138
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
