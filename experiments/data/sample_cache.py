@@ -1,9 +1,9 @@
 """A folder of arrays that took long to make, found again by the settings they were made with.
 
-The folder is the one that a run names (`--config.data.cache=FOLDER`), else `$BOOTSTRAX_SAMPLE_CACHE`,
-else `samples` in `$BOOTSTRAX_CACHE`, where weights and games are kept too, else
-`~/.cache/bootstrax/samples`. Tests set the first variable: their samples are their own, and the
-weights stay where they are.
+The folder is the one that a run names (`--config.data.cache=FOLDER`). Else it is
+`$BOOTSTRAX_SAMPLE_CACHE`, else the folder `samples` of `$BOOTSTRAX_CACHE`, which also holds weights
+and games, else `~/.cache/bootstrax/samples`. Tests set the first variable: they draw their own
+samples, and find weights and games where they are.
 """
 
 import hashlib
