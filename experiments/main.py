@@ -190,11 +190,12 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     # Ours before the paper loads weights or writes data; hosts share the folder.
     if jax.process_index() == 0:
       run_folder.claim(config, workdir)
-    paper = presets.module_of(config)
-    if hasattr(paper, "run"):  # a run of runs, such as a comparison
-      outcome = paper.run(config, workdir)
+    study = getattr(presets.module_of(config), "run", None)  # a run of runs, such as a comparison
+    if study is not None:
+      outcome = study(config, workdir)
     else:
-      outcome = training.train(paper.build(config, workdir), config, workdir, wandb=args.wandb)
+      experiment = presets.build(config, workdir)
+      outcome = training.train(experiment, config, workdir, wandb=args.wandb)
     if outcome.status == "interrupted":
       return 128 + outcome.signal
     if outcome.result is not None:
@@ -206,10 +207,9 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
   if config is not None:
     run_folder.claim(config, workdir)  # refuses another run's folder
     saved = config
-  paper = presets.module_of(saved)
-  if hasattr(paper, "run"):
+  if hasattr(presets.module_of(saved), "run"):
     raise ValueError(f"{workdir} holds runs: give the folder of one of them to --workdir")
-  experiment = paper.build(saved, workdir)
+  experiment = presets.build(saved, workdir)
   return _evaluate(args, experiment, saved, workdir)
 
 

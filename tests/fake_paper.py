@@ -75,9 +75,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
   )
 
 
-def build(config: Any, workdir: Any) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment."""
-  del workdir
   optimizer = optax.adam(config.optimizer.learning_rate)
   algorithm = config.algorithm
 

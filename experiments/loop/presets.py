@@ -125,6 +125,18 @@ def module_of(config: Any) -> Any:
   return importlib.import_module(name)
 
 
+def build(config: Any, workdir: pathlib.Path) -> Any:
+  """Returns the `training.Experiment` of a config.
+
+  Its module defines `build(config)`, or `build_in(config, workdir)` where a run reads other runs
+  that lie beside its own folder.
+  """
+  module = module_of(config)
+  if hasattr(module, "build_in"):
+    return module.build_in(config, workdir)
+  return module.build(config)
+
+
 def check(config: Any) -> None:
   """Raises ValueError for what every run needs and this config lacks, or has out of range."""
   fields = files.flatten(config.to_dict())

@@ -59,7 +59,7 @@ def run(
   for name, part in parts.items():
     folder = workdir / name
     run_folder.claim(part, folder)
-    make = build or presets.module_of(part).build
+    make = build or presets.build
     outcome = training.train(make(part, folder), part, folder)
     if outcome.result is None:
       break
@@ -101,7 +101,7 @@ def configs_of(
   for entry in entries:
     if entry not in known and ":" not in entry and not entry.endswith(".py"):
       raise ValueError(
-        f"{field}={entries}: {entry!r} is none of {', '.join(known)}; give one of them, a "
+        f"{field}={entries}: {entry!r} is not one of {', '.join(known)}: give one of these, a "
         "<paper>:<preset> or a config file"
       )
     config = presets.resolve(known.get(entry, entry))

@@ -1,6 +1,5 @@
 """ARMAC (arXiv:2008.12234) on a compiled game; a step of the loop is one epoch of every seed."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -11,9 +10,8 @@ from experiments.tasks import game_runs
 from rl_theory import armac, games, networks
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   game = game_runs.compile_game(config)
   return game_runs.build(config, game, solver(config, game))
 

@@ -1,7 +1,6 @@
 """BGRL (arXiv:2102.06514) on one graph: full-graph steps, then a linear layer on the embeddings."""
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -13,9 +12,8 @@ from representation import bgrl
 from representation.networks import gcn
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   algorithm = bgrl.Config(**config.algorithm, num_steps=config.train.num_steps)
   optimizer = graph_runs.make_optimizer(config)
   encoder, width = graph_runs.make_encoder(config), config.network.widths[-1]

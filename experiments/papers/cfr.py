@@ -1,6 +1,5 @@
 """CFR over the whole tree and outcome-sampling MCCFR, what ARMAC is measured beside."""
 
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +18,8 @@ class State(NamedTuple):
   env_steps: jax.Array
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   game = game_runs.compile_game(config)
   return game_runs.build(config, game, solver(config, game))
 

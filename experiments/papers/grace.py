@@ -1,7 +1,6 @@
 """GRACE (arXiv:2006.04131) on one graph, beside BGRL: the same encoder, corruptions and judge."""
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -13,9 +12,8 @@ from representation.baselines import grace
 from representation.networks import gcn
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   algorithm = grace.Config(**config.algorithm)
   optimizer = graph_runs.make_optimizer(config)
   encoder, width = graph_runs.make_encoder(config), config.network.widths[-1]

@@ -1,6 +1,5 @@
 """NFSP (arXiv:1603.01121), a baseline, on a compiled game; a step of the loop scans epochs."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -13,9 +12,8 @@ from rl_theory import games, networks
 from rl_theory.baselines import nfsp
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   game = game_runs.compile_game(config)
   return game_runs.build(config, game, solver(config, game))
 

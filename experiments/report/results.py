@@ -20,7 +20,8 @@ class Table:
   Attributes:
     title: what it shows.
     columns: their names.
-    rows: cells: text, numbers, an `Estimate` with its interval, or "pass" and "fail".
+    rows: cells: text, numbers, lists of numbers, an `Estimate` with its interval, or "pass" and
+      "fail".
     caption: one or two sentences above the table.
     digits: decimals of the numbers that are shown; None chooses by their size.
   """
@@ -38,6 +39,8 @@ class Table:
       if cell.low is None or cell.high is None:
         return value
       return f"{value} [{number(cell.low, self.digits)}, {number(cell.high, self.digits)}]"
+    if isinstance(cell, list | tuple):
+      return "  ".join(map(self.text, cell))
     return number(cell, self.digits) if isinstance(cell, float) else str(cell)
 
   @classmethod

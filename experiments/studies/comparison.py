@@ -61,7 +61,7 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
     workdir,
     {name: sub_config(config, name) for name in ("sft", "reward_model", *config.methods)},
     summarise,
-    build=lambda part, folder: runs.build(part, folder, world),
+    build=lambda part, folder: runs.build_in(part, folder, world),
   )
 
 

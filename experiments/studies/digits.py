@@ -44,7 +44,7 @@ class World:
     return digit_language.make_data(self._config, self.ref_params, self.reward_params)
 
 
-def build(config: Any, workdir: pathlib.Path, world: World | None = None) -> training.Experiment:
+def build_in(config: Any, workdir: pathlib.Path, world: World | None = None) -> training.Experiment:
   """Returns the experiment of `config.method`.
 
   Args:
@@ -193,7 +193,7 @@ def restore_params(method: str, config: Any, folder: pathlib.Path) -> Any:
   from experiments.loop import run_folder
 
   saved = run_folder.read_config(folder / method)
-  return training.restore(build(saved, folder / method), saved, folder / method).state.params
+  return training.restore(build_in(saved, folder / method), saved, folder / method).state.params
 
 
 # --- one method -----------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _method(config: Any, world: World) -> training.Experiment:
     if is_dro:
       params = dro.Params(ref_params, scalar_head.from_decoder(ref_params))
     one = method.algorithm.init(params, optimizer=optimizer, config=settings)
-    return bandits.Sweep({config.method: bandits.stack(one, shape)}, jnp.zeros((), jnp.int32))
+    return bandits.Sweep({config.method: bandits.broadcast(one, shape)}, jnp.zeros((), jnp.int32))
 
   def run(data, state, key, judged, setting):
     def step(state, key):

@@ -6,7 +6,6 @@ stay in the mean. Beside it runs the same method on the advantages of its newest
 actor-critic has them. Both by tables; the explorers, two thirds of them uniform, are the same.
 """
 
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +31,8 @@ class Runs(NamedTuple):
   step: jax.Array
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   sizes, num_seeds = config.environment.sizes, config.environment.num_seeds
   for name, values in (("sizes", sizes), ("num_seeds", [num_seeds])):
     if not values or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values):
@@ -54,7 +52,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   def init(key):
     del key  # tables begin empty
     learners = {
-      size: bandits.stack(armac_tables.init(game, config=hyperparameters), (2, num_seeds))
+      size: bandits.broadcast(armac_tables.init(game, config=hyperparameters), (2, num_seeds))
       for size, game in solved.items()
     }
     returns = {size: jnp.zeros((2, num_seeds)) for size in solved}
@@ -89,7 +87,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
     update=update,
     batches=bandits.NoData,
     headline="return",
-    evaluate=lambda runs: _judge(runs, solved, recencies),
+    evaluate=lambda runs: _result(runs, solved, recencies),
     figures=lambda history, result: [_figure(history, result, solved, recencies)],
   )
 
@@ -98,7 +96,7 @@ def _names(recencies: tuple[float, ...]) -> list[str]:
   return [f"recency {recency:g}" for recency in recencies]
 
 
-def _judge(
+def _result(
   runs: Runs, solved: dict[str, games.Game], recencies: tuple[float, ...]
 ) -> results.Result:
   """Judges the mean return over all epochs: what would have been earned by playing pi^t."""
@@ -112,8 +110,8 @@ def _judge(
     arrays[f"returns/{size}"] = means
     arrays[f"chance/{size}"] = np.array(chance)
     decisions = int(np.mean(np.asarray(runs.learners[size].env_steps)))
-    cells = [f"{row.mean():.3f} [{row.min():.3f}, {row.max():.3f}]" for row in means]
-    rows.append([size, decisions, f"{best:.3f}", f"{chance:.4f}", *cells])
+    cells = [results.Estimate(float(x.mean()), float(x.min()), float(x.max())) for x in means]
+    rows.append([size, decisions, best, chance, *cells])
     gap = means[0] - means[1]
     found[f"gain/{size}"] = statistics.mean_interval(gap)
     checks.append((f"size {size}: the whole past earns more with every seed", bool(gap.min() > 0)))

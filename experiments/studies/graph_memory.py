@@ -83,7 +83,7 @@ def _temp_bytes(config: Any, paper: Any, algorithm: dict[str, Any], num_nodes: i
     }
   )
   sub.eval.num_splits = 1
-  experiment = paper.build(sub, pathlib.Path())
+  experiment = paper.build(sub)
   key, graph = jax.eval_shape(lambda: (jax.random.key(0), experiment.init_args[0]))
   state = jax.eval_shape(experiment.init, key, graph)
   analysis: Any = jax.jit(experiment.update).lower(state, graph, key).compile().memory_analysis()

@@ -8,7 +8,6 @@ each value, mapped over seeds.
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,7 +62,7 @@ class _Program(NamedTuple):
   experiment: training.Experiment
   update: Any
   embed: Any
-  judge: node_classification.Judge
+  judge: node_classification.Evaluator
   labels: np.ndarray
 
   @property
@@ -71,9 +70,8 @@ class _Program(NamedTuple):
     return self.experiment.init_args[0]
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   over, values, num_seeds = tuple(config.sweep.over), tuple(config.sweep.at), _num_seeds(config)
   for name, given, least in (("over", over, 1), ("at", values, 2)):
     if len(given) < least or len(set(given)) < len(given):
@@ -127,8 +125,8 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
     maximise=False,
     evaluate=lambda runs: _evaluate(config, programs, runs),
     figures=lambda history, result: [
-      graph_sweeps.accuracy(config, result),
-      graph_sweeps.cosines(config, history),
+      graph_sweeps.accuracy_figure(config, result),
+      graph_sweeps.cosine_figure(config, history),
     ],
   )
 
@@ -155,7 +153,7 @@ def _program(config: Any, over: str, values: tuple[float, ...]) -> _Program:
     method.data.csbm.edge_signal = math.sqrt(values[0] / 2)
     method.data.csbm.feature_signal = math.sqrt(values[0] / 2 * gamma)
   paper, module = _METHODS[method.paper]
-  experiment = paper.build(method, pathlib.Path())
+  experiment = paper.build(method)
   update: Any = experiment.update
   networks = update.keywords["apply_fn"]
   if over == "predictor_norm" and values[0]:
@@ -163,7 +161,7 @@ def _program(config: Any, over: str, values: tuple[float, ...]) -> _Program:
     networks = networks._replace(predictor=gcn.Predictor(mlp))
     update = functools.partial(update, apply_fn=networks)
   data = graph_runs.load(method)
-  judge = node_classification.Judge(
+  judge = node_classification.Evaluator(
     data, num_splits=method.eval.num_splits, split_seed=method.eval.split_seed
   )
   embed = jax.jit(functools.partial(module.embed, apply_fn=networks))
@@ -218,7 +216,7 @@ def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> results
       f"{graph_sweeps.AXES[over]}: means of seeds [least, largest]",
       [over, *graph_sweeps.ROWS],
       [
-        [f"{value:g}", *(_cell(arrays[f"{over}/{row}"][k]) for row in graph_sweeps.ROWS)]
+        [float(value), *(_cell(arrays[f"{over}/{row}"][k]) for row in graph_sweeps.ROWS)]
         for k, value in enumerate(values)
       ],
     )
@@ -234,10 +232,10 @@ def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> results
   )
 
 
-def _cell(seeds: np.ndarray) -> str:
+def _cell(seeds: np.ndarray) -> results.Estimate:
   if np.ptp(seeds) == 0:
-    return f"{seeds[0]:.3f}"
-  return f"{seeds.mean():.3f} [{seeds.min():.3f}, {seeds.max():.3f}]"
+    return results.Estimate(float(seeds[0]))
+  return results.Estimate(float(seeds.mean()), float(seeds.min()), float(seeds.max()))
 
 
 def _by_direction(embeddings: np.ndarray, labels: np.ndarray) -> float:

@@ -134,7 +134,7 @@ def build(
         method.algorithm.init, optimizer=optimizer, config=method.config(settings[0])
       )
       states = jax.vmap(first)(jnp.asarray(method.start, jnp.float32))
-      runs[name] = bandits.stack(states, (len(settings),))
+      runs[name] = bandits.broadcast(states, (len(settings),))
     return bandits.Sweep(runs, jnp.zeros((), jnp.int32))
 
   def scan(method, state, problem, key, setting):
@@ -175,7 +175,7 @@ def build(
     checks, rows = [], []
     for name, method in methods.items():
       errors = np.abs(ends[name] - method.exact).reshape(len(settings), -1).max(1)
-      rows.append([method.label, *(f"{error:.1e}" for error in errors)])
+      rows.append([method.label, *map(float, errors)])
       if method.tolerance is not None:
         for setting, error in zip(settings, errors, strict=True):
           text = f"{method.label}, {symbol} {setting}: within {method.tolerance} of its exact end"
@@ -221,16 +221,3 @@ def _error_figure(history, methods, settings, symbol, config) -> results.Figure:
   plots.legend_below(figure, axes[0][0])
   caption = "Distance of each method to its own exact end, over all bandits. The floor is 1e-8."
   return results.Figure(f"{config.paper}_bandit_error", caption, figure)
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-  """Returns the mean over the bandits of `[P]` values, and the ends of its 95 % interval."""
-  found = statistics.mean_interval(values)
-  assert found.low is not None and found.high is not None  # there are two bandits at least
-  return found.value, found.low, found.high
-
-
-def by_bandit(values: np.ndarray) -> str:
-  """Returns the same as a cell of a table."""
-  mean, low, high = interval(values)
-  return f"{mean:.3g} [{low:.3g}, {high:.3g}]"

@@ -138,12 +138,7 @@ def cosine_adam(config: Any) -> optax.GradientTransformation:
   return optax.adam(optax.cosine_decay_schedule(config.optimizer.learning_rate, num_steps))
 
 
-def triple(probs: np.ndarray) -> str:
-  """Returns probabilities as a cell of a table: three decimals each."""
-  return "  ".join(f"{p:.3f}" for p in probs)
-
-
-def stack(tree: Any, shape: tuple[int, ...]) -> Any:
+def broadcast(tree: Any, shape: tuple[int, ...]) -> Any:
   """Copies every leaf of `tree` along new leading axes `shape`."""
   return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, shape + jnp.shape(leaf)), tree)
 

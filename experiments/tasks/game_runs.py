@@ -88,7 +88,7 @@ def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
     batches=bandits.NoData,
     headline="nash_conv",
     maximise=False,
-    evaluate=lambda runs: _judge(config, game, policies(runs), runs, solver),
+    evaluate=lambda runs: _result(config, game, policies(runs), runs, solver),
     sample=lambda runs: policy_table(game, np.asarray(policies(runs))[0]),
     export=lambda runs, folder: _export(game, np.asarray(policies(runs))[0], folder),
     figures=lambda history, result: [
@@ -98,7 +98,7 @@ def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
   )
 
 
-def _judge(
+def _result(
   config: Any, game: games.Game, policies: jax.Array, runs: Runs, solver: Solver
 ) -> results.Result:
   distances = np.asarray(jax.vmap(functools.partial(games.nash_conv, game))(policies))
@@ -119,7 +119,7 @@ def _judge(
       "Mean policies",
       ["seed", "NashConv", "exploitability", "values of the players"],
       [
-        [k, f"{d:.4f}", f"{d / game.num_players:.4f}", "  ".join(f"{v:+.4f}" for v in value)]
+        [k, float(d), float(d) / game.num_players, [*map(float, value)]]
         for k, (d, value) in enumerate(zip(distances, values, strict=True))
       ],
       caption=f"NashConv is the sum over players, exploitability their mean. Uniform play has a "
@@ -137,7 +137,7 @@ def _judge(
 def policy_table(game: games.Game, policy: np.ndarray) -> results.Table:
   """Returns the rows of a policy with the states' strings."""
   rows = [
-    [player, string, "  ".join(f"{p:.3f}" for p in probs)]
+    [player, string, [*map(float, probs)]]
     for player, string, probs in zip(
       np.asarray(game.state_players).tolist(), game.state_strings, policy, strict=True
     )

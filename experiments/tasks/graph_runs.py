@@ -59,7 +59,7 @@ def build(
   else:
     example = graph if trained_on is data else place(config, trained_on)
     batches = functools.partial(bandits.NoData, example)
-  judge = node_classification.Judge(
+  judge = node_classification.Evaluator(
     data,
     num_splits=config.eval.num_splits,
     split_seed=config.eval.split_seed,

@@ -88,7 +88,7 @@ CRITERIA = {
 }
 
 
-def accuracy(config: Any, result: results.Result) -> results.Figure:
+def accuracy_figure(config: Any, result: results.Result) -> results.Figure:
   """Draws the rows of a sweep against what is varied, a panel for each."""
   over, values = tuple(config.sweep.over), np.array(config.sweep.at, float)
   figure, axes = plots.subplots(1, len(over), sharey=True)
@@ -129,7 +129,7 @@ def accuracy(config: Any, result: results.Result) -> results.Figure:
   return results.Figure("sweep", caption, figure)
 
 
-def cosines(config: Any, history: Any) -> results.Figure:
+def cosine_figure(config: Any, history: Any) -> results.Figure:
   """Draws the trace of each value in which a collapse would show, a panel for each field."""
   over, steps = tuple(config.sweep.over), [row["step"] for row in history]
   figure, axes = plots.subplots(1, len(over), sharey=True)

@@ -9,7 +9,6 @@ train are wired in `online_language_model`; `experiment` is what both end in.
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +131,6 @@ def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
 
 def build(
   config: Any,
-  workdir: pathlib.Path,
   *,
   algorithm: Any,
   collate: Callable[[language_offline.Samples], Any],
@@ -145,7 +143,6 @@ def build(
 
   Args:
     config: an `experiments.configs.base.language_model` config.
-    workdir: unused here; part of every paper's `build`.
     algorithm: a module in the one shape (`ipo`, `dpo`, `copg`).
     collate: `Samples -> algorithm.Batch` with a leading axis of training examples.
     network: what is trained.
@@ -153,7 +150,6 @@ def build(
     task: the task of the config, where `collate` needed it already.
     evaluate_more: see `experiment`.
   """
-  del workdir
   algorithm_config = algorithm.Config(**config.algorithm)
   check_sizes(config, algorithm_config.num_microbatches, min_samples)
   optimizer = network.make_optimizer(make_optimizer(config.optimizer, config.train.num_steps))

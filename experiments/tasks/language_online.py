@@ -11,7 +11,6 @@ scored completions. In a run of several processes the first one judges for all.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,16 +95,16 @@ class Round:
 
   def rewards(self, rows: sequences.Sequences) -> jax.Array:
     """Returns the reward of each completion, `[B K]`."""
-    return self._judge(self.task.reward_fn, rows)
+    return self._scores(self.task.reward_fn, rows)
 
   def preferences(self, first: sequences.Sequences, second: sequences.Sequences) -> jax.Array:
     """Returns P(the first beats the second) of each pair, `[B K]`."""
     if self.preference_fn is not None:
-      return self._judge(self.preference_fn, first, second)
+      return self._scores(self.preference_fn, first, second)
     difference = self.rewards(first) - self.rewards(second)
     return jax.nn.sigmoid(difference / self.task.config.data.preference_scale)
 
-  def _judge(self, judge: Callable[..., np.ndarray], *sides: sequences.Sequences) -> jax.Array:
+  def _scores(self, judge: Callable[..., np.ndarray], *sides: sequences.Sequences) -> jax.Array:
     """Asks `judge(prompts, texts, ...)` on the host; it must be a function of its arguments."""
     num_rows = len(sides[0].tokens)
 
@@ -126,18 +125,16 @@ Collect = Callable[[Any, sequences.Prompts, jax.Array, Round], Any]
 
 
 def build(
-  config: Any, workdir: pathlib.Path, *, algorithm: Any, collect: Collect, min_samples: int = 1
+  config: Any, *, algorithm: Any, collect: Collect, min_samples: int = 1
 ) -> training.Experiment:
   """Returns the experiment of one algorithm that learns from its own completions.
 
   Args:
     config: an `experiments.configs.base.online_language_model` config.
-    workdir: unused here; part of every paper's `build`.
     algorithm: a module in the one shape (`nash_md`, `rloo`, `online_ipo`).
     collect: draws and judges one batch, with the algorithm's `sample`.
     min_samples: the fewest completions of a prompt that the algorithm can learn from.
   """
-  del workdir
   algorithm_config = algorithm.Config(**config.algorithm)
   language.check_sizes(config, algorithm_config.num_microbatches, min_samples)
   preference_fn = _check(config)

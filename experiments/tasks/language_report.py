@@ -18,9 +18,9 @@ def sample_table(comparison: language_offline.Comparison, rows: int | None = Non
       [
         comparison.prompts[i],
         comparison.ref_texts[i],
-        f"{comparison.ref_rewards[i]:+.2f}",
+        float(comparison.ref_rewards[i]),
         comparison.texts[i],
-        f"{comparison.rewards[i]:+.2f}",
+        float(comparison.rewards[i]),
       ]
       for i in shown
     ],

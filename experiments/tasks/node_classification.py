@@ -29,7 +29,7 @@ MAX_POINTS = 4000  # of the map of embeddings
 COLUMNS = ("of", "mean", "standard deviation", "worst", "best")
 
 
-class Judge:
+class Evaluator:
   """Scores embeddings of one data set; the rows that need no encoder are computed once.
 
   Attributes:

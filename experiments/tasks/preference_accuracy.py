@@ -70,9 +70,9 @@ def judge(
     scores = (
       ["", ""]
       if name == "longer wins"
-      else [f"{cross_entropy(z, q).mean():.4f}", f"{_brier(z, q).mean():.4f}"]
+      else [float(cross_entropy(z, q).mean()), float(_brier(z, q).mean())]
     )
-    rows.append([name, str(accuracies[name]), *scores])
+    rows.append([name, accuracies[name], *scores])
   z = rules["model"]
   outcomes, confidence = _outcomes(z, q), special.expit(np.abs(z))
   decided = outcomes != 0

@@ -6,7 +6,6 @@ text: an answer is decoded, filled in and encoded again.
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -168,12 +167,11 @@ def _figure(curves: dict[str, list[np.ndarray]]) -> results.Figure:
   return results.Figure(name="revisions", caption=caption, figure=figure)
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of SRPO on a language model."""
   reviser = Reviser(language_offline.make_task(config))
   return language.build(
     config,
-    workdir,
     algorithm=srpo,
     collate=reviser.pairs,
     task=reviser.task,

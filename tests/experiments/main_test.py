@@ -250,7 +250,7 @@ def _numbers(folder):
 
 def _bits(folder):
   config = fake_paper.get_config()
-  restored = training.restore(fake_paper.build(config, folder), config, folder)
+  restored = training.restore(fake_paper.build(config), config, folder)
   leaves = [
     jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     for x in jax.tree.leaves(restored.state)

@@ -34,13 +34,13 @@ def _config(**fields):
 
 def _train(folder, config=None, experiment=None):
   config = _config() if config is None else config
-  experiment = fake_paper.build(config, folder) if experiment is None else experiment
+  experiment = fake_paper.build(config) if experiment is None else experiment
   return training.train(experiment, config, folder)
 
 
 def _bits(folder, config=None):
   config = _config() if config is None else config
-  restored = training.restore(fake_paper.build(config, folder), config, folder)
+  restored = training.restore(fake_paper.build(config), config, folder)
 
   def to_numpy(leaf):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -61,7 +61,7 @@ def _records(folder):
 
 def _interrupting(config, at, action):
   """The experiment, with `action` called while the batch of step `at` is fetched."""
-  experiment = fake_paper.build(config, None)
+  experiment = fake_paper.build(config)
 
   class Data(fake_paper.Data):
     def __next__(self):
@@ -151,7 +151,7 @@ def test_the_signal_handlers_are_put_back(tmp_path):
 
 def test_the_loop_runs_the_plain_update_with_keys_folded_by_step(tmp_path, uninterrupted):
   config = _config()
-  experiment = fake_paper.build(config, None)
+  experiment = fake_paper.build(config)
   key = jax.random.key(config.seed)
   state, data = experiment.init(key), experiment.batches()
   losses = []
@@ -285,7 +285,7 @@ def test_what_a_judge_on_the_host_complains_of_is_the_error(tmp_path):
     raise ValueError("reward own:f returned nan; rewards must be finite")
 
   config = _config(sharding__mesh__data=1)  # others would wait for the device that failed
-  experiment = fake_paper.build(config, tmp_path)
+  experiment = fake_paper.build(config)
 
   def update(state, batch, key):
     judged = jax.pure_callback(judge, jax.ShapeDtypeStruct((), jnp.float32), batch["y"])
@@ -315,7 +315,7 @@ def test_restore_finds_the_best_and_names_what_there_is(tmp_path):
   folder, config = tmp_path / "run", _config(eval__every=4, algorithm__noise=0.0)
   config.optimizer.learning_rate = -0.05  # it gets worse and worse: the best is the first
   _train(folder, config)
-  experiment = fake_paper.build(config, folder)
+  experiment = fake_paper.build(config)
   assert training.restore(experiment, config, folder).step == 12
   assert training.restore(experiment, config, folder, "best").step == 4
   assert training.restore(experiment, config, folder, "4").step == 4
@@ -325,7 +325,7 @@ def test_restore_finds_the_best_and_names_what_there_is(tmp_path):
 
 def test_restore_without_a_checkpoint_says_so(tmp_path):
   with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-    training.restore(fake_paper.build(_config(), None), _config(), tmp_path)
+    training.restore(fake_paper.build(_config()), _config(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ class Data(fake_paper.Data):
     if self.position == 3 and sys.argv[2] == "1":
       os.kill(os.getpid(), 15)
     return super().__next__()
-experiment = fake_paper.build(config, folder)
+experiment = fake_paper.build(config)
 experiment = dataclasses.replace(experiment, batches=lambda: Data(0, 16, -1, 0.1))
 outcome = training.train(experiment, config, folder)
 print("DONE", outcome.status, outcome.step, len(outcome.history))

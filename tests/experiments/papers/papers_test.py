@@ -14,6 +14,7 @@ from experiments import main
 from experiments.data import pretrained
 from experiments.loop import presets
 from experiments.papers import copg as copg_paper
+from experiments.papers import copg_bandit, ipo_bandit, kto_bandit, nash_md_bandit, srpo_bandit
 from experiments.papers import dpo as dpo_paper
 from experiments.papers import dro as dro_paper
 from experiments.papers import ipo as ipo_paper
@@ -245,11 +246,11 @@ def test_bandits_follow_the_published_protocol():
 
   def over_pairs(slope):  # of a loss on the margin of (winner, loser), averaged over D1
     return lambda x: np.mean(
-      [slope(x[i] - x[j]) * (arms[i] - arms[j]) for i, j in ipo_paper.DATASETS["D1"]], axis=0
+      [slope(x[i] - x[j]) * (arms[i] - arms[j]) for i, j in ipo_bandit.DATASETS["D1"]], axis=0
     )
 
   config = presets.resolve("ipo:bandit")
-  metrics = _run_loop(ipo_paper.build(config, None), 10)
+  metrics = _run_loop(ipo_paper.build(config), 10)
   want = _adam(over_pairs(lambda margin: 2 * (margin - 1 / (2 * 0.1))), 1000, 0.01)
   for arm, value in zip("abc", want, strict=True):
     # The seeds spread by about 0.007.
@@ -261,8 +262,8 @@ def test_bandits_follow_the_published_protocol():
   # noise in the other two (a few hundredths).
   assert abs(metrics["ipo/D3/1.0/c"] - 1 / 3) < 1e-3
 
-  metrics = _run_loop(copg_paper.build(presets.resolve("copg:bandit"), None), 10)
-  rewards, (first, second), beta = copg_paper.REWARDS, copg_paper.BEHAVIOUR, 0.5
+  metrics = _run_loop(copg_paper.build(presets.resolve("copg:bandit")), 10)
+  rewards, (first, second), beta = copg_bandit.REWARDS, copg_bandit.BEHAVIOUR, 0.5
 
   def returns(x):  # R_beta of each arm
     return rewards - beta * (x - np.log(np.exp(x).sum()) + np.log(3))
@@ -305,7 +306,7 @@ def test_bandits_follow_the_published_protocol():
 def test_untrained_bandits_fail_their_criteria_and_can_be_sampled(paper):
   """A criterion that a policy at its reference meets would test no training."""
   config = presets.resolve(f"{paper.__name__.rsplit('.', 1)[-1]}:bandit")
-  experiment = paper.build(config, None)
+  experiment = paper.build(config)
   state = experiment.init(jax.random.key(0))
   checks = experiment.evaluate(state).tables[0].rows
   if paper in (dro_paper, nash_md_paper, srpo_paper):
@@ -340,7 +341,7 @@ def test_win_rates_of_revisions_are_those_of_the_closed_forms():
   rewrites = [tilted(bell(i, 1.5 * 2**0.5), [beats(j, i) for j in arms]) for i in arms]
   # The answer leaves the least to improve: the reference over the normaliser of its rewrite.
   policy, _ = tilted(reference, [-beta * np.log(normaliser) for _, normaliser in rewrites])
-  found, rates = [], srpo_paper.revision_win_rates(beta)
+  found, rates = [], srpo_bandit.revision_win_rates(beta)
   for _ in rates["SRPO"]:
     found.append(win_rate(policy))
     policy = [sum(policy[i] * rewrites[i][0][j] for i in arms) for j in arms]
@@ -356,16 +357,16 @@ def test_win_rates_of_revisions_are_those_of_the_closed_forms():
 
 
 def test_short_training_of_dro_finds_the_value_that_others_lack():
-  metrics = _run_loop(dro_paper.build(presets.resolve("dro:bandit"), None), 10)
+  metrics = _run_loop(dro_paper.build(presets.resolve("dro:bandit")), 10)
   # 2,000 full-batch steps; Adam at its full rate still trembles by a few 1e-4.
   assert metrics["dro_v/1.0/error"] < 5e-3
   assert metrics["shared/1.0/error"] > 0.3 and metrics["no_value/1.0/error"] > 0.2
 
 
 def test_the_policy_gradient_of_nash_md_approaches_its_fixed_points():
-  metrics = _run_loop(nash_md_paper.build(presets.resolve("nash_md:bandit"), None), 3)
+  metrics = _run_loop(nash_md_paper.build(presets.resolve("nash_md:bandit")), 3)
   assert metrics["nash_md/error"] < 1e-3
-  values = [metrics[f"exploitability/{beta}"] for beta in nash_md_paper.BETAS]
+  values = [metrics[f"exploitability/{beta}"] for beta in nash_md_bandit.BETAS]
   assert np.all(np.diff(values) > 0)
 
 
@@ -375,10 +376,10 @@ def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
   gains[:, 0] = 0.2
   shares = np.maximum(gains, 0) / np.maximum(gains, 0).sum(1, keepdims=True)
   # For beta to 0: in proportion to the gains. The next term is of order beta.
-  small = kto_paper.population_optimum(gains, ref_logps, 1e-4, np.zeros(3))
+  small = kto_bandit.population_optimum(gains, ref_logps, 1e-4, np.zeros(3))
   np.testing.assert_allclose(small, shares, atol=1e-3)
   # A far point of reference: sigmoid(x) is exp(x), and gains ref^-beta pi^(beta - 1) is constant.
-  far = kto_paper.population_optimum(gains, ref_logps, 0.5, np.full(3, 60.0))
+  far = kto_bandit.population_optimum(gains, ref_logps, 0.5, np.full(3, 60.0))
   want = np.maximum(gains, 0) ** 2 * np.exp(-ref_logps)
   np.testing.assert_allclose(far, want / want.sum(1, keepdims=True), atol=1e-9)
 
@@ -388,15 +389,15 @@ def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
     return (gains / (1 + np.exp(-z))).sum(-1)
 
   others, beta = rng.dirichlet(np.full(5, 0.3), (2000, 2, 3)), np.array([[0.1], [1.0]])
-  own = kto_paper.self_consistent_optimum(gains, ref_logps, beta)
+  own = kto_bandit.self_consistent_optimum(gains, ref_logps, beta)
   with np.errstate(divide="ignore"):
     kl = oracles.kl(np.log(own), np.broadcast_to(ref_logps, own.shape))
   # The best policy where its own KL is held is itself; 25 bisections of the KL end at 1e-7.
-  best = kto_paper.population_optimum(gains, ref_logps, beta, kl)
+  best = kto_bandit.population_optimum(gains, ref_logps, beta, kl)
   np.testing.assert_allclose(best, own, atol=1e-6)
   assert np.all(value(others, beta, kl) < value(own, beta, kl))
   with pytest.raises(ValueError, match=r"beta must lie in \(0, 1\]"):
-    kto_paper.population_optimum(gains, ref_logps, 2.0, np.zeros(3))
+    kto_bandit.population_optimum(gains, ref_logps, 2.0, np.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +415,7 @@ def test_bad_input_of_a_grid_is_named(paper, changes, match):
     presets.resolve(f"{paper}:bandit"), [(name, str(value)) for name, value in changes.items()]
   )
   with pytest.raises(ValueError, match=match):
-    importlib.import_module(f"experiments.papers.{paper}").build(config, None)
+    importlib.import_module(f"experiments.papers.{paper}").build(config)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def _result():
 
 
 def _write(folder, config, history, result):
-  experiment = fake_paper.build(config, folder)
+  experiment = fake_paper.build(config)
   report.write_run(
     folder,
     config,

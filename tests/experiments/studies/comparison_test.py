@@ -146,7 +146,7 @@ def test_the_tiny_comparison_runs_and_resumes(tmp_path, capsys):
   assert again.result.metrics == outcome.result.metrics
   # One of its runs is a run like any other.
   sub = comparison.sub_config(config, "srpo")
-  experiment = runs.build(sub, tmp_path / "srpo")
+  experiment = runs.build_in(sub, tmp_path / "srpo")
   state = training.restore(experiment, sub, tmp_path / "srpo").state
   found = experiment.evaluate(state)
   saved = training.train(experiment, sub, tmp_path / "srpo").result

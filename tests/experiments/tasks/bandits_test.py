@@ -62,4 +62,4 @@ def test_a_step_of_mirror_descent_that_is_too_large_is_refused_before_training()
   config = presets.resolve("nash_md:bandit")
   config.algorithm.tau = 0.5
   with pytest.raises(ValueError, match=r"config.algorithm.tau=0.5: give at most 0.2"):
-    nash_md.build(config, None)
+    nash_md.build(config)

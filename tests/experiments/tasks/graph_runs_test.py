@@ -26,7 +26,7 @@ def test_an_unknown_encoder_is_refused(tmp_path):
     config = presets.resolve(f"{paper}:tiny")
     config.network.encoder = "cnn"
     with pytest.raises(ValueError, match=r"config.network.encoder='cnn': give one of 'gcn'"):
-      module.build(config, tmp_path)
+      module.build(config)
 
 
 def test_sizes_of_a_memory_curve_must_grow(tmp_path):
@@ -96,14 +96,14 @@ def test_a_sweep_over_what_is_not_there_is_refused(tmp_path, field, value, messa
   config = presets.resolve("graph_sweep:tiny")
   config.sweep[field] = value
   with pytest.raises(ValueError, match=message):
-    graph_sweep.build(config, tmp_path)
+    graph_sweep.build(config)
 
 
 @pytest.mark.slow  # compiles two vmapped updates
 def test_learners_of_a_sweep_equal_learners_alone(tmp_path):
   """One of two values and two seeds that are mapped over, after a step."""
   config = presets.resolve("graph_sweep:tiny")
-  sweep = graph_sweep.build(config, tmp_path)
+  sweep = graph_sweep.build(config)
   key, placed = jax.random.key(0), sweep.init_args[0]
   runs = sweep.init(key, placed)
   after, _ = jax.jit(sweep.update)(runs, placed, key)
@@ -114,7 +114,7 @@ def test_learners_of_a_sweep_equal_learners_alone(tmp_path):
   alone.data.csbm.update(config.data)
   alone.train.num_steps = config.train.num_steps
   alone.algorithm.target_decay = 0.99
-  experiment = bgrl.build(alone, tmp_path)
+  experiment = bgrl.build(alone)
   graph = experiment.init_args[0]
   expected, _ = experiment.update(experiment.init(seed_key, graph), graph, seed_key)
   found = jax.tree.map(lambda leaf: leaf[1, 1], after.learners["target_decay"])
