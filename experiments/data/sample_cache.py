@@ -1,4 +1,10 @@
-"""A folder of arrays that took long to make, found again by the settings they were made with."""
+"""A folder of arrays that took long to make, found again by the settings they were made with.
+
+The folder is the one that a run names (`--config.data.cache=FOLDER`). Else it is
+`$BOOTSTRAX_SAMPLE_CACHE`, else the folder `samples` of `$BOOTSTRAX_CACHE`, which also holds weights
+and games, else `~/.cache/bootstrax/samples`. Tests set the first variable: they draw their own
+samples, and find weights and games where they are.
+"""
 
 import hashlib
 import json
@@ -61,18 +67,18 @@ class SampleCache:
   """Arrays on disk: `<key>.npz`, and beside it `<key>.json` with the settings and a checksum.
 
   Files appear whole or not at all (written under another name, then renamed; the JSON comes last),
-  so an interrupted or a second process does no harm. A damaged entry is announced and made anew.
+  so an interrupted or a second process does no harm. A damaged entry is reported and made again.
   """
 
   def __init__(self, folder: str | os.PathLike[str] | None = None):
-    """Uses `folder`, or `$BOOTSTRAX_CACHE/samples`, or `~/.cache/bootstrax/samples`.
+    """Uses `folder`, or the default of the module's docstring for None.
 
     Raises:
       OSError: the folder cannot be made or written; better now than after minutes of sampling.
     """
     if folder is None:
       root = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path.home() / ".cache" / "bootstrax"
-      folder = pathlib.Path(root) / "samples"
+      folder = os.environ.get("BOOTSTRAX_SAMPLE_CACHE") or pathlib.Path(root) / "samples"
     self.folder = pathlib.Path(folder)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +144,7 @@ class SampleCache:
       return arrays
     except Exception as error:  # damage can make NumPy, zlib or json raise nearly anything
       warnings.warn(
-        f"cached samples {arrays_path} are incomplete or damaged ({error}); making them anew",
+        f"cached samples {arrays_path} are incomplete or damaged ({error}); making them again",
         RuntimeWarning,
         stacklevel=3,
       )

@@ -167,8 +167,11 @@ def test_folder_that_is_a_file_is_refused_at_once(tmp_path):
 
 
 def test_default_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv("BOOTSTRAX_CACHE", str(tmp_path))
-  assert sample_cache.SampleCache().folder == tmp_path / "samples"
+  monkeypatch.setenv("BOOTSTRAX_CACHE", str(tmp_path / "everything"))
+  monkeypatch.setenv("BOOTSTRAX_SAMPLE_CACHE", str(tmp_path / "own"))
+  assert sample_cache.SampleCache().folder == tmp_path / "own"
+  monkeypatch.delenv("BOOTSTRAX_SAMPLE_CACHE")
+  assert sample_cache.SampleCache().folder == tmp_path / "everything" / "samples"
 
 
 def test_objects_are_refused(tmp_path):

@@ -1,12 +1,14 @@
 """Tests of report.report, page and plots: complete, escaped, self-contained."""
 
 import math
+import random
 import re
 
 import fake_paper
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from experiments import files
 from experiments.loop import run_folder
@@ -100,8 +102,19 @@ def test_a_result_from_json_shows_the_figures_saved_before(folder):
   assert (folder / "report.html").read_text() == before
 
 
-def test_drawing_leaves_no_global_state(folder):
-  assert matplotlib.rcParams["svg.hashsalt"] is None
+def test_drawing_leaves_no_global_state(tmp_path):
+  def draw():
+    figure, axes = plots.subplots(1, 2)
+    axes[0][0].plot([1, 2, 3], label="line")
+    plots.save_figure(results.Figure("drawn", "A caption.", figure), tmp_path)
+    return (tmp_path / "drawn.svg").read_bytes()
+
+  settings, random_state = dict(matplotlib.rcParams), random.getstate()
+  first = draw()
+  assert dict(matplotlib.rcParams) == settings
+  assert random.getstate() == random_state
+  assert pyplot.get_fignums() == []  # nothing stays in memory for the next run in this process
+  assert draw() == first  # no date, no random ids
 
 
 def test_subplots_always_has_two_dimensions():

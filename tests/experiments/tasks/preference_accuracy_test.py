@@ -55,7 +55,12 @@ def test_the_figure_is_drawn_from_what_json_keeps():
   z = np.linspace(-2, 2, 60)
   found = preference_accuracy.evaluate(z, pairs, length_coefficient=0.0)
   again = results.Result.from_json(found.to_json())
-  assert preference_accuracy.figures(None, again)[0].name == "calibration"
+  (drawn,) = preference_accuracy.figures(None, again)
+  # 60 pairs in groups of at least 25: two points with their bars.
+  points = [bars[0].get_xydata()[0] for bars in drawn.figure.axes[0].containers]
+  confidence = np.sort(1 / (1 + np.exp(-np.abs(z))))
+  np.testing.assert_allclose([x for x, _ in points], confidence.reshape(2, 30).mean(1))
   ties = preference_accuracy.evaluate(np.zeros(60), pairs, length_coefficient=0.0)
   assert "calibration_error" not in ties.metrics
-  assert preference_accuracy.figures(None, ties)
+  (drawn,) = preference_accuracy.figures(None, ties)
+  assert not drawn.figure.axes[0].containers  # no choices, no points
