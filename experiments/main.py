@@ -7,8 +7,6 @@ ml_collections are imported before the arguments have been understood.
 """
 
 import argparse
-import importlib
-import importlib.util
 import logging
 import os
 import pathlib
@@ -16,7 +14,7 @@ import signal
 import sys
 from typing import Any
 
-from experiments import memory
+from experiments.loop import memory
 
 _EPILOG = """\
 examples:
@@ -105,7 +103,7 @@ def _exit_code(error: Exception) -> int | None:
   """Returns the exit code of an error that the user can act on; None for a bug."""
   if isinstance(error, (ValueError, OSError, ImportError)):
     return 2
-  training = sys.modules.get("experiments.training")
+  training = sys.modules.get("experiments.loop.training")
   return 1 if training is not None and isinstance(error, training.RunError) else None
 
 
@@ -148,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: list[str]) -> int:
-  from experiments import presets
+  from experiments.loop import presets
 
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # a reward or paper module beside the user; `python -m` has it
@@ -184,8 +182,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     import sharding
 
     sharding.initialize_multihost()
-  from experiments import presets, training
-  from experiments import workdir as run_folder
+  from experiments.loop import presets, run_folder, training
 
   if args.mode == "train":
     presets.check(config)
@@ -193,7 +190,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     # Ours before the paper loads weights or writes data; hosts share the folder.
     if jax.process_index() == 0:
       run_folder.claim(config, workdir)
-    paper = _paper(_runner(config))
+    paper = presets.module_of(config)
     if hasattr(paper, "run"):  # a run of runs, such as a comparison
       outcome = paper.run(config, workdir)
     else:
@@ -209,7 +206,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
   if config is not None:
     run_folder.claim(config, workdir)  # refuses another run's folder
     saved = config
-  paper = _paper(_runner(saved))
+  paper = presets.module_of(saved)
   if hasattr(paper, "run"):
     raise ValueError(f"{workdir} holds runs: give the folder of one of them to --workdir")
   experiment = paper.build(saved, workdir)
@@ -217,8 +214,9 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
 
 
 def _evaluate(args: argparse.Namespace, experiment: Any, config: Any, workdir: pathlib.Path) -> int:
-  from experiments import report, training
-  from experiments import workdir as run_folder
+  from experiments import files
+  from experiments.loop import training
+  from experiments.report import results
 
   function = experiment.evaluate if args.mode == "eval" else experiment.sample
   if function is None:
@@ -227,38 +225,21 @@ def _evaluate(args: argparse.Namespace, experiment: Any, config: Any, workdir: p
   found = function(restored.state)
   path = workdir / f"{args.mode}-step{restored.step}.json"
   if args.mode == "sample":
-    print(report.as_text(found))
-    run_folder.write_json(path, {"step": restored.step, **vars(found)})
+    print(results.as_text(found))
+    files.write_json(path, {"step": restored.step, **vars(found)})
   else:
     print(_as_text(found))
-    run_folder.write_json(path, {"step": restored.step, "result": found.to_json()})
+    files.write_json(path, {"step": restored.step, "result": found.to_json()})
   print(f"step {restored.step}, written to {path}")
   return 0
 
 
 def _as_text(result: Any) -> str:
   """The headline numbers, and the pass criteria where the paper has some."""
-  from experiments import report
+  from experiments.report import results
 
-  checks = [row for table in result.tables if table.columns == report.CHECKS for row in table.rows]
+  checks = [row for table in result.tables if table.columns == results.CHECKS for row in table.rows]
   return "\n".join([str(result), *(f"{passed}  {criterion}" for criterion, passed in checks)])
-
-
-def _runner(config: Any) -> str:
-  """The module that runs a config: its paper's, unless the preset is a run of runs of the paper."""
-  return config.get("runner") or config.paper
-
-
-def _paper(name: str) -> Any:
-  """Returns the module of a packaged paper, or an importable one of the user's own."""
-  if importlib.util.find_spec(f"experiments.papers.{name.partition('.')[0]}") is not None:
-    name = f"experiments.papers.{name}"
-  elif importlib.util.find_spec(name.partition(".")[0]) is None:
-    raise ValueError(
-      f"config.paper={name!r} is neither in experiments/papers nor a module that can be imported: "
-      "correct it, or add the folder of the module to PYTHONPATH"
-    )
-  return importlib.import_module(name)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,19 @@ from typing import Any
 import jax
 import optax
 
-from experiments import solving, training
+from experiments.loop import training
+from experiments.tasks import game_runs
 from rl_theory import armac, games, networks
 
 
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   del workdir
-  game = solving.compile_game(config)
-  return solving.build(config, game, solver(config, game))
+  game = game_runs.compile_game(config)
+  return game_runs.build(config, game, solver(config, game))
 
 
-def solver(config: Any, game: games.Game) -> solving.Solver:
+def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns ARMAC with networks of the config's sizes."""
   hyperparameters = armac.Config(**config.algorithm)
   recurrent = {"mlp": False, "lstm": True}.get(config.network.encoder)
@@ -54,7 +55,7 @@ def solver(config: Any, game: games.Game) -> solving.Solver:
       config=hyperparameters,
     )  # fmt: skip
 
-  return solving.Solver(
+  return game_runs.Solver(
     init=init,
     update=update,
     mean_policy=lambda state: armac.policy(state.params, game, observations, apply_fn=apply_fn),

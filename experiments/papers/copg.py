@@ -15,7 +15,9 @@ import numpy as np
 import optax
 
 from alignment import copg, ipo, oracles, sequences
-from experiments import bandit, evaluation, language_model, report, training
+from experiments.loop import training
+from experiments.report import plots, results, statistics
+from experiments.tasks import bandits, language
 
 REWARDS = np.array([2.5, 2.0, 1.0])
 BEHAVIOUR = np.array([[0.1, 0.2, 0.7], [0.05, 0.05, 0.9]])  # mu1, mu2
@@ -39,7 +41,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "copg_bandit":
     return _bandit(config)
-  return language_model.build(config, workdir, algorithm=copg, collate=language_model.groups)
+  return language.build(config, workdir, algorithm=copg, collate=language.groups)
 
 
 class _Data(NamedTuple):
@@ -101,8 +103,8 @@ def regret(logits: jax.Array, beta: float) -> jax.Array:
 
 
 def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
-  (beta,), batch_size = bandit.positives(config, "algorithm.beta"), config.data.batch_size
+  bandits.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
+  (beta,), batch_size = bandits.positives(config, "algorithm.beta"), config.data.batch_size
   num_seeds, num_steps = config.data.num_seeds, config.train.inner_steps
   num_pairs = config.data.num_pairs
   if batch_size * num_steps > num_pairs:
@@ -111,7 +113,7 @@ def _bandit(config: Any) -> training.Experiment:
       f"data.num_pairs={num_pairs} pairs: one step of the loop is one pass without replacement"
     )
   optimizer = optax.adam(config.optimizer.learning_rate)
-  bound = {"apply_fn": bandit.apply_fn, "optimizer": optimizer}
+  bound = {"apply_fn": bandits.apply_fn, "optimizer": optimizer}
   copg_config, ipo_config = copg.Config(beta=beta), ipo.Config(tau=beta)
 
   def update_one(name, state, inputs, key, config):
@@ -148,14 +150,14 @@ def _bandit(config: Any) -> training.Experiment:
     del key  # every seed starts at the reference, as in the paper
     one = copg.init(jnp.zeros(len(REWARDS)), optimizer=optimizer, config=copg_config)
     as_ipo = ipo.init(jnp.zeros(len(REWARDS)), optimizer=optimizer, config=ipo_config)
-    runs = {name: bandit.stack(as_ipo if name == "ipo" else one, (num_seeds,)) for name in METHODS}
-    return bandit.Sweep(runs, jnp.zeros((), jnp.int32))
+    runs = {name: bandits.stack(as_ipo if name == "ipo" else one, (num_seeds,)) for name in METHODS}
+    return bandits.Sweep(runs, jnp.zeros((), jnp.int32))
 
   def update(sweep, batch, key):
     del batch
     runs, metrics = {}, {}
     for name in METHODS:
-      run = bandit.scan_updates(functools.partial(update_one, name), draw, num_steps)
+      run = bandits.scan_updates(functools.partial(update_one, name), draw, num_steps)
       method_config = ipo_config if name == "ipo" else copg_config
       keys = jax.random.split(key, num_seeds)  # all methods see the same batches
       runs[name], losses, _ = jax.vmap(run, in_axes=(0, 0, 0, None))(
@@ -166,21 +168,21 @@ def _bandit(config: Any) -> training.Experiment:
       metrics[f"{name}/regret_sd"] = regrets.std(ddof=1)
       if name == "copg":
         metrics["loss"] = losses.mean()
-    return bandit.Sweep(runs, sweep.step + 1), metrics
+    return bandits.Sweep(runs, sweep.step + 1), metrics
 
   return training.Experiment(
     init=init,
     update=update,
-    batches=bandit.NoData,
+    batches=bandits.NoData,
     headline="copg/regret",
     maximise=False,
     evaluate=lambda sweep: _judge(sweep, beta),
-    sample=bandit.sample_table,
+    sample=bandits.sample_table,
     figures=lambda history, result: _figures(history, beta, num_seeds),
   )
 
 
-def _judge(sweep: bandit.Sweep, beta: float) -> evaluation.Result:
+def _judge(sweep: bandits.Sweep, beta: float) -> results.Result:
   rows, checks = [], []
   exact = np.exp(oracles.copg_optimum(np.full(3, -np.log(3.0)), REWARDS, beta))
   for name, (low, high) in REGRET_RANGES.items():
@@ -191,19 +193,19 @@ def _judge(sweep: bandit.Sweep, beta: float) -> evaluation.Result:
     probs = np.asarray(jax.nn.softmax(params)).mean(0)
     rows.append([NAMES[name], f"{value:.5f}", *(f"{p:.4f}" for p in probs)])
   rows.append(["exact optimum", "0", *(f"{p:.4f}" for p in exact)])
-  return evaluation.Result(
-    metrics={"criteria_passed": evaluation.fraction_passed(checks)},
+  return results.Result(
+    metrics={"criteria_passed": statistics.fraction_passed(checks)},
     tables=[
-      report.checks_table("Pass criteria", checks),
-      report.Table(
+      results.checks_table("Pass criteria", checks),
+      results.Table(
         "After training (mean over seeds)", ["method", "regret", "P(a)", "P(b)", "P(c)"], rows
       ),
     ],
   )
 
 
-def _figures(history, beta, num_seeds) -> list[report.Figure]:
-  figure, axes = report.subplots(1, 1)
+def _figures(history, beta, num_seeds) -> list[results.Figure]:
+  figure, axes = plots.subplots(1, 1)
   epochs = np.array([record["step"] for record in history]) + 1
   start = float(regret(jnp.zeros(3), beta))
   for name in METHODS:
@@ -221,4 +223,4 @@ def _figures(history, beta, num_seeds) -> list[report.Figure]:
   caption = (
     "Only CoPG's baseline is valid off-policy: the others stop at, or move to, biased policies."
   )
-  return [report.Figure(name="copg_bandit_regret", caption=caption, figure=figure)]
+  return [results.Figure(name="copg_bandit_regret", caption=caption, figure=figure)]

@@ -1,6 +1,6 @@
 """DPO (arXiv:2305.18290), the baseline: what it projects onto, and the language-model run.
 
-The bandits are random. On Bradley-Terry preferences DPO ends at ref exp(r / beta), whoever wrote
+The problems are random. On Bradley-Terry preferences DPO ends at ref exp(r / beta), whoever wrote
 the pairs. With cycles in them it ends at the rewards of the least log-loss, another policy for
 every source of pairs, and no tau makes IPO's optima the same.
 """
@@ -14,7 +14,9 @@ import numpy as np
 
 from alignment import ipo, oracles, sequences
 from alignment.baselines import dpo
-from experiments import bandit, bandit_grid, language_model, report, training
+from experiments.loop import training
+from experiments.report import results
+from experiments.tasks import bandit_grid, bandits, language
 
 CYCLE = 1.0  # the log-odds that no reward explains are as large as those that one does
 
@@ -23,14 +25,14 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "dpo_bandit":
     return _bandit(config)
-  return language_model.build(config, workdir, algorithm=dpo, collate=language_model.pairs)
+  return language.build(config, workdir, algorithm=dpo, collate=language.pairs)
 
 
 def _bandit(config: Any) -> training.Experiment:
-  betas = bandit.positives(config, "algorithm.beta")
-  bandits = bandit_grid.random_bandits(config)
-  straight, cyclic = bandits.preferences(0.0), bandits.preferences(CYCLE)
-  even, uneven = np.ones_like(bandits.counts), bandits.counts
+  betas = bandits.positives(config, "algorithm.beta")
+  grid = bandit_grid.random_bandits(config)
+  straight, cyclic = grid.preferences(0.0), grid.preferences(CYCLE)
+  even, uneven = np.ones_like(grid.counts), grid.counts
 
   def projection(preferences, counts):
     weights = counts[:, :, None] * counts[:, None, :]
@@ -42,23 +44,23 @@ def _bandit(config: Any) -> training.Experiment:
       algorithm=algorithm,
       config=lambda value: algorithm.Config(**{field: value}),
       batch=lambda problem, setting, params, key: problem,  # all pairs, with their probabilities
-      problems=_pairs(bandits.ref_logps, preferences, counts),
-      start=bandits.ref_logps,
+      problems=_pairs(grid.ref_logps, preferences, counts),
+      start=grid.ref_logps,
       exact=np.exp(np.stack([ends(value) for value in betas])),
       tolerance=1e-3,
     )
 
   def tilted(scores):
-    return lambda beta: oracles.kl_regularised_optimum(bandits.ref_logps, scores, beta)
+    return lambda beta: oracles.kl_regularised_optimum(grid.ref_logps, scores, beta)
 
   def ipo_ends(tau):
     writers = uneven / uneven.sum(1, keepdims=True)
-    return oracles.psi_po_optimum(cyclic, writers, bandits.ref_logps, tau)
+    return oracles.psi_po_optimum(cyclic, writers, grid.ref_logps, tau)
 
   make = functools.partial(method, algorithm=dpo, field="beta")
   methods = {
     "straight": make(
-      "DPO, Bradley-Terry", preferences=straight, counts=uneven, ends=tilted(bandits.rewards)
+      "DPO, Bradley-Terry", preferences=straight, counts=uneven, ends=tilted(grid.rewards)
     ),
     "uneven": make(
       "DPO, cycles", preferences=cyclic, counts=uneven, ends=tilted(projection(cyclic, uneven))
@@ -77,7 +79,7 @@ def _bandit(config: Any) -> training.Experiment:
     checks, rows = [], []
     reachable = np.exp([ipo_ends(tau) for tau in np.geomspace(1e-3, 1e3, 400)])
     for beta, found, other in zip(betas, ends["uneven"], ends["even"], strict=True):
-      moved = np.abs(found - np.exp(bandits.ref_logps)).max() > 0.01
+      moved = np.abs(found - np.exp(grid.ref_logps)).max() > 0.01
       gaps = np.abs(reachable - found).max(-1)  # [tau, P]
       common, writer = gaps[gaps.mean(1).argmin()], np.abs(found - other).max(-1)
       for text, distance in (
@@ -87,12 +89,12 @@ def _bandit(config: Any) -> training.Experiment:
         passed = bool(moved and distance.mean() > 0.005)
         checks.append((f"cycles, beta {beta}: {text} (0.005 apart on average)", passed))
       rows.append([beta, *(bandit_grid.by_bandit(x) for x in (common, gaps.min(0), writer))])
-    title = "Cycles: largest difference of a probability from DPO's policy, mean over the bandits"
+    title = "Cycles: largest difference of a probability from DPO's policy, mean over the problems"
     columns = ["beta", "IPO, nearest tau", "IPO, nearest tau of each bandit", "DPO on other pairs"]
-    return checks, [report.Table(title, columns, rows)]
+    return checks, [results.Table(title, columns, rows)]
 
   return bandit_grid.build(
-    config, methods, betas, symbol="beta", optimizer=bandit.cosine_adam(config), judge=judge
+    config, methods, betas, symbol="beta", optimizer=bandits.cosine_adam(config), judge=judge
   )
 
 

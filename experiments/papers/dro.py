@@ -18,7 +18,9 @@ import optax
 from alignment import dro, oracles, sequences
 from alignment.baselines import kto
 from alignment.models import scalar_head
-from experiments import bandit, evaluation, language_model, language_task, report, training
+from experiments.loop import training
+from experiments.report import plots, results, statistics
+from experiments.tasks import bandits, language, language_offline
 
 REWARDS = np.array(
   [
@@ -52,7 +54,7 @@ def _rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 # DRO-V's two networks start from the same body and share nothing afterwards.
-POLICY_AND_VALUE = language_model.Network(
+POLICY_AND_VALUE = language.Network(
   make_apply_fn=scalar_head.make_policy_and_value_fn,
   make_params=lambda params: dro.Params(policy=params, value=scalar_head.from_decoder(params)),
   policy_of=lambda params: params.policy,
@@ -65,17 +67,17 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "three_prompts":
     return _bandit(config)
-  return language_model.build(
+  return language.build(
     config, workdir, algorithm=dro, collate=triples, network=POLICY_AND_VALUE, min_samples=1
   )
 
 
-def triples(samples: language_task.Samples) -> dro.Batch:
+def triples(samples: language_offline.Samples) -> dro.Batch:
   """DRO's batch: every completion is an example of its own, rewards standardised over all."""
   spread = samples.rewards.std()
   if not spread:
     raise ValueError("all completions have the same reward: there is nothing to learn from")
-  rows = language_model.single_rows(samples)
+  rows = language.single_rows(samples)
   rewards = (samples.rewards - samples.rewards.mean()) / spread
   return dro.Batch(
     rows.tokens,
@@ -88,9 +90,9 @@ def triples(samples: language_task.Samples) -> dro.Batch:
 
 
 def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config)
-  taus, num_steps = bandit.positives(config, "algorithm.tau"), config.train.inner_steps
-  optimizer = bandit.cosine_adam(config)
+  bandits.check_counts(config)
+  taus, num_steps = bandits.positives(config, "algorithm.tau"), config.train.inner_steps
+  optimizer = bandits.cosine_adam(config)
   optima = [oracles.dro_optimum(REFERENCE, REWARDS, tau) for tau in taus]
   exact = np.exp(np.stack([logps for logps, _ in optima]))  # [taus, prompts, A]
   exact_values = np.stack([value for _, value in optima])  # [taus, prompts]
@@ -102,13 +104,13 @@ def _bandit(config: Any) -> training.Experiment:
     params = dro.Params(policy, jnp.zeros(len(REFERENCE)))
     # One kind of state for all: what a method does not use stays where it is.
     one = dro.init(params, optimizer=optimizer, config=dro.Config())
-    return bandit.Sweep({name: bandit.stack(one, (len(taus),)) for name in NAMES}, jnp.int32(0))
+    return bandits.Sweep({name: bandits.stack(one, (len(taus),)) for name in NAMES}, jnp.int32(0))
 
   def update(sweep, batch, key):
     del batch
     runs, metrics = {}, {}
     for name in NAMES:
-      run = bandit.scan_updates(steps[name], lambda data, key: jnp.arange(num_steps), num_steps)
+      run = bandits.scan_updates(steps[name], lambda data, key: jnp.arange(num_steps), num_steps)
       runs[name], losses, _ = jax.vmap(run, in_axes=(0, None, None, 0))(
         sweep.runs[name], (), key, jnp.array(taus)
       )
@@ -122,17 +124,17 @@ def _bandit(config: Any) -> training.Experiment:
         for tau, error in zip(taus, value_errors, strict=True):
           metrics[f"{name}/{tau}/value_error"] = error
         metrics["dro/value_error"] = value_errors.max()
-    return bandit.Sweep(runs, sweep.step + 1), metrics
+    return bandits.Sweep(runs, sweep.step + 1), metrics
 
   return training.Experiment(
     init=init,
     update=update,
-    batches=bandit.NoData,
+    batches=bandits.NoData,
     headline="dro/error",
     maximise=False,
     evaluate=lambda sweep: _judge(sweep, taus, exact, exact_values),
     sample=functools.partial(
-      bandit.sample_table, logits_of=lambda params: params.policy[:, :, None]
+      bandits.sample_table, logits_of=lambda params: params.policy[:, :, None]
     ),
     figures=lambda history, result: [_figure(history, taus, num_steps)],
   )
@@ -156,7 +158,7 @@ def _step_of(name: str, optimizer: optax.GradientTransformation) -> Any:
 
     def apply_fn(params, rows):
       values = value_of[name](params.value, rows.prompt_tokens[:, -1])
-      return bandit.contextual_apply_fn(params.policy, rows), values
+      return bandits.contextual_apply_fn(params.policy, rows), values
 
     def dro_step(state, batch, key, config):
       del batch
@@ -169,7 +171,7 @@ def _step_of(name: str, optimizer: optax.GradientTransformation) -> Any:
   def loss(params, tau):
     if name == "dro_p":
       rows = sequences.Sequences(*data[:2], *context)
-      log_ratios = bandit.contextual_apply_fn(params.policy, rows)[:, 0] - ref_logps
+      log_ratios = bandits.contextual_apply_fn(params.policy, rows)[:, 0] - ref_logps
       return dro.dro_p_loss(log_ratios[None], rewards[None], tau=tau).mean()
     # The completions of other prompts: those of the data rolled by the rows of one prompt.
     shift = len(arms) // len(REFERENCE)
@@ -183,7 +185,7 @@ def _step_of(name: str, optimizer: optax.GradientTransformation) -> Any:
       state,
       batch,
       None,
-      apply_fn=bandit.contextual_apply_fn,
+      apply_fn=bandits.contextual_apply_fn,
       config=kto.Config(beta=tau),
     )[0]
 
@@ -197,7 +199,7 @@ def _step_of(name: str, optimizer: optax.GradientTransformation) -> Any:
   return step
 
 
-def _judge(sweep, taus, exact, exact_values) -> evaluation.Result:
+def _judge(sweep, taus, exact, exact_values) -> results.Result:
   probs = {name: np.asarray(jax.nn.softmax(run.params.policy)) for name, run in sweep.runs.items()}
   errors = {name: np.abs(p - exact).max((1, 2)) for name, p in probs.items()}
   value_errors = np.abs(np.asarray(sweep.runs["dro_v"].params.value) - exact_values).max(1)
@@ -212,11 +214,11 @@ def _judge(sweep, taus, exact, exact_values) -> evaluation.Result:
     checks.append((f"all others are more than 0.01 off, tau {tau}", bool(moved and biased)))
   rows = [[NAMES[name], *(f"{error:.2g}" for error in errors[name])] for name in NAMES]
   rows.append(["DRO-V, its value", *(f"{error:.2g}" for error in value_errors)])
-  return evaluation.Result(
-    metrics={"criteria_passed": evaluation.fraction_passed(checks)},
+  return results.Result(
+    metrics={"criteria_passed": statistics.fraction_passed(checks)},
     tables=[
-      report.checks_table("Pass criteria", checks),
-      report.Table(
+      results.checks_table("Pass criteria", checks),
+      results.Table(
         "Largest error of a probability (and of DRO-V's value) after training",
         ["method", *(f"tau {tau}" for tau in taus)],
         rows,
@@ -225,8 +227,8 @@ def _judge(sweep, taus, exact, exact_values) -> evaluation.Result:
   )
 
 
-def _figure(history, taus, num_steps) -> report.Figure:
-  figure, axes = report.subplots(1, len(taus), sharey=True)
+def _figure(history, taus, num_steps) -> results.Figure:
+  figure, axes = plots.subplots(1, len(taus), sharey=True)
   steps = (np.array([record["step"] for record in history]) + 1) * num_steps
   for axis, tau in zip(axes[0], taus, strict=True):
     for name, label in NAMES.items():
@@ -235,6 +237,6 @@ def _figure(history, taus, num_steps) -> report.Figure:
     axis.semilogy(steps, values, "k:", label="DRO-V, error of its value")
     axis.set(title=f"tau = {tau}", xlabel="step")
   axes[0][0].set_ylabel("largest error of a probability")
-  report.legend_below(figure, axes[0][0])
+  plots.legend_below(figure, axes[0][0])
   caption = "One value a prompt is what the regression needs; the others stop beside the optimum."
-  return report.Figure(name="dro_bandit_error", caption=caption, figure=figure)
+  return results.Figure(name="dro_bandit_error", caption=caption, figure=figure)

@@ -16,7 +16,9 @@ import optax
 
 from alignment import ipo, oracles, sequences
 from alignment.baselines import dpo
-from experiments import bandit, evaluation, language_model, report, training
+from experiments.loop import training
+from experiments.report import plots, results, statistics
+from experiments.tasks import bandits, language
 
 # (winner, loser) pairs.
 DATASETS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -31,7 +33,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "ipo_bandit":
     return _bandit(config)
-  return language_model.build(config, workdir, algorithm=ipo, collate=language_model.pairs)
+  return language.build(config, workdir, algorithm=ipo, collate=language.pairs)
 
 
 def _padded_pairs() -> np.ndarray:
@@ -53,8 +55,8 @@ def exact_probs(tau: float) -> np.ndarray:
 
 
 def _bandit(config: Any) -> training.Experiment:
-  taus = bandit.positives(config, "algorithm.tau")
-  bandit.check_counts(config, num_seeds=2, batch_size=1)
+  taus = bandits.positives(config, "algorithm.tau")
+  bandits.check_counts(config, num_seeds=2, batch_size=1)
   num_seeds, batch_size = config.data.num_seeds, config.data.batch_size
   num_steps, num_arms = config.train.inner_steps, 3
   optimizer = optax.adam(config.optimizer.learning_rate)
@@ -86,15 +88,15 @@ def _bandit(config: Any) -> training.Experiment:
     runs = {}
     for name, algorithm in METHODS.items():
       one = algorithm.init(jnp.zeros(num_arms), optimizer=optimizer, config=algorithm.Config())
-      runs[name] = bandit.stack(one, shape)
-    return bandit.Sweep(runs, jnp.zeros((), jnp.int32))
+      runs[name] = bandits.stack(one, shape)
+    return bandits.Sweep(runs, jnp.zeros((), jnp.int32))
 
   def update(sweep, batch, key):
     del batch
     runs, metrics = {}, {}
     for name, algorithm in METHODS.items():
-      bound = functools.partial(algorithm.update, apply_fn=bandit.apply_fn, optimizer=optimizer)
-      run = bandit.scan_updates(bound, draw, num_steps)
+      bound = functools.partial(algorithm.update, apply_fn=bandits.apply_fn, optimizer=optimizer)
+      run = bandits.scan_updates(bound, draw, num_steps)
       over_seeds = jax.vmap(run, in_axes=(0, None, 0, None))
       over_taus = jax.vmap(over_seeds, in_axes=(0, None, 0, 0))
       over_datasets = jax.vmap(over_taus, in_axes=(0, 0, 0, None))
@@ -108,24 +110,24 @@ def _bandit(config: Any) -> training.Experiment:
       mean, spread = probs.mean(2), probs.std(2, ddof=1)
       for i, dataset in enumerate(DATASETS):
         for j, tau in enumerate(taus):
-          for k, arm in enumerate(bandit.arm_names(num_arms)):
+          for k, arm in enumerate(bandits.arm_names(num_arms)):
             metrics[f"{name}/{dataset}/{tau}/{arm}"] = mean[i, j, k]
             metrics[f"{name}/{dataset}/{tau}/{arm}_sd"] = spread[i, j, k]
-    return bandit.Sweep(runs, sweep.step + 1), metrics
+    return bandits.Sweep(runs, sweep.step + 1), metrics
 
   return training.Experiment(
     init=init,
     update=update,
-    batches=bandit.NoData,
+    batches=bandits.NoData,
     headline="ipo/error",
     maximise=False,
     evaluate=lambda sweep: _judge(sweep, taus),
-    sample=bandit.sample_table,
+    sample=bandits.sample_table,
     figures=lambda history, result: _figures(history, taus, num_steps, num_seeds),
   )
 
 
-def _judge(sweep: bandit.Sweep, taus: tuple[float, ...]) -> evaluation.Result:
+def _judge(sweep: bandits.Sweep, taus: tuple[float, ...]) -> results.Result:
   """The acceptance criteria, as pass/fail rows, from the final probabilities."""
   probs = {name: np.asarray(jax.nn.softmax(run.params)) for name, run in sweep.runs.items()}
   rows, checks = [], []
@@ -143,12 +145,12 @@ def _judge(sweep: bandit.Sweep, taus: tuple[float, ...]) -> evaluation.Result:
       elif dataset == "D3'":
         passed = float(dpo_mean[2]) < 0.005
         checks.append((f"DPO on D3', tau {tau}: P(c) below 0.005", passed))
-      rows.append([dataset, tau, *(bandit.triple(p) for p in (exact, mean, dpo_mean))])
-  return evaluation.Result(
-    metrics={"criteria_passed": evaluation.fraction_passed(checks)},
+      rows.append([dataset, tau, *(bandits.triple(p) for p in (exact, mean, dpo_mean))])
+  return results.Result(
+    metrics={"criteria_passed": statistics.fraction_passed(checks)},
     tables=[
-      report.checks_table("Pass criteria", checks),
-      report.Table(
+      results.checks_table("Pass criteria", checks),
+      results.Table(
         "P(a), P(b), P(c) after training (mean over seeds)",
         ["data", "tau", "IPO, closed form", "IPO, trained", "DPO, trained"],
         rows,
@@ -157,16 +159,16 @@ def _judge(sweep: bandit.Sweep, taus: tuple[float, ...]) -> evaluation.Result:
   )
 
 
-def _figures(history, taus, num_steps, num_seeds) -> list[report.Figure]:
+def _figures(history, taus, num_steps, num_seeds) -> list[results.Figure]:
   """Figures 1 and 2: action probabilities over steps with 95 % intervals over the seeds."""
   figures = []
   for dataset, title in (("D1", "total order a > b > c"), ("D3'", "c never wins")):
-    figure, axes = report.subplots(len(METHODS), len(taus), sharex=True, sharey=True)
+    figure, axes = plots.subplots(len(METHODS), len(taus), sharex=True, sharey=True)
     for row, name in enumerate(METHODS):
       for column, tau in enumerate(taus):
         axis = axes[row][column]
         exact = exact_probs(tau)[list(DATASETS).index(dataset)]
-        for k, arm in enumerate(bandit.arm_names(3)):
+        for k, arm in enumerate(bandits.arm_names(3)):
           # Every seed starts at the reference: one third, spread zero.
           steps = np.array([0, *(record["step"] + 1 for record in history)]) * num_steps
           tag = f"{name}/{dataset}/{tau}/{arm}"
@@ -183,7 +185,7 @@ def _figures(history, taus, num_steps, num_seeds) -> list[report.Figure]:
       axes[row][0].set_ylabel("probability")
     axes[0][0].legend()
     figures.append(
-      report.Figure(
+      results.Figure(
         name=f"ipo_bandit_{dataset.replace(chr(39), 'prime')}",
         caption=f"{dataset}: {title}. Dotted: IPO's closed form. Bands: 95 % over seeds.",
         figure=figure,

@@ -20,15 +20,17 @@ import numpy as np
 
 from alignment import oracles
 from alignment.baselines import kto
-from experiments import bandit, bandit_grid, language_model, language_task, report, training
+from experiments.loop import training
+from experiments.report import results
+from experiments.tasks import bandit_grid, bandits, language, language_offline
 
 
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "kto_bandit":
     return _bandit(config)
-  task = language_task.make_task(config)
-  return language_model.build(
+  task = language_offline.make_task(config)
+  return language.build(
     config,
     workdir,
     algorithm=kto,
@@ -38,7 +40,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   )
 
 
-def labelled(samples: language_task.Samples, *, task: language_task.Task) -> kto.Batch:
+def labelled(samples: language_offline.Samples, *, task: language_offline.Task) -> kto.Batch:
   """KTO's batch: a completion is desirable where its reward exceeds the mean of the data.
 
   Beside each stands what the prompt before it was completed with, for the point of reference.
@@ -50,8 +52,8 @@ def labelled(samples: language_task.Samples, *, task: language_task.Task) -> kto
     raise ValueError("all completions have the same reward: there is nothing to learn from")
   tokens, mask = (np.roll(x, 1, axis=0) for x in (samples.tokens, samples.mask))
   ref_logps = task.reference_logps(samples.prompts, tokens, mask)
-  rows = language_model.single_rows(samples)
-  other = language_model.single_rows(samples._replace(tokens=tokens, mask=mask))
+  rows = language.single_rows(samples)
+  other = language.single_rows(samples._replace(tokens=tokens, mask=mask))
   return kto.Batch(
     tokens=rows.tokens,
     mask=rows.mask,
@@ -130,9 +132,9 @@ def self_consistent_optimum(gains: np.ndarray, ref_logps: np.ndarray, beta: Any)
 
 
 def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config, batch_size=1)
-  betas, bandits = bandit.positives(config, "algorithm.beta"), bandit_grid.random_bandits(config)
-  ref_logps, counts = bandits.ref_logps, bandits.counts
+  bandits.check_counts(config, batch_size=1)
+  betas, grid = bandits.positives(config, "algorithm.beta"), bandit_grid.random_bandits(config)
+  ref_logps, counts = grid.ref_logps, grid.counts
   rates = _good_rates(config)
   gains = counts / counts.sum(1, keepdims=True) * (2 * rates - 1)
   rows = np.arange(len(counts))[:, None]
@@ -150,7 +152,7 @@ def _bandit(config: Any) -> training.Experiment:
     tokens, ref_logps = problem["tokens"], problem["ref_logps"]
     other = jnp.roll(tokens, 1, axis=0)
     if on_policy:
-      other = bandit.draw_arms(key, params, tokens.shape)
+      other = bandits.draw_arms(key, params, tokens.shape)
     ones = jnp.ones(tokens.shape)
     return kto.Batch(
       tokens=tokens,
@@ -212,11 +214,11 @@ def _bandit(config: Any) -> training.Experiment:
       cells = (apart, from_shares, between, distance, least)
       table.append([beta, *(bandit_grid.by_bandit(cell) for cell in cells)])
     columns = ["beta", "from ref exp(rate / beta)", "from gains", "from z = KL", "KL to ref"]
-    title = "KTO with z of the data, mean over the bandits"
-    return checks, [report.Table(title, [*columns, "least KL without bad arms"], table)]
+    title = "KTO with z of the data, mean over the problems"
+    return checks, [results.Table(title, [*columns, "least KL without bad arms"], table)]
 
   return bandit_grid.build(
-    config, methods, betas, symbol="beta", optimizer=bandit.cosine_adam(config), judge=judge
+    config, methods, betas, symbol="beta", optimizer=bandits.cosine_adam(config), judge=judge
   )
 
 

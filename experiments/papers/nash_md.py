@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment import nash_md, oracles, sequences
-from experiments import bandit, evaluation, online_language_model, report, training
+from experiments.loop import training
+from experiments.report import plots, results, statistics
+from experiments.tasks import bandits, language_online
 
 GAMES = {
   "unequal cycle": np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]]),
@@ -45,14 +47,14 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "cyclic_games":
     return _bandit(config)
-  return online_language_model.build(config, workdir, algorithm=nash_md, collect=collect)
+  return language_online.build(config, workdir, algorithm=nash_md, collect=collect)
 
 
 def collect(
   learner: nash_md.State,
   prompts: sequences.Prompts,
   key: jax.Array,
-  this_round: online_language_model.Round,
+  this_round: language_online.Round,
 ) -> nash_md.Batch:
   """Draws completions of the policy and of its opponent, the mixture, and has them compared."""
   first, second = nash_md.sample(
@@ -75,8 +77,8 @@ def collect(
 
 
 def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config)
-  (tau,), learning_rate = bandit.positives(config, "algorithm.tau"), config.optimizer.learning_rate
+  bandits.check_counts(config)
+  (tau,), learning_rate = bandits.positives(config, "algorithm.tau"), config.optimizer.learning_rate
   if tau * max(STEP_SIZES) > 1:
     raise ValueError(
       f"config.algorithm.tau={tau}: give at most {1 / max(STEP_SIZES)}; the figures take steps of "
@@ -90,11 +92,11 @@ def _bandit(config: Any) -> training.Experiment:
     del key  # every run starts at the reference
 
     def runs_of(settings):
-      start = bandit.stack(jnp.asarray(FOUR_REFERENCE, jnp.float32), (len(settings),))
+      start = bandits.stack(jnp.asarray(FOUR_REFERENCE, jnp.float32), (len(settings),))
       return nash_md.State(start, jnp.copy(start), (), jnp.zeros((), jnp.int32))
 
     runs = {"mixture": runs_of(BETAS), "average": runs_of(DECAYS)}
-    return bandit.Sweep(runs, jnp.zeros((), jnp.int32))
+    return bandits.Sweep(runs, jnp.zeros((), jnp.int32))
 
   def update(sweep, batch, key):
     del batch, key  # the gradient is exact
@@ -113,16 +115,16 @@ def _bandit(config: Any) -> training.Experiment:
     metrics = {"loss": error, "nash_md/error": error}
     exploited = _exploitability(jax.nn.log_softmax(runs["mixture"].params), tau)
     metrics |= {f"exploitability/{b}": x for b, x in zip(BETAS, exploited, strict=True)}
-    return bandit.Sweep(runs, sweep.step + 1), metrics
+    return bandits.Sweep(runs, sweep.step + 1), metrics
 
   return training.Experiment(
     init=init,
     update=update,
-    batches=bandit.NoData,
+    batches=bandits.NoData,
     headline="nash_md/error",
     maximise=False,
     evaluate=lambda sweep: _judge(sweep, tau, fixed_points),
-    sample=functools.partial(bandit.sample_table, logits_of=lambda params: params[:, None]),
+    sample=functools.partial(bandits.sample_table, logits_of=lambda params: params[:, None]),
     figures=lambda history, result: _figures(tau, history),
   )
 
@@ -199,7 +201,7 @@ def _exploitability(logps: Any, tau: float) -> Any:
   return oracles.regularised_exploitability(logps, FOUR_ACTIONS, FOUR_REFERENCE, tau)
 
 
-def _judge(sweep: bandit.Sweep, tau: float, fixed_points: np.ndarray) -> evaluation.Result:
+def _judge(sweep: bandits.Sweep, tau: float, fixed_points: np.ndarray) -> results.Result:
   checks, rows = [], []
   for game in GAMES:
     kl = distances(game, tau, None, "mixture")
@@ -245,28 +247,28 @@ def _judge(sweep: bandit.Sweep, tau: float, fixed_points: np.ndarray) -> evaluat
     [f"moving average, decay {d}", f"{x:.2g}"]
     for d, x in zip(DECAYS, exploited["average"], strict=True)
   ]
-  return evaluation.Result(
-    metrics={"criteria_passed": evaluation.fraction_passed(checks)},
+  return results.Result(
+    metrics={"criteria_passed": statistics.fraction_passed(checks)},
     tables=[
-      report.checks_table("Pass criteria", checks),
-      report.Table(
+      results.checks_table("Pass criteria", checks),
+      results.Table(
         "KL to the equilibrium with the theorem's steps",
         ["game", "T = 1", "10", "100", "1,000", "10,000", "slope"],
         rows,
       ),
-      report.Table(
+      results.Table(
         f"Rock-paper-scissors, constant steps of {LARGE_STEP}: KL after {NUM_ITERATIONS:,}",
         ["policy", "KL"],
         [[name, f"{kl:.2g}"] for name, kl in large.items()],
       ),
-      report.Table("Exploitability where the policy gradient stops", ["opponent", "it"], stops),
+      results.Table("Exploitability where the policy gradient stops", ["opponent", "it"], stops),
     ],
   )
 
 
-def _figures(tau: float, history: Any) -> list[report.Figure]:
+def _figures(tau: float, history: Any) -> list[results.Figure]:
   iterations = np.arange(1, NUM_ITERATIONS + 1)
-  rate, axes = report.subplots(1, len(GAMES), sharey=True)
+  rate, axes = plots.subplots(1, len(GAMES), sharey=True)
   for axis, game in zip(axes[0], GAMES, strict=True):
     axis.loglog(iterations, bound(tau), "k--", label="bound of the theorem")
     axis.loglog(iterations, distances(game, tau, None, "mixture"), label="Nash-MD, eta_t")
@@ -278,9 +280,9 @@ def _figures(tau: float, history: Any) -> list[report.Figure]:
     axis.loglog(iterations, average, label="self-play, eta 0.5, average")
     axis.set(title=game, xlabel="iteration T", ylim=(1e-12, 1e3))
   axes[0][0].set_ylabel("KL to the equilibrium, nats")
-  report.legend_below(rate, axes[0][0])
+  plots.legend_below(rate, axes[0][0])
 
-  large, axes = report.subplots(1, 1)
+  large, axes = plots.subplots(1, 1)
   for label, opponent, averaged in (
     ("Nash-MD, last", "mixture", False),
     ("self-play, last", "self", False),
@@ -295,22 +297,22 @@ def _figures(tau: float, history: Any) -> list[report.Figure]:
   axes[0][0].minorticks_off()
   axes[0][0].legend()
 
-  stop, axes = report.subplots(1, 1)
+  stop, axes = plots.subplots(1, 1)
   values = [history[-1][f"exploitability/{beta}"] for beta in BETAS]
   axes[0][0].plot(BETAS, values, marker="o")
   axes[0][0].set(xlabel="beta, weight of the reference in the opponent", ylabel="exploitability")
   return [
-    report.Figure(
+    results.Figure(
       name="nash_md_rate",
       caption=f"tau = {tau}. Nash-MD with constant steps stops beside the equilibrium.",
       figure=rate,
     ),
-    report.Figure(
+    results.Figure(
       name="nash_md_large_steps",
       caption="Rock-paper-scissors: large steps cycle; averages suffer less. The floor is 1e-12.",
       figure=large,
     ),
-    report.Figure(
+    results.Figure(
       name="nash_md_exploitability",
       caption="Where the exact policy gradient stops: at the equilibrium for beta = 0 only.",
       figure=stop,

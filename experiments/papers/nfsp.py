@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import solving, training
+from experiments.loop import training
+from experiments.tasks import game_runs
 from rl_theory import games, networks
 from rl_theory.baselines import nfsp
 
@@ -15,11 +16,11 @@ from rl_theory.baselines import nfsp
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   del workdir
-  game = solving.compile_game(config)
-  return solving.build(config, game, solver(config, game))
+  game = game_runs.compile_game(config)
+  return game_runs.build(config, game, solver(config, game))
 
 
-def solver(config: Any, game: games.Game) -> solving.Solver:
+def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns NFSP with networks of the config's sizes."""
   hyperparameters = nfsp.Config(**config.algorithm)
   observations = games.information_state_tensors(game)
@@ -47,7 +48,7 @@ def solver(config: Any, game: games.Game) -> solving.Solver:
     state, metrics = jax.lax.scan(body, state, jax.random.split(key, config.train.inner_steps))
     return state, jax.tree.map(jnp.mean, metrics)
 
-  return solving.Solver(
+  return game_runs.Solver(
     init=init,
     update=update,
     mean_policy=lambda state: nfsp.policy(state.params, game, observations, apply_fn=apply_fn),

@@ -1,9 +1,9 @@
 """Online IPO and IPO-MD (arXiv:2403.08635), beside Nash-MD: where they stop, and the LM run.
 
-The bandits are random games with cycles. Pairs are drawn at every step from pi^(1 - beta) ref^beta:
-beta 0 is online IPO, which ends at the Nash equilibrium of the regularised game; a beta between is
-IPO-MD, which ends where Nash-MD-PG with the same mixture does; beta 1 is IPO on pairs that the
-reference wrote, which ends at the best response to it.
+The problems are random games with cycles. Pairs are drawn at every step from pi^(1 - beta)
+ref^beta. With beta 0 this is online IPO, which ends at the Nash equilibrium of the regularised
+game. With a beta in between it is IPO-MD, which ends where Nash-MD-PG with the same mixture does.
+With beta 1 it is IPO on pairs of the reference, which ends at the best response to it.
 """
 
 import pathlib
@@ -15,7 +15,9 @@ import numpy as np
 
 from alignment import nash_md, oracles, sequences
 from alignment.baselines import online_ipo
-from experiments import bandit, bandit_grid, online_language_model, report, training
+from experiments.loop import training
+from experiments.report import results
+from experiments.tasks import bandit_grid, bandits, language_online
 
 CYCLE = 1.0  # the log-odds that no reward explains are as large as those that one does
 
@@ -26,14 +28,14 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
     return _bandit(config)
   if config.data.num_samples != 2:
     raise ValueError(f"data.num_samples={config.data.num_samples}: a pair has 2 completions")
-  return online_language_model.build(config, workdir, algorithm=online_ipo, collect=collect)
+  return language_online.build(config, workdir, algorithm=online_ipo, collect=collect)
 
 
 def collect(
   learner: online_ipo.State,
   prompts: sequences.Prompts,
   key: jax.Array,
-  this_round: online_language_model.Round,
+  this_round: language_online.Round,
 ) -> online_ipo.Batch:
   """Draws two completions of each prompt, from the policy or a mixture, and has them compared."""
   sample_fn = this_round.sample_fn(this_round.task.config.data.mixture_beta)
@@ -52,23 +54,23 @@ def collect(
 
 
 def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config, batch_size=1)
-  taus, batch_size = bandit.positives(config, "algorithm.tau"), config.data.batch_size
+  bandits.check_counts(config, batch_size=1)
+  taus, batch_size = bandits.positives(config, "algorithm.tau"), config.data.batch_size
   mixture_beta = config.data.mixture_beta
   if not 0 < mixture_beta < 1:
     raise ValueError(
       f"config.data.mixture_beta={mixture_beta}: give a number between 0 and 1; both ends are run "
       "beside it"
     )
-  bandits = bandit_grid.random_bandits(config)
-  preferences, ref_logps = bandits.preferences(CYCLE), bandits.ref_logps
+  grid = bandit_grid.random_bandits(config)
+  preferences, ref_logps = grid.preferences(CYCLE), grid.ref_logps
 
   def method(label, beta):
     def batch(problem, setting, params, key):
       del setting
       preferences, ref_logps = problem
       drawn_from = nash_md.geometric_mixture_logits(params, ref_logps, beta=beta)
-      arms = bandit.draw_arms(key, drawn_from, (batch_size, 2))
+      arms = bandits.draw_arms(key, drawn_from, (batch_size, 2))
       ones = jnp.ones((batch_size, 1))
       return online_ipo.Batch(
         first_tokens=arms[:, :1],
@@ -116,8 +118,8 @@ def _bandit(config: Any) -> training.Experiment:
       start = oracles.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
       rows.append([tau, *(bandit_grid.by_bandit(x) for x in (*exploited, start))])
     columns = ["tau", *(method.label for method in methods.values()), "reference"]
-    return checks, [report.Table("Exploitability, mean over the bandits", columns, rows)]
+    return checks, [results.Table("Exploitability, mean over the problems", columns, rows)]
 
   return bandit_grid.build(
-    config, methods, taus, symbol="tau", optimizer=bandit.cosine_adam(config), judge=judge
+    config, methods, taus, symbol="tau", optimizer=bandits.cosine_adam(config), judge=judge
   )

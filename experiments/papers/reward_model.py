@@ -17,17 +17,10 @@ import numpy as np
 import sharding
 from alignment import oracles, reward_model
 from alignment.models import scalar_head
-from experiments import (
-  bandit,
-  bandit_grid,
-  evaluation,
-  language_model,
-  preference_accuracy,
-  preference_task,
-  report,
-  training,
-)
 from experiments.data import learned_rewards, text
+from experiments.loop import training
+from experiments.report import results
+from experiments.tasks import bandit_grid, bandits, language, preference_accuracy, preferences
 
 _EVAL_PAIRS = 32  # read at once
 
@@ -38,8 +31,8 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
     return _bandit(config)
   del workdir
   algorithm = reward_model.Config(**config.algorithm)
-  optimizer = language_model.make_optimizer(config.optimizer, config.train.num_steps)
-  task = preference_task.make_task(config)
+  optimizer = language.make_optimizer(config.optimizer, config.train.num_steps)
+  task = preferences.make_task(config)
   length_coefficient = preference_accuracy.fit_length(task.train_pairs)
   bound: dict[str, Any] = {"apply_fn": task.apply_fn, "config": algorithm}
 
@@ -84,7 +77,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   )
 
 
-def _describe(config: Any, accuracy: evaluation.Estimate) -> str:
+def _describe(config: Any, accuracy: results.Estimate) -> str:
   return (
     f"The reward is a {config.algorithm.kind} model learned from {config.data.preferences}, with "
     f"an accuracy of {accuracy} on held-out pairs (a coin: 0.5). It stands in for those who "
@@ -93,13 +86,13 @@ def _describe(config: Any, accuracy: evaluation.Estimate) -> str:
   )
 
 
-def _table(log_odds: np.ndarray, pairs: list[text.Preference]) -> report.Table:
+def _table(log_odds: np.ndarray, pairs: list[text.Preference]) -> results.Table:
   rows = [
     [pair.prompt, pair.chosen, pair.rejected, f"{z:+.2f}"]
     for pair, z in zip(pairs, log_odds, strict=True)
   ]
   columns = ["prompt", "chosen", "rejected", "log-odds of chosen"]
-  return report.Table("Held-out pairs", columns, rows)
+  return results.Table("Held-out pairs", columns, rows)
 
 
 def _bandit(config: Any) -> training.Experiment:
@@ -108,9 +101,9 @@ def _bandit(config: Any) -> training.Experiment:
     raise ValueError(
       f"config.data.cycles={cycles}: give rising strengths that start at 0, such as (0.0, 1.0, 2.0)"
     )
-  bandits = bandit_grid.random_bandits(config)
-  even, uneven = np.ones_like(bandits.counts), bandits.counts
-  preferences = np.stack([bandits.preferences(cycle) for cycle in cycles])  # [S, P, A, A]
+  grid = bandit_grid.random_bandits(config)
+  even, uneven = np.ones_like(grid.counts), grid.counts
+  preferences = np.stack([grid.preferences(cycle) for cycle in cycles])  # [S, P, A, A]
 
   def method(label, kind, counts, exact, start, apply_fn, read):
     first, second = (jnp.asarray(arms[..., None]) for arms in bandit_grid.pair_arms(counts))
@@ -131,7 +124,7 @@ def _bandit(config: Any) -> training.Experiment:
         chosen_probs=jax.nn.sigmoid(log_odds),
       )
 
-    arrays = (jnp.asarray(x, jnp.float32) for x in (bandits.rewards, bandits.cycles))
+    arrays = (jnp.asarray(x, jnp.float32) for x in (grid.rewards, grid.cycles))
     return bandit_grid.Method(
       label=label,
       algorithm=reward_model,
@@ -152,7 +145,7 @@ def _bandit(config: Any) -> training.Experiment:
   rewards = functools.partial(
     method,
     kind="bradley_terry",
-    start=np.zeros(bandits.rewards.shape),
+    start=np.zeros(grid.rewards.shape),
     apply_fn=lambda params, rows: params[rows.tokens[:, 0]],
     read=lambda params: params - params.mean(-1, keepdims=True),  # the constant is free
   )
@@ -164,7 +157,7 @@ def _bandit(config: Any) -> training.Experiment:
       "pairwise",
       uneven,
       preferences,
-      np.zeros(bandits.cycles.shape),
+      np.zeros(grid.cycles.shape),
       # f(y, y'): y ends the prompt, y' is the completion.
       lambda params, rows: params[rows.prompt_tokens[:, -1], rows.tokens[:, 0]],
       lambda params: jax.nn.sigmoid((params - jnp.swapaxes(params, -1, -2)) / 2),
@@ -174,7 +167,7 @@ def _bandit(config: Any) -> training.Experiment:
   def judge(sweep, ends):
     del sweep
     checks, rows = [], []
-    truth = bandits.rewards - bandits.rewards.mean(1, keepdims=True)
+    truth = grid.rewards - grid.rewards.mean(1, keepdims=True)
     worst = max(np.abs(ends[name][0] - truth).max() for name in ("reward", "even"))
     checks.append(("no cycles: the rewards, up to a constant, within 1e-3", bool(worst < 1e-3)))
     weights = np.triu(uneven[:, :, None] * uneven[:, None, :], 1)
@@ -195,15 +188,15 @@ def _bandit(config: Any) -> training.Experiment:
         checks.append((f"cycle {cycle}: other pairs, another reward (0.05 on average)", apart))
       rows.append([cycle, *(bandit_grid.by_bandit(x) for x in (*excess.values(), sources))])
     columns = ["cycle", "Bradley-Terry", "pairwise", "difference of rewards between two sources"]
-    title = "Log-loss above the entropy of the labels, nats, mean over the bandits"
-    return checks, [report.Table(title, columns, rows)]
+    title = "Log-loss above the entropy of the labels, nats, mean over the problems"
+    return checks, [results.Table(title, columns, rows)]
 
   return bandit_grid.build(
     config,
     methods,
     cycles,
     symbol="cycle",
-    optimizer=bandit.cosine_adam(config),
+    optimizer=bandits.cosine_adam(config),
     judge=judge,
     sample=lambda sweep: _fitted(sweep, methods, cycles, preferences),
   )
@@ -215,10 +208,10 @@ def _excess(preferences: np.ndarray, fitted: np.ndarray, weights: np.ndarray) ->
   return (weights * sum(p * np.log(p / q) for p, q in labels)).sum((1, 2))
 
 
-def _fitted(sweep, methods, cycles, preferences) -> report.Table:
+def _fitted(sweep, methods, cycles, preferences) -> results.Table:
   """What the models say of the pairs of the first bandit."""
   ends = {name: np.asarray(m.read(sweep.runs[name].params), float) for name, m in methods.items()}
-  names, rows = bandit.arm_names(preferences.shape[-1]), []
+  names, rows = bandits.arm_names(preferences.shape[-1]), []
   for i, cycle in enumerate(cycles):
     for first, second in zip(*np.triu_indices(len(names), 1), strict=True):
       gap = ends["reward"][i, 0, first] - ends["reward"][i, 0, second]
@@ -226,4 +219,4 @@ def _fitted(sweep, methods, cycles, preferences) -> report.Table:
       cells = (*probs, ends["pairs"][i, 0, first, second])
       rows.append([cycle, f"{names[first]} {names[second]}", *(f"{p:.3f}" for p in cells)])
   columns = ["cycle", "pair", "P(first beats second)", "Bradley-Terry", "pairwise"]
-  return report.Table("Preferences of the first bandit, and what the models say", columns, rows)
+  return results.Table("Preferences of the first bandit, and what the models say", columns, rows)

@@ -1,6 +1,6 @@
-"""RLOO (arXiv:2402.14740), the baseline of CoPG's paper: the bandits and the online LM run.
+"""RLOO (arXiv:2402.14740), the baseline of CoPG's paper: the problems and the online LM run.
 
-The bandits are random, with rewards of a given mean under the reference. At the optimum the
+The problems are random, with rewards of a given mean under the reference. At the optimum the
 regularised reward is the same for every arm: with the leave-one-out baseline every single gradient
 vanishes there, so that RLOO arrives with a constant step size. Without a baseline (REINFORCE) the
 gradient vanishes only on average, and the policy trembles.
@@ -16,7 +16,9 @@ import optax
 
 from alignment import oracles, sequences
 from alignment.baselines import rloo
-from experiments import bandit, bandit_grid, online_language_model, report, training
+from experiments.loop import training
+from experiments.report import plots, results
+from experiments.tasks import bandit_grid, bandits, language_online
 
 NUM_PROBES = 1024  # gradients of single prompts behind a variance
 LABELS = {"leave_one_out": "RLOO", "none": "REINFORCE"}
@@ -26,16 +28,14 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "rloo_bandit":
     return _bandit(config)
-  return online_language_model.build(
-    config, workdir, algorithm=rloo, collect=collect, min_samples=2
-  )
+  return language_online.build(config, workdir, algorithm=rloo, collect=collect, min_samples=2)
 
 
 def collect(
   learner: rloo.State,
   prompts: sequences.Prompts,
   key: jax.Array,
-  this_round: online_language_model.Round,
+  this_round: language_online.Round,
 ) -> rloo.Batch:
   """Draws K completions of each prompt and has them scored."""
   rows = rloo.sample(learner, prompts, key, sample_fn=this_round.sample_fn())
@@ -53,7 +53,7 @@ def collect(
 def draw(problem: Any, params: jax.Array, key: jax.Array, *, shape: tuple[int, int]) -> rloo.Batch:
   """Draws arms of the policy `params [A]` as a batch `[B, K]`; a problem is (log ref, rewards)."""
   ref_logps, rewards = problem
-  arms = bandit.draw_arms(key, params, shape)
+  arms = bandits.draw_arms(key, params, shape)
   return rloo.Batch(arms[..., None], jnp.ones((*shape, 1)), ref_logps[arms], rewards[arms])
 
 
@@ -67,18 +67,18 @@ def gradient_variance(
   def gradient(key):
     batch = draw(problem, params, key, shape=(1, num_samples))
     return jax.grad(rloo.loss, has_aux=True)(
-      params, state, batch, None, apply_fn=bandit.apply_fn, config=config
+      params, state, batch, None, apply_fn=bandits.apply_fn, config=config
     )[0]
 
   return jax.vmap(gradient)(jax.random.split(key, NUM_PROBES)).var(0, ddof=1).sum()
 
 
 def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config, batch_size=1, num_samples=2)
-  betas, bandits = bandit.positives(config, "algorithm.beta"), bandit_grid.random_bandits(config)
-  ref_logps, num_samples = bandits.ref_logps, config.data.num_samples
-  means = (np.exp(ref_logps) * bandits.rewards).sum(1, keepdims=True)
-  rewards = bandits.rewards - means + config.data.mean_reward
+  bandits.check_counts(config, batch_size=1, num_samples=2)
+  betas, grid = bandits.positives(config, "algorithm.beta"), bandit_grid.random_bandits(config)
+  ref_logps, num_samples = grid.ref_logps, config.data.num_samples
+  means = (np.exp(ref_logps) * grid.rewards).sum(1, keepdims=True)
+  rewards = grid.rewards - means + config.data.mean_reward
   problems = (jnp.asarray(ref_logps, jnp.float32), jnp.asarray(rewards, jnp.float32))
   optima = [oracles.kl_regularised_optimum(ref_logps, rewards, beta) for beta in betas]
 
@@ -138,7 +138,7 @@ def _bandit(config: Any) -> training.Experiment:
       checks.append((f"beta {beta}: REINFORCE's error is over ten times RLOO's", trembles))
       for place, by_name in found.items():
         cells = [np.maximum(by_name[name][i], 1e-30) for name in LABELS]
-        # Variances of different bandits differ by magnitudes: the mean and interval of logarithms.
+        # Variances of different problems differ by magnitudes: the mean and interval of logarithms.
         ratio, low, high = bandit_grid.interval(np.log10(cells[1] / cells[0]))
         rows.append([beta, place, *(f"{x.mean():.3g}" for x in cells)])
         rows[-1].append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]")
@@ -146,8 +146,8 @@ def _bandit(config: Any) -> training.Experiment:
           text = "RLOO's gradient noise is a hundredth of REINFORCE's at its end, or less"
           checks.append((f"beta {beta}: {text}", low > 2))
     columns = ["beta", "at the policy", *LABELS.values(), "log10 of the ratio"]
-    title = f"Variance of the gradient on one prompt, {num_samples} samples, mean over the bandits"
-    return checks, [report.Table(title, columns, rows)]
+    title = f"Variance of the gradient on one prompt, {num_samples} samples, mean over the problems"
+    return checks, [results.Table(title, columns, rows)]
 
   return bandit_grid.build(
     config,
@@ -161,8 +161,8 @@ def _bandit(config: Any) -> training.Experiment:
   )
 
 
-def _figure(history, betas, num_steps) -> report.Figure:
-  figure, axes = report.subplots(1, len(betas), sharey=True)
+def _figure(history, betas, num_steps) -> results.Figure:
+  figure, axes = plots.subplots(1, len(betas), sharey=True)
   steps = (np.array([record["step"] for record in history]) + 1) * num_steps
   for axis, beta in zip(axes[0], betas, strict=True):
     for name, label in LABELS.items():
@@ -170,6 +170,6 @@ def _figure(history, betas, num_steps) -> report.Figure:
       axis.semilogy(steps, np.maximum(values, 1e-12), label=label)
     axis.set(title=f"beta = {beta}", xlabel="step")
   axes[0][0].set_ylabel("variance of the gradient")
-  report.legend_below(figure, axes[0][0])
+  plots.legend_below(figure, axes[0][0])
   caption = "Noise of the gradient on one prompt along each run. The floor is 1e-12."
-  return report.Figure("rloo_bandit_variance", caption, figure)
+  return results.Figure("rloo_bandit_variance", caption, figure)

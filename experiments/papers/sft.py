@@ -8,7 +8,8 @@ import pathlib
 from typing import Any
 
 from alignment.baselines import sft
-from experiments import language_model, training
+from experiments.loop import training
+from experiments.tasks import language
 
 
 def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
@@ -18,4 +19,4 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
       "data.demonstrations is empty: give --config.data.demonstrations=FILE (JSON lines of prompt "
       "and completion), tfds:NAME, hf:NAME or scitldr:FILE"
     )
-  return language_model.build(config, workdir, algorithm=sft, collate=language_model.demonstrations)
+  return language.build(config, workdir, algorithm=sft, collate=language.demonstrations)

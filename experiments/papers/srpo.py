@@ -19,7 +19,9 @@ import optax
 
 from alignment import ipo, oracles, sequences, srpo
 from alignment.baselines import dpo
-from experiments import bandit, evaluation, report, revision, training
+from experiments.loop import training
+from experiments.report import plots, results, statistics
+from experiments.tasks import bandits, revision
 
 PREFERENCES = np.array([[0.5, 0.99, 0.3], [0.01, 0.5, 0.25], [0.7, 0.75, 0.5]])
 BEHAVIOURS = {
@@ -50,9 +52,9 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
 
 def _bandit(config: Any) -> training.Experiment:
   # Two seeds: a standard error is part of a criterion.
-  bandit.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
+  bandits.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
   for name in ("beta", "ipo_tau", "dpo_beta"):
-    bandit.positives(config, f"algorithm.{name}")
+    bandits.positives(config, f"algorithm.{name}")
   algorithm, num_seeds = config.algorithm, config.data.num_seeds
   num_pairs, batch_size = config.data.num_pairs, config.data.batch_size
   num_steps = config.train.inner_steps
@@ -83,7 +85,7 @@ def _bandit(config: Any) -> training.Experiment:
   def update_one(name, state, pairs, key, config):
     batch = (_srpo_batch if name == "srpo" else _pairs)(pairs)
     return METHODS[name].update(
-      state, batch, key, apply_fn=bandit.contextual_apply_fn, optimizer=optimizer, config=config
+      state, batch, key, apply_fn=bandits.contextual_apply_fn, optimizer=optimizer, config=config
     )
 
   def init(key):
@@ -91,15 +93,15 @@ def _bandit(config: Any) -> training.Experiment:
     runs = {}
     for name, method in METHODS.items():
       one = method.init(jnp.zeros((4, 3)), optimizer=optimizer, config=configs[name])
-      runs[name] = bandit.stack(one, shape)
+      runs[name] = bandits.stack(one, shape)
     averages = {name: jnp.full((*shape, 3), 1 / 3) for name in METHODS}
-    return bandit.Sweep(runs, jnp.zeros((), jnp.int32), averages)
+    return bandits.Sweep(runs, jnp.zeros((), jnp.int32), averages)
 
   def update(sweep, batch, key):
     del batch
     runs, metrics, averages = {}, {}, {}
     for name in METHODS:
-      run = bandit.scan_updates(
+      run = bandits.scan_updates(
         functools.partial(update_one, name),
         draw,
         num_steps,
@@ -111,21 +113,21 @@ def _bandit(config: Any) -> training.Experiment:
         sweep.runs[name], data, keys, configs[name]
       )
       for i, mean in enumerate(averages[name].mean(1)):
-        for k, arm in enumerate(bandit.arm_names(3)):
+        for k, arm in enumerate(bandits.arm_names(3)):
           metrics[f"{name}/{i}/{arm}"] = mean[k]
       if name == "srpo":
         metrics["loss"] = losses.mean()
     error = jnp.abs(averages["srpo"].mean(1) - jnp.asarray(_exact(algorithm)["srpo"])).max()
-    return bandit.Sweep(runs, sweep.step + 1, averages), metrics | {"srpo/error": error}
+    return bandits.Sweep(runs, sweep.step + 1, averages), metrics | {"srpo/error": error}
 
   return training.Experiment(
     init=init,
     update=update,
-    batches=bandit.NoData,
+    batches=bandits.NoData,
     headline="srpo/error",
     maximise=False,
     evaluate=lambda sweep: _judge(sweep, algorithm),
-    sample=functools.partial(bandit.sample_table, logits_of=lambda params: params[..., 0, :]),
+    sample=functools.partial(bandits.sample_table, logits_of=lambda params: params[..., 0, :]),
     figures=lambda history, result: [_behaviour_figure(history, algorithm, num_steps), *_revised()],
   )
 
@@ -202,7 +204,7 @@ def revision_win_rates(beta: float) -> dict[str, np.ndarray]:
   }
 
 
-def _judge(sweep: bandit.Sweep, algorithm: Any) -> evaluation.Result:
+def _judge(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
   exact, rows, checks = _exact(algorithm), [], []
   means = {name: np.asarray(average).mean(1) for name, average in sweep.averages.items()}
   best = {name: [int(np.argmax(p)) for p in mean] for name, mean in means.items()}
@@ -217,8 +219,8 @@ def _judge(sweep: bandit.Sweep, algorithm: Any) -> evaluation.Result:
       (f"SRPO, data {behaviour}: within 0.01 or 3 standard errors of its optimum", near)
     )
     for name, mean in means.items():
-      closed = bandit.triple(exact[name][i]) if name in exact else ""
-      rows.append([behaviour, NAMES[name], closed, bandit.triple(mean[i])])
+      closed = bandits.triple(exact[name][i]) if name in exact else ""
+      rows.append([behaviour, NAMES[name], closed, bandits.triple(mean[i])])
   checks.append(("SRPO prefers arm c on all data", best["srpo"] == [2, 2, 2]))
   checks.append(("IPO's favourite depends on who wrote the data", len(set(best["ipo"])) > 1))
   revised = {beta: revision_win_rates(beta) for beta in REVISION_BETAS}
@@ -229,16 +231,16 @@ def _judge(sweep: bandit.Sweep, algorithm: Any) -> evaluation.Result:
     + [f"{rates[name][0]:.3f}" for name in ("IPO", "DPO", "reference")]
     for beta, rates in revised.items()
   ]
-  return evaluation.Result(
-    metrics={"criteria_passed": evaluation.fraction_passed(checks)},
+  return results.Result(
+    metrics={"criteria_passed": statistics.fraction_passed(checks)},
     tables=[
-      report.checks_table("Pass criteria", checks),
-      report.Table(
+      results.checks_table("Pass criteria", checks),
+      results.Table(
         "P(a), P(b), P(c), mean over seeds and the last scan",
         ["data", "method", "closed form", "trained"],
         rows,
       ),
-      report.Table(
+      results.Table(
         "Win rate against gold after 0 to 5 revisions (closed forms)",
         ["beta", "SRPO", "IPO", "DPO", "reference"],
         revision_rows,
@@ -247,15 +249,15 @@ def _judge(sweep: bandit.Sweep, algorithm: Any) -> evaluation.Result:
   )
 
 
-def _behaviour_figure(history, algorithm, num_steps) -> report.Figure:
-  figure, axes = report.subplots(len(METHODS), len(BEHAVIOURS), sharex=True, sharey=True)
+def _behaviour_figure(history, algorithm, num_steps) -> results.Figure:
+  figure, axes = plots.subplots(len(METHODS), len(BEHAVIOURS), sharex=True, sharey=True)
   exact = _exact(algorithm)
   # A point is the mean over a scan: it stands in its middle.
   steps = np.array([0, *(record["step"] + 0.5 for record in history)]) * num_steps
   for row, name in enumerate(METHODS):
     for i, behaviour in enumerate(BEHAVIOURS):
       axis = axes[row][i]
-      for k, arm in enumerate(bandit.arm_names(3)):
+      for k, arm in enumerate(bandits.arm_names(3)):
         values = [1 / 3, *(record[f"{name}/{i}/{arm}"] for record in history)]
         (line,) = axis.plot(steps, values, label=f"P({arm})")
         if name in exact:
@@ -268,17 +270,17 @@ def _behaviour_figure(history, algorithm, num_steps) -> report.Figure:
   caption = (
     "The same game, three sources of data. Dotted: closed forms. Only SRPO ignores the source."
   )
-  return report.Figure(name="srpo_bandit_behaviour", caption=caption, figure=figure)
+  return results.Figure(name="srpo_bandit_behaviour", caption=caption, figure=figure)
 
 
-def _revised() -> list[report.Figure]:
-  figure, axes = report.subplots(1, len(REVISION_BETAS), sharey=True)
+def _revised() -> list[results.Figure]:
+  figure, axes = plots.subplots(1, len(REVISION_BETAS), sharey=True)
   for axis, beta in zip(axes[0], REVISION_BETAS, strict=True):
     for name, rates in revision_win_rates(beta).items():
       values = np.broadcast_to(rates, NUM_REVISIONS + 1) if len(rates) == 1 else rates
       axis.plot(values, label=name, marker="o" if name == "SRPO" else "")
     axis.set(title=f"beta = {beta}", xlabel="revisions", ylim=(0, 1))
   axes[0][0].set_ylabel("win rate against gold")
-  report.legend_below(figure, axes[0][0])
+  plots.legend_below(figure, axes[0][0])
   caption = "Revising with SRPO's own rewrite, in closed form, where the reference edits locally."
-  return [report.Figure(name="srpo_revisions", caption=caption, figure=figure)]
+  return [results.Figure(name="srpo_revisions", caption=caption, figure=figure)]

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import main, report, training
+from experiments import main
+from experiments.loop import training
+from experiments.report import plots
 
 _PAPER = str(pathlib.Path(fake_paper.__file__).resolve())
 _ROOT = pathlib.Path(main.__file__).resolve().parent.parent
@@ -22,15 +24,15 @@ _ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_drawing():
-  before = report.save_figure
+  before = plots.save_figure
 
   def save(figure, folder):
     folder.mkdir(exist_ok=True)
     (folder / f"{figure.name}.svg").write_text("<svg/>")
 
-  report.save_figure = save
+  plots.save_figure = save
   yield
-  report.save_figure = before
+  plots.save_figure = before
 
 
 def _command(*arguments):

@@ -1,0 +1,1 @@
+"""What a run leaves for its reader: records, results with intervals, figures, one HTML page."""
