@@ -174,7 +174,7 @@ def online_language_model(
 ) -> ml_collections.ConfigDict:
   """The same for methods that draw completions: `num_samples` for each prompt, in each step.
 
-  With `pairwise`, a judge compares two of them: a function of yours, or the rewards.
+  With `pairwise`, a judge compares two of them: your own function, or the rewards.
   """
   make = tiny_language_model if preset == "tiny" else language_model
   config = make(paper, preset, algorithm=algorithm)

@@ -24,7 +24,7 @@ PRESETS = {
     "a random two-layer character model; no weights needed", "30 seconds", "smoke test"
   ),
   "sentiment": base.Preset(
-    "SmolLM2-135M against itself, two samples a prompt",
+    "SmolLM2-135M against itself, two samples for each prompt",
     "not measured",
     "not run",
   ),

@@ -1,8 +1,8 @@
 r"""RLOO, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740: the online baseline of CoPG.
 
 `bandit` is ours: random bandits, and the variance of the gradients. `paper` is the TL;DR run.
-Published: the task, 4 samples a prompt (also 2), beta 0.03 and a learning rate of 1e-6. All other
-settings are our choice, and a Llama of 7 billion parameters replaces Pythia (6.9 billion), which
+Published: the task, 4 samples for each prompt (also 2), beta 0.03 and a learning rate of 1e-6. All
+other settings are our choice. A Llama of 7 billion parameters replaces Pythia (6.9 billion), which
 our decoder cannot read. (The paper's loss is a mean over the samples and ours is a sum; Adam is
 invariant to this factor.)
 
