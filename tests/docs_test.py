@@ -1,10 +1,12 @@
 """The pages keep their promises: links lead somewhere, commands parse, examples run."""
 
+import importlib.util
 import pathlib
 import re
 import shlex
 
 import pytest
+from matplotlib import figure as mpl_figure
 
 from experiments import main
 
@@ -12,7 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(
-  r"^(?:bootstrax|python -m experiments\.main) (?=.*--config=)(.*)$", re.MULTILINE
+  r"^(?:PYTHONPATH=\S+ )?(?:bootstrax|python -m experiments\.main) (?=.*--config=)(.*)$",
+  re.MULTILINE,
 )
 # `copg:tiny` in running text; `tfds:NAME` and the like are none.
 PRESET = re.compile(r"`([a-z_]+:[a-z_0-9]+)`")
@@ -71,3 +74,14 @@ def test_examples_of_the_guide_run(monkeypatch, tmp_path):
   assert len(blocks) == 3
   for block in blocks:
     exec(compile(block, "guide.md", "exec"), {"__name__": "guide"})
+
+
+def test_the_figure_of_the_readme_can_still_be_drawn():
+  """The panel that needs no run; the others read `metrics.jsonl` and `results.json`."""
+  spec = importlib.util.spec_from_file_location("overview", ROOT / "docs" / "overview_figure.py")
+  overview = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(overview)
+  axis = mpl_figure.Figure().subplots()
+  overview.draw_nash_md(axis)
+  bound, distance = (line.get_ydata() for line in axis.get_lines())
+  assert (distance < bound).all() and distance[-1] < 2e-8  # 1.08e-8 in docs/results/bandits.md
