@@ -252,7 +252,7 @@ def test_bandits_follow_the_published_protocol():
   config = presets.resolve("ipo:bandit")
   metrics = _run_loop(ipo_paper.build(config), 10)
   want = _adam(over_pairs(lambda margin: 2 * (margin - 1 / (2 * 0.1))), 1000, 0.01)
-  # Seeds spread by 0.002, and the noise of nine pairs a step costs Adam as much; DPO has half of it.
+  # Seeds spread by 0.002, and the noise of nine pairs per step costs Adam as much; DPO has half.
   for arm, value in zip("abc", want, strict=True):
     assert abs(metrics[f"ipo/D1/0.1/{arm}"] - value) < 0.01
   for tau in (0.1, 0.5, 1.0):
