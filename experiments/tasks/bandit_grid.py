@@ -1,8 +1,8 @@
-"""Random bandits times values of a regulariser: what the baselines' tabular runs share.
+"""Random bandits and several values of a regulariser: shared by the baselines' tabular runs.
 
-A `Method` is an algorithm with its data and with where theory says that it ends. All its bandits
-and settings are trained by the algorithm's own `update` in one program (`bandits`), and
-the criterion that all share is the distance to that end, over every bandit and setting.
+A `Method` holds an algorithm, its data and its exact solution, which theory gives. The algorithm's
+own `update` trains all bandits and settings in one program (`bandits`). The criterion that all
+methods share is the distance to the exact solution, over every bandit and setting.
 """
 
 import functools
@@ -26,7 +26,7 @@ class Bandits(NamedTuple):
 
   ref_logps: `[P, A]` from a Dirichlet distribution.  rewards: `[P, A]` standard normal.
   cycles: `[P, A, A]` antisymmetric, standard normal: log-odds that no reward explains.
-  counts: `[P, A]` how often each arm is in the data, 1 to A in some order.
+  counts: `[P, A]` how often each arm occurs in the data: a permutation of 1 to A.
   """
 
   ref_logps: np.ndarray
@@ -35,24 +35,25 @@ class Bandits(NamedTuple):
   counts: np.ndarray
 
   def preferences(self, cycle: float) -> np.ndarray:
-    """Returns P(i beats j) `[P, A, A]`: Bradley-Terry, and a cycle of this strength added."""
+    """Returns P(i beats j) `[P, A, A]`: Bradley-Terry log-odds plus `cycle` times `cycles`."""
     log_odds = self.rewards[:, :, None] - self.rewards[:, None, :] + cycle * self.cycles
     return 1 / (1 + np.exp(-log_odds))
 
 
 class Method(NamedTuple):
-  """An algorithm on P bandits, and its end at each of S settings.
+  """An algorithm on P bandits, with its exact solution at each of S settings.
 
   label: its name in tables.
   algorithm: a module in the one shape.
-  config: from a setting to the algorithm's `Config`.
-  batch: `(problem, setting, params, key) -> Batch`, at every step; online methods draw from params.
-  problems: pytree of arrays `[P, ...]`; `batch` sees one of them.
+  config: maps a setting to the algorithm's `Config`.
+  batch: `(problem, setting, params, key) -> Batch`, called at every step. Online methods draw from
+    params.
+  problems: pytree of arrays `[P, ...]`; `batch` gets one of the P.
   start: `[P, ...]` parameters before training.
-  exact: `[S, P, ...]` what `read` must say of the trained parameters.
+  exact: `[S, P, ...]` the exact solution, to compare with `read(params)`.
   tolerance: the largest error that the criterion allows; None where theory promises nothing.
-  apply_fn: the table as the algorithm's network.
-  read: from parameters `[...]` to what is compared.
+  apply_fn: makes the table the algorithm's network.
+  read: maps parameters `[...]` to the quantity that is compared.
   """
 
   label: str
@@ -68,7 +69,7 @@ class Method(NamedTuple):
 
 
 def random_bandits(config: Any) -> Bandits:
-  """Draws `data.num_bandits` bandits of `data.num_arms` arms from the seed alone.
+  """Draws `data.num_bandits` bandits of `data.num_arms` arms. They depend only on the seed.
 
   Raises:
     ValueError: if there are too few bandits for an interval over them, or too few arms for a cycle.
@@ -83,13 +84,13 @@ def random_bandits(config: Any) -> Bandits:
 
 
 def pair_arms(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns every pair of two arms i < j, repeated counts_i counts_j times.
+  """Returns every pair of arms i < j, repeated counts_i counts_j times.
 
   Args:
-    counts: `[P, A]` ints, the same ones in every row but for their order.
+    counts: `[P, A]` ints; all rows are permutations of one another.
 
   Returns:
-    first and second arms, each `[P, N]`.
+    The first and the second arms, each `[P, N]`.
   """
   above = np.triu(counts[:, :, None] * counts[:, None, :], 1)
   ids = [np.repeat(np.arange(table.size), table.ravel()) for table in above]
@@ -112,22 +113,22 @@ def build(
   """Returns the experiment that trains every method on every bandit at every setting.
 
   Args:
-    config: of `experiments.configs.base.bandit`.
-    methods: by the names that metrics have.
+    config: has the fields of `experiments.configs.base.bandit`.
+    methods: the methods, under the names that their metrics have.
     settings: the S values of the regulariser.
-    symbol: what the settings are values of, in tables and figures.
-    optimizer: for all methods.
-    findings: from the sweep and what each method ended at, `[S, P, ...]`, to criteria beside the
-      shared one, and tables.
-    observe: further metrics, after each scan: of the sweep and a key.
-    figures: beside the shared one, from the history.
-    sample: a table of the trained models; by default arms drawn on the first bandit.
+    symbol: the regulariser's symbol in tables and figures.
+    optimizer: trains all methods.
+    findings: `(sweep, ends) -> (criteria, tables)` beside the shared ones. `ends[name]` is
+      `[S, P, ...]`, what `read` gives after training.
+    observe: `(sweep, key) -> metrics`, further metrics after each scan.
+    figures: makes the figures beside the shared one from the history.
+    sample: makes a table of the trained models; by default arms drawn on the first bandit.
   """
   num_steps = config.train.inner_steps
   exact = {name: jnp.asarray(method.exact, jnp.float32) for name, method in methods.items()}
 
   def init(key):
-    del key  # every run starts where its method says
+    del key  # `Method.start` fixes the start
     runs = {}
     for name, method in methods.items():
       first = functools.partial(
@@ -177,8 +178,9 @@ def build(
       errors = np.abs(ends[name] - method.exact).reshape(len(settings), -1).max(1)
       rows.append([method.label, *map(float, errors)])
       if method.tolerance is not None:
+        within = f"within {method.tolerance} of the exact solution"
         for setting, error in zip(settings, errors, strict=True):
-          text = f"{method.label}, {symbol} {setting}: within {method.tolerance} of its exact end"
+          text = f"{method.label}, {symbol} {setting}: {within}"
           checks.append((text, bool(error < method.tolerance)))
     more, tables = findings(sweep, ends)
     checks += more
@@ -219,5 +221,8 @@ def _error_figure(history, methods, settings, symbol, config) -> results.Figure:
     axis.set(title=f"{symbol} = {setting}", xlabel="step")
   axes[0][0].set_ylabel("largest error over the bandits")
   plots.legend_below(figure, axes[0][0])
-  caption = "Distance of each method to its own exact end, over all bandits. The floor is 1e-8."
+  caption = (
+    "Each curve shows a method's largest distance to its own exact solution over all bandits. "
+    "Distances below 1e-8 are drawn at 1e-8."
+  )
   return results.Figure(f"{config.paper}_bandit_error", caption, figure)

@@ -1,8 +1,8 @@
-"""Tabular experiments as one compiled program: every method, setting and seed runs side by side.
+"""Tabular experiments as one compiled program, which trains all methods, settings and seeds.
 
-A run of the training loop is a *sweep*: `Sweep.runs` holds the state of each method with leading
-axes for settings and seeds, and one step of the loop is a scan of optimisation steps, vmapped over
-those axes. The updates are the algorithms' own; nothing here knows a loss.
+A run of the training loop is a *sweep*. `Sweep.runs` holds the state of each method, with leading
+axes for settings and seeds. Each step of the training loop scans over many optimisation steps and
+vmaps over those axes. The updates are those of the algorithms; this module knows no loss.
 """
 
 import functools
@@ -20,11 +20,11 @@ from sharding import checks
 
 
 class Sweep(NamedTuple):
-  """State of the loop.
+  """State of the training loop.
 
   runs: the state of each method, leaves `[..., num_seeds, ...]`.
-  step: `[]` int32, counts steps of the loop (scans), not optimisation steps.
-  averages: of each method, what its last scan observed on average; `()` where nothing is.
+  step: `[]` int32, counts steps of the training loop (scans), not optimisation steps.
+  averages: the means of what each method's last scan observed; `()` where it observes nothing.
   """
 
   runs: dict[str, Any]
@@ -33,12 +33,12 @@ class Sweep(NamedTuple):
 
 
 def apply_fn(params: jax.Array, completions: sequences.Sequences) -> jax.Array:
-  """The tabular policy: `params [A]` are logits, tokens `[B, 1]` are arms; returns `[B, 1]`."""
+  """Tabular policy: logits `params [A]` and arms `tokens [B, 1]` to log-probabilities `[B, 1]`."""
   return jax.nn.log_softmax(params)[completions.tokens]
 
 
 def contextual_apply_fn(params: jax.Array, completions: sequences.Sequences) -> jax.Array:
-  """The same with contexts: `params [C, A]`, the row chosen by the last prompt token."""
+  """Tabular policy with contexts: `params [C, A]`; the last prompt token selects the row."""
   rows = sequences.repeat_prompts(completions)
   return jax.nn.log_softmax(params)[rows.prompt_tokens[:, -1:], rows.tokens]
 
@@ -49,15 +49,15 @@ def scan_updates(
   num_steps: int,
   observe: Callable[[Any], Any] = lambda state: (),
 ) -> Callable[..., Any]:
-  """Returns `run(state, data, key, config)`: `num_steps` updates in one scan.
+  """Returns `run(state, data, key, config)`, which scans over `num_steps` updates.
 
-  It gives the state, the last loss, and the mean over the scan of what `observe` sees in the state.
+  `run` returns the state, the last loss, and the mean of `observe(state)` over the scan.
 
   Args:
     update: `(state, batch, key, config) -> (state, metrics)`.
-    draw: `(data, keys) -> batches`, all batches of the scan with a leading axis of `num_steps`.
-    num_steps: updates per call.
-    observe: `state -> pytree` of arrays.
+    draw: `(data, key) -> batches`, all batches of the scan with a leading axis of `num_steps`.
+    num_steps: number of updates in one call.
+    observe: maps a state to a pytree of arrays.
   """
 
   def run(state, data, key, config):
@@ -77,18 +77,18 @@ def scan_updates(
 
 
 def draw_arms(key: jax.Array, logits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Draws arms of the policy softmax(logits `[A]`), one uniform number each.
+  """Draws arms of the policy softmax(logits `[A]`), with one uniform number for each draw.
 
-  `jax.random.categorical` needs A of them, which is most of a step's time here.
+  `jax.random.categorical` needs A numbers for a draw, which would take most of a step's time.
   """
   edges = jnp.cumsum(jax.nn.softmax(logits))[:-1]
   return jnp.sum(jax.random.uniform(key, shape)[..., None] > edges, axis=-1)
 
 
 class NoData:
-  """The batch iterator of a run that draws its batches on the device: ids count the steps.
+  """The batch iterator of a run that draws its batches on the device.
 
-  Every step gets the same `data`, arrays to draw from.
+  Every step gets the same `data` to draw from. The batch ids count the steps.
   """
 
   def __init__(self, data: Any = ()):
@@ -110,10 +110,10 @@ class NoData:
 
 
 def positives(config: Any, name: str) -> tuple[float, ...]:
-  """Returns the field `name` of a config, a number or several, as floats.
+  """Returns the field `name` of a config, one number or several, as a tuple of floats.
 
   Raises:
-    ValueError: if there is none, or one is not positive and finite.
+    ValueError: if the field is empty, or a number is not positive and finite.
   """
   field = functools.reduce(getattr, name.split("."), config)
   values = tuple(float(value) for value in np.atleast_1d(np.asarray(field, float)))
@@ -125,7 +125,7 @@ def positives(config: Any, name: str) -> tuple[float, ...]:
 
 
 def check_counts(config: Any, **least: int) -> None:
-  """Raises ValueError where `train.inner_steps` or a named field of `data` is too small."""
+  """Raises ValueError if `train.inner_steps` < 1 or a named field of `data` is below its bound."""
   sizes = {"train.inner_steps": (config.train.inner_steps, 1)}
   sizes |= {f"data.{name}": (config.data[name], bound) for name, bound in least.items()}
   for name, (value, bound) in sizes.items():
@@ -133,7 +133,7 @@ def check_counts(config: Any, **least: int) -> None:
 
 
 def cosine_adam(config: Any) -> optax.GradientTransformation:
-  """Adam whose rate falls to zero over the run: what is random about the steps averages out."""
+  """Returns Adam with a cosine decay to zero over the run, which averages out gradient noise."""
   num_steps = config.train.num_steps * config.train.inner_steps
   return optax.adam(optax.cosine_decay_schedule(config.optimizer.learning_rate, num_steps))
 
@@ -146,12 +146,12 @@ def broadcast(tree: Any, shape: tuple[int, ...]) -> Any:
 def sample_table(
   sweep: Sweep, num_draws: int = 20, logits_of: Callable[[Any], Any] = lambda params: params
 ) -> results.Table:
-  """Arms drawn from each method's policy (mean over the seeds), a row for each setting.
+  """Returns arms drawn from each method's mean policy over the seeds, one row for each setting.
 
   Args:
-    sweep: a run.
-    num_draws: arms in a row.
-    logits_of: from the parameters to the logits `[..., num_seeds, A]` of the policy.
+    sweep: the state of a run.
+    num_draws: number of arms in a row.
+    logits_of: maps parameters to the policy's logits `[..., num_seeds, A]`.
   """
   rng, rows = np.random.default_rng(0), []
   for name, run in sweep.runs.items():
@@ -165,5 +165,5 @@ def sample_table(
 
 @functools.lru_cache
 def arm_names(num_actions: int) -> tuple[str, ...]:
-  """The papers' names of the arms: a, b, c, ..."""
+  """Returns the papers' names of the arms: a, b, c, ..."""
   return tuple("abcdefghijklmnopqrstuvwxyz"[:num_actions])

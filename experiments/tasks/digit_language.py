@@ -1,4 +1,4 @@
-"""What all runs on the language of digits share: the decoder, held-out prompts, offline pairs."""
+"""Code shared by all runs on the language of digits: decoder, held-out prompts, offline pairs."""
 
 import functools
 import zlib
@@ -15,10 +15,10 @@ from experiments.tasks import digit_methods
 
 
 def network_of(config: Any) -> transformer.TransformerConfig:
-  """Returns the shape of the decoder."""
+  """Returns the decoder's config."""
   width, head_dim = config.network.width, 16
   if width < head_dim or width % head_dim:
-    raise ValueError(f"config.network.width={width}: give a multiple of {head_dim}")
+    raise ValueError(f"config.network.width must be a multiple of {head_dim}, got {width}")
   return transformer.TransformerConfig(
     vocab_size=digits.VOCAB_SIZE,
     num_layers=config.network.num_layers,
@@ -45,19 +45,19 @@ def generate_fn(network: transformer.TransformerConfig) -> Callable[..., Any]:
 def sample_rows(
   network: transformer.TransformerConfig, params: Any, config: Any, name: str
 ) -> sequences.Sequences:
-  """Answers to the held-out prompts; `name` seeds the draws, so that no two runs share them."""
+  """Samples an answer to each held-out prompt. `name` seeds the draws, so each run has its own."""
   key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
   return sequences.sample(params, test_prompts(config), key, sample_fn=generate_fn(network))
 
 
 def test_prompts(config: Any) -> sequences.Prompts:
-  """The held-out prompts: other draws of a hundred million."""
+  """Returns the held-out prompts, drawn from a hundred million with a key of their own."""
   key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"test prompts"))
   return digits.prompts(key, config.eval.num_prompts)
 
 
 def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods.Data:
-  """Draws the offline pairs from the reference and has them labelled; the same for every method."""
+  """Draws the offline pairs from the reference and labels them. All methods train on these."""
   network, num_prompts = network_of(config), config.data.num_prompts
   apply_fn, generate = transformer.make_apply_fn(network), generate_fn(network)
   chunk = next(size for size in range(min(num_prompts, 2000), 0, -1) if num_prompts % size == 0)
@@ -66,7 +66,7 @@ def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods
 
   @functools.partial(jax.jit, static_argnums=0)
   def in_chunks(function, *args):
-    """Maps `function(key, *rows)` over all prompts, so many rows at a time."""
+    """Maps `function(key, *rows)` over all prompts, `chunk` rows at a time."""
     cut = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), args)
     out = jax.lax.map(
       lambda part: function(*part), (jax.random.split(keys[1], num_prompts // chunk), *cut)
@@ -101,7 +101,7 @@ def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods
   six, mismatched, fitted, first, second = in_chunks(
     score, samples.tokens, samples.mask, *following, *prompts
   )
-  # One uniform a pair for both judges: where they agree, so do their labels.
+  # Both judges use the same uniform number for a pair: where they agree, their labels agree too.
   uniform = jax.random.uniform(keys[2], (num_prompts,))
   rewards = jnp.stack([first.rewards, second.rewards], axis=1)
   judged = digit_methods.Judged(

@@ -1,7 +1,7 @@
-"""What each method learns from on the language of digits: its batch, its regulariser, its panel.
+"""How each method trains on the language of digits: its batch, its regulariser, its panel.
 
-Offline methods learn from pairs that the reference wrote once (`Data`); online ones draw from the
-policy and ask the judge at every step (`Draw`). `METHODS` is the table of all of them.
+Offline methods learn from pairs that were drawn once from the reference (`Data`). Online methods
+draw from the policy and ask the judge at every step (`Draw`). `METHODS` lists them all.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from experiments.data import digits
 
 
 class Judged(NamedTuple):
-  """What one judge said about the offline pairs; leaves gain a leading axis over the judges.
+  """One judge's labels of the offline pairs; in `Data` leaves have a leading axis over judges.
 
-  intransitive: `[]` bool.  first_wins: `[N]` bool, a label drawn once a pair.
-  scores: `[N, 2]` rewards, under the intransitive judge those of the fitted reward model.
+  intransitive: `[]` bool, which judge this is.  first_wins: `[N]` bool, one label drawn per pair.
+  scores: `[N, 2]` rewards; under the intransitive judge, those of the fitted reward model.
   """
 
   intransitive: jax.Array
@@ -32,10 +32,10 @@ class Judged(NamedTuple):
 
 
 class Data(NamedTuple):
-  """N prompts with two completions of the reference each, and the models that judge and compare.
+  """N prompts with two completions each from the reference, the reference and the reward model.
 
   srpo_ref_logps: `[N, 6]` in the order of `srpo.SCORED`, the first completion as the chosen one.
-  mismatched_ref_logps: `[N]` of the next prompt's first completion behind this prompt.
+  mismatched_ref_logps: `[N]` of the next prompt's first completion, given this prompt.
   """
 
   prompts: sequences.Prompts
@@ -50,7 +50,7 @@ class Data(NamedTuple):
 
 
 class Draw(NamedTuple):
-  """What a method may use to make a batch: rows of the data, the judge, and the network."""
+  """What a method can use to make a batch: rows of the data, the judge and the network."""
 
   data: Data
   rows: jax.Array  # [B] of data
@@ -60,16 +60,16 @@ class Draw(NamedTuple):
   score_fn: Callable[..., jax.Array]
 
   def prompts(self) -> tuple[jax.Array, jax.Array]:
-    """Tokens and mask, `[B, P]` each."""
+    """Returns tokens and mask, `[B, P]` each."""
     return self.data.prompts.tokens[self.rows], self.data.prompts.mask[self.rows]
 
   def scores(self, rows: sequences.Sequences) -> jax.Array:
-    """Rewards `[B]` of fresh completions: the judge's own, or the reward model's."""
+    """Returns rewards `[B]` of fresh completions, from the scalar judge or the reward model."""
     fitted = self.score_fn(self.data.reward_params, rows)
     return jnp.where(self.data.judged.intransitive, fitted, digits.quality(rows).rewards)
 
   def preferences(self, first: sequences.Sequences, second: sequences.Sequences) -> jax.Array:
-    """The judge's P(first beats second) `[B]`."""
+    """Returns the judge's P(first beats second), `[B]`."""
     intransitive = self.data.judged.intransitive
     return digits.preferences(digits.quality(first), digits.quality(second), intransitive)
 
@@ -93,7 +93,7 @@ def pairs(state: Any, draw: Draw) -> sequences.PreferenceBatch:
 
 
 def _desirable(state: Any, draw: Draw) -> kto.Batch:
-  """First completions; those that won their comparison are desirable."""
+  """The first completion of each pair; it is desirable if it won the comparison."""
   del state
   data, rows = draw.data, draw.rows
   following = (rows + 1) % len(data.tokens)
@@ -162,7 +162,7 @@ def _rollouts(state: Any, draw: Draw) -> rloo.Batch:
 
 
 def _mixture_fn(draw: Draw, beta: float) -> Callable[..., Any]:
-  """Draws from the geometric mixture with the reference; two models where one would do is waste."""
+  """Draws from the geometric mixture with the reference. At beta 0 the policy alone is enough."""
   if not beta:
     return draw.generate
   mixture = {"mixture_fn": nash_md.geometric_mixture_logits, "beta": beta}
@@ -198,12 +198,12 @@ class Method:
   """How one method trains.
 
   Attributes:
-    name: in tables.
-    family: the panel of a figure.
+    name: its name in tables.
+    family: the panel of a figure that shows it.
     algorithm: its module.
     batch: `batch(state, Draw) -> algorithm.Batch`.
     knob: the field of `algorithm.Config` that keeps the policy near the reference.
-    options: the other fields.
+    options: the other fields of `algorithm.Config`.
   """
 
   name: str
@@ -214,7 +214,7 @@ class Method:
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def configs(self, values: Any) -> Any:
-    """Returns the algorithm's config with a leading axis over the values of the knob."""
+    """Returns one config whose fields have a leading axis over the values of the knob."""
     each = [self.algorithm.Config(**{self.knob: float(v)}, **self.options) for v in values]
     return jax.tree.map(lambda *leaves: jnp.stack(list(map(jnp.float32, leaves))), *each)
 
@@ -225,7 +225,7 @@ def _nash(name: str, beta: float, **options: Any) -> Method:
 
 
 OFFLINE, REWARD, NASH = "pairs", "rewards and online pairs", "Nash"
-REVISED = ("srpo", "ipo", "dpo")  # whose answers are revised; only the first is trained to
+REVISED = ("srpo", "ipo", "dpo")  # their answers are revised; only SRPO is trained to revise
 METHODS: dict[str, Method] = {
   "dpo": Method("DPO", OFFLINE, dpo, pairs, "beta"),
   "ipo": Method("IPO", OFFLINE, ipo, pairs, "tau"),

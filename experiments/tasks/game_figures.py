@@ -8,7 +8,7 @@ import numpy as np
 from experiments.report import plots, results
 from rl_theory import games, policy_arrays
 
-_MAX_STATES = 60  # rows that a page still shows legibly
+_MAX_STATES = 60  # more rows are not legible on a page
 
 
 def policy_heat_map(
@@ -18,20 +18,21 @@ def policy_heat_map(
   states: Sequence[int] | None = None,
   name: str = "policy",
 ) -> results.Figure:
-  """Draws what is played at each information state: a panel for each player, a row for each state.
+  """Draws the policy: one panel for each player, one row for each information state.
 
   Args:
     game: the game.
-    policy: `[S, A]`.
-    states: rows of the policy to draw, in this order; all of them by default.
-    name: of the file.
+    policy: probabilities `[S, A]`.
+    states: rows of the policy to draw, in this order; all rows by default.
+    name: name of the figure's file.
 
   Returns:
-    The figure; illegal actions are left white. Columns bear OpenSpiel's names where one number of
-    action has one name throughout, else the number.
+    The figure. Illegal actions are grey. A column has OpenSpiel's name of its action if that name
+    is the same at all states, and the number of the action otherwise.
 
   Raises:
-    ValueError: if the policy is none, a state is no row, or there are more than 60 of them.
+    ValueError: if `policy` is not a policy of the game, an entry of `states` is not a row number,
+      or there are more than 60.
   """
   policy_arrays.check(game, policy)
   chosen = np.arange(len(game.state_strings)) if states is None else np.asarray(states)
@@ -43,7 +44,7 @@ def policy_heat_map(
     )
   if len(chosen) > _MAX_STATES:
     raise ValueError(
-      f"states must be {_MAX_STATES} at most to be legible, got {len(chosen)}: choose some"
+      f"states must hold {_MAX_STATES} rows at most to be legible, got {len(chosen)}: choose fewer"
     )
   owners = np.asarray(game.state_players)[chosen]
   players = np.unique(owners)
@@ -59,9 +60,15 @@ def policy_heat_map(
     axis.set_yticks(range(len(rows)), [text[-28:] for text in strings], fontsize=7)
     axis.set_xticks(range(len(labels)), labels, fontsize=7)
     axis.set_title(f"player {player}")
+    axis.set_facecolor("0.85")  # shows where the action is illegal
     axis.grid(False)
   figure.colorbar(image, ax=axes[0].tolist(), label="probability")
-  caption = f"Probability of each action at information states of {game.layout.name}."
+  caption = (
+    f"Each row is an information state of {game.layout.name}; its shades show the probability of "
+    "each action. Illegal actions are grey."
+  )
+  if len(chosen) < len(game.state_strings):
+    caption += f" The figure has {len(chosen)} of {len(game.state_strings)} states."
   return results.Figure(name, caption, figure)
 
 

@@ -1,8 +1,8 @@
-"""Runs on a compiled game: seeds side by side, and the exact NashConv of what each has learned.
+"""Runs on a compiled game: several seeds at once, measured by the exact NashConv of each.
 
-A step of the loop is one `Solver.update` of every seed, vmapped: an epoch of ARMAC or NFSP, a scan
-of iterations of CFR. After each of them the mean policy is measured on the whole tree, which costs
-little beside the step, so that the record of a run is its curve.
+Each step of the training loop applies `Solver.update` to every seed, with vmap. For ARMAC and NFSP
+that is an epoch, for CFR a scan of iterations. The loop then measures each mean policy on the whole
+tree. This costs little beside the update, so every step gives a point of the learning curve.
 """
 
 import functools
@@ -20,17 +20,17 @@ from experiments.tasks import bandits, game_figures
 from rl_theory import games, policy_arrays, policy_files
 from sharding import checks
 
-_MAX_ROWS = 40  # of a heat map
+_MAX_ROWS = 40  # information states in a heat map
 
 
 class Solver(NamedTuple):
-  """One method on one game, for one seed; all pure.
+  """One method on one game, for one seed. All functions are pure.
 
   Attributes:
     init: `init(key) -> state`.
     update: `update(state, key) -> (state, metrics)`, one step of the loop.
-    mean_policy: `mean_policy(state) -> [S, A]`, what is measured.
-    env_steps: `env_steps(state) -> []`, decisions that have been played or passed.
+    mean_policy: `mean_policy(state) -> [S, A]`, the policy that is measured.
+    env_steps: `env_steps(state) -> []`, decisions that were played or visited so far.
   """
 
   init: Callable[[jax.Array], Any]
@@ -40,10 +40,10 @@ class Solver(NamedTuple):
 
 
 class Runs(NamedTuple):
-  """State of the loop.
+  """State of the training loop.
 
   learners: the state of each seed, leaves `[num_seeds, ...]`.
-  step: `[]` int32, counts steps of the loop.
+  step: `[]` int32, counts steps of the training loop.
   """
 
   learners: Any
@@ -54,7 +54,7 @@ def compile_game(config: Any) -> games.Game:
   """Returns the game of a config.
 
   Raises:
-    ValueError: if `environment` has a bad field.
+    ValueError: if a field of `environment` is invalid.
   """
   checks.count("config.environment.num_seeds", config.environment.num_seeds)
   return games.compile_game(config.environment.game, max_nodes=config.environment.max_nodes)
@@ -69,7 +69,7 @@ def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
     return Runs(learners, jnp.zeros((), jnp.int32))
 
   def update(runs, batch, key):
-    del batch  # seeds play their own episodes
+    del batch  # each seed plays its own episodes
     learners, metrics = jax.vmap(solver.update)(runs.learners, jax.random.split(key, num_seeds))
     distances = jax.vmap(lambda one: games.nash_conv(game, solver.mean_policy(one)))(learners)
     measured = {
@@ -121,8 +121,8 @@ def _result(
         [k, float(d), float(d) / game.num_players, [*map(float, value)]]
         for k, (d, value) in enumerate(zip(distances, values, strict=True))
       ],
-      caption=f"NashConv is the sum over players, exploitability their mean. Uniform play has a "
-      f"NashConv of {uniform:.4f}.",
+      caption="NashConv sums what each player gains by a best response; exploitability is the mean "
+      f"over players. Uniform play has a NashConv of {uniform:.4f}.",
     ),
   ]
   bar = float(config.environment.bar)
@@ -134,28 +134,30 @@ def _result(
 
 
 def policy_table(game: games.Game, policy: np.ndarray) -> results.Table:
-  """Returns the rows of a policy with the states' strings."""
+  """Returns a table of the policy, one row for each information state."""
   rows = [
     [player, string, [*map(float, probs)]]
     for player, string, probs in zip(
       np.asarray(game.state_players).tolist(), game.state_strings, policy, strict=True
     )
   ]
-  return results.Table("Mean policy of seed 0", ["player", "information state", "actions"], rows)
+  return results.Table(
+    "Mean policy of seed 0", ["player", "information state", "probabilities of actions"], rows
+  )
 
 
 def _export(game: games.Game, policy: np.ndarray, folder: pathlib.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
-  for ending in ("json", "csv"):  # of one run: what an interrupted end has left may be replaced
+  for ending in ("json", "csv"):  # an interrupted run may have left files: replace them
     policy_files.write_policy(folder / f"policy.{ending}", game, policy, overwrite=True)
 
 
 def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> results.Figure:
-  """Draws NashConv against decisions played and against seconds, one curve a method."""
+  """Draws NashConv against decisions and against seconds, with one curve for each method."""
   figure, axes = plots.subplots(1, 2, sharey=True)
   for axis, name, label, scale in (
-    (axes[0][0], "env_steps", "decisions played", "log"),
-    (axes[0][1], "seconds", "seconds, compilation included", "linear"),
+    (axes[0][0], "env_steps", "decisions", "log"),
+    (axes[0][1], "seconds", "seconds, with compilation", "linear"),
   ):
     for method, rows in records.items():
       along = np.array([row[name] for row in rows])
@@ -166,12 +168,14 @@ def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> results.Figure:
   axes[0][0].set_ylabel("NashConv of the mean policy")
   if len(records) > 1:
     plots.legend_below(figure, axes[0][0])
-  caption = "Mean over seeds; bands from the best to the worst of them. Exact, on the whole tree."
+  caption = "The curves show the exact NashConv of the mean policy, computed on the whole tree."
+  if any(row["nash_conv/low"] < row["nash_conv/high"] for rows in records.values() for row in rows):
+    caption += " Lines are means over seeds, and bands reach from the best to the worst seed."
   return results.Figure(name="nash_conv", caption=caption, figure=figure)
 
 
 def _first_states(game: games.Game) -> list[int]:
-  """Returns the first information states of each player, as many as one figure can show."""
+  """Returns the first information states of each player, as many as fit into one figure."""
   each = _MAX_ROWS // game.num_players
   slices = [game.layout.player_slice(player) for player in range(game.num_players)]
   return [row for own in slices for row in range(own.start, min(own.start + each, own.stop))]

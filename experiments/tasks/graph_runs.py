@@ -1,8 +1,9 @@
-"""What methods that learn from one graph share: its data, encoder, optimiser, judge and figures.
+"""Code shared by methods that learn from one graph: data, encoder, optimiser, evaluation, figures.
 
-A paper adds how its state begins, its update and its embeddings (`build`). A step reads the whole
-graph, or with `data.fan_outs` a sample around `data.batch_size` central nodes; what is judged are
-embeddings of the whole graph. Of several graphs those with test nodes are not trained on.
+A paper adds its initial state, its update and its embeddings (`build`). A step reads the whole
+graph, or, with `data.fan_outs`, a sample around `data.batch_size` central nodes. The evaluation
+always embeds the whole graph. Where the data set has several graphs, those with test nodes are left
+out of training.
 """
 
 import functools
@@ -21,6 +22,7 @@ from experiments.report import plots, results
 from experiments.tasks import bandits, node_classification
 from representation import collapse, graphs, neighbour_sampling
 from representation.networks import adapters, gcn
+from sharding import checks
 
 ENCODERS = ("gcn", "mean_pooling", "gat")
 
@@ -36,11 +38,11 @@ def build(
   """Returns the experiment of one method on the graph of a config.
 
   Args:
-    config: with the sections of `experiments.configs.base.graph`.
-    encoder: judged before training as it is after it.
+    config: has the sections of `experiments.configs.base.graph`.
+    encoder: evaluated untrained, beside the trained embeddings.
     init: `init(key, graph) -> State`.
     update: `update(state, graph, key) -> (State, Metrics)`.
-    embed: `embed(state, graph) -> [N, K]`, what is judged.
+    embed: `embed(state, graph) -> [N, K]`, the embeddings that are evaluated.
   """
   data = load(config)
   trained_on = graph_data.without_test_graphs(data)
@@ -59,7 +61,7 @@ def build(
   else:
     example = graph if trained_on is data else place(config, trained_on)
     batches = functools.partial(bandits.NoData, example)
-  judge = node_classification.Evaluator(
+  evaluator = node_classification.Evaluator(
     data,
     num_splits=config.eval.num_splits,
     split_seed=config.eval.split_seed,
@@ -69,14 +71,14 @@ def build(
 
   @jax.jit
   def untrained(graph):
-    # With the statistics of the graph: its running ones are those of nothing yet.
+    # Batch statistics, because the running ones are still at their initial values.
     params, state = encoder.init(jax.random.key(config.seed + 1), graph)
     return encoder(params, state, graph, train=True)[0]
 
   def evaluate(state):
     size = len(data.labels)
     embeddings = embed(state, graph)[:size]
-    return judge.result(
+    return evaluator.result(
       np.asarray(embeddings),
       np.asarray(untrained(graph))[:size],
       lambda: {
@@ -95,14 +97,14 @@ def build(
     maximise=False,
     evaluate=evaluate,
     figures=lambda history, result: [
-      _traces(history),
+      _collapse_figure(history),
       node_classification.embedding_map(result),
     ],
   )
 
 
 def load(config: Any) -> graph_data.Graph:
-  """Returns the data set of a config, generated or from files."""
+  """Generates the data set of a config or reads it from files."""
   section = config.data
   if section.name == "csbm":
     return csbm.sample(**section.csbm)
@@ -117,7 +119,7 @@ def load(config: Any) -> graph_data.Graph:
 
 
 def place(config: Any, data: graph_data.Graph) -> graphs.Graph:
-  """Returns the graph on the mesh of the config, nodes and rows of edges split over it."""
+  """Places the graph on the mesh of the config, with nodes and edges split over the devices."""
   features = data.features
   if hasattr(features, "toarray") and not _is_sparse(features):
     features = features.toarray()
@@ -129,7 +131,7 @@ def place(config: Any, data: graph_data.Graph) -> graphs.Graph:
 
 
 def make_sampler(config: Any, data: graph_data.Graph) -> neighbour_sampling.Sampler | None:
-  """Returns what draws the sample of each step, or None where a step reads the whole graph."""
+  """Returns the sampler of a step's nodes, or None where a step reads the whole graph."""
   fan_outs = tuple(config.data.get("fan_outs", ()))
   if not fan_outs:
     return None
@@ -143,7 +145,7 @@ def make_sampler(config: Any, data: graph_data.Graph) -> neighbour_sampling.Samp
   )
 
 
-# Activations that a step holds at its peak, in widths of a layer a node, as compiled for a CPU.
+# Activations that a step holds at its peak, per node and in layer widths, as compiled for a CPU.
 _COPIES = {"gcn": 12, "mean_pooling": 14, "gat": 9}
 _HEAD_COPIES, _EDGE_COPIES = 6, 20
 
@@ -153,15 +155,15 @@ def step_bytes(
 ) -> int:
   """Estimates the memory of one step of BGRL, in bytes, before anything is laid out or compiled.
 
-  Within a quarter of what the compiler plans, for the encoders of this project; what is compared is
-  sizes that differ by more.
+  For the encoders of this project it is within a quarter of what the compiler plans. That is close
+  enough to tell a graph that fits from one that does not.
 
   Args:
-    config: of the run.
-    num_nodes: of what a step reads.
-    num_edges: directed.
-    num_features: columns.
-    num_entries: features that are stored; None for all.
+    config: config of the run.
+    num_nodes: number of nodes that a step reads.
+    num_edges: number of directed edges that a step reads.
+    num_features: number of columns of the features.
+    num_entries: number of stored entries of sparse features; None where they are dense.
   """
   section = config.network
   widths, per_edge = list(section.widths), 21  # bytes of an edge in both layouts
@@ -186,7 +188,7 @@ def check_memory(
 ) -> None:
   """Raises `ValueError` if a step, or embedding the whole graph, will not fit into memory.
 
-  Where it fits several times, malloc keeps what steps free.
+  Where there is room for several steps, malloc is told to keep the memory that a step frees.
   """
   free = memory.available(training.make_mesh(config.sharding.mesh).devices.flat)
   if free is None:
@@ -207,14 +209,14 @@ def check_memory(
     size = sampler.num_nodes * sampler.num_blocks
     step = step_bytes(config, size, size, num_features)
     remedy = (
-      f"lower data.batch_size={sampler.batch_size} or data.fan_outs={sampler.fan_outs}, which make "
-      f"{size} nodes a step, or use more devices (sharding.mesh.data)"
+      f"lower data.batch_size={sampler.batch_size} or data.fan_outs={sampler.fan_outs}, which give "
+      f"{size} nodes per step, or use more devices (sharding.mesh.data)"
     )
   needed = max(step, whole)
   if needed > free:
     raise ValueError(
       f"{data.name}: {len(data.labels)} nodes, {len(data.senders)} edges and {num_features} "
-      f"features need about {needed / memory.GIBIBYTE:.3g} GiB a step, and "
+      f"features need about {needed / memory.GIBIBYTE:.3g} GiB per step, and "
       f"{free / memory.GIBIBYTE:.3g} GiB are free: {remedy}"
     )
   if 4 * needed < free:
@@ -222,21 +224,19 @@ def check_memory(
 
 
 def _is_sparse(features: Any) -> bool:
-  """Whether features stay sparse: a dense product is faster from about a twentieth."""
+  """Whether features stay sparse: above a density of about 1/20 a dense product is faster."""
   return hasattr(features, "toarray") and features.nnz <= np.prod(features.shape) / 20
 
 
 def _stored(features: Any) -> int:
-  """Bytes of the features on the device."""
+  """Returns the bytes that the features take on the device."""
   return 25 * features.nnz if _is_sparse(features) else 4 * int(np.prod(features.shape))
 
 
 def make_encoder(config: Any) -> adapters.Encoder:
-  """Returns the encoder of a config; its embeddings are as wide as the last of `network.widths`."""
+  """Returns the encoder of a config. Its embeddings have the width `network.widths[-1]`."""
   section = config.network
-  if section.encoder not in ENCODERS:
-    listed = ", ".join(map(repr, ENCODERS))
-    raise ValueError(f"config.network.encoder={section.encoder!r}: give one of {listed}")
+  checks.choice("config.network.encoder", section.encoder, ENCODERS)
   widths = tuple(section.widths)
   if section.encoder == "gcn":
     return adapters.Encoder(
@@ -248,15 +248,15 @@ def make_encoder(config: Any) -> adapters.Encoder:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-  """Returns AdamW with a linear warm-up from 0 and a cosine to 0."""
+  """Returns AdamW with a linear warm-up from 0 and a cosine decay to 0."""
   section, num_steps = config.optimizer, config.train.num_steps
   warmup = min(section.warmup_steps, num_steps - 1)
   schedule = optax.warmup_cosine_decay_schedule(0.0, section.learning_rate, warmup, num_steps)
   return optax.adamw(schedule, weight_decay=section.weight_decay)
 
 
-def _traces(history: Any) -> results.Figure:
-  """Draws what collapse would show in."""
+def _collapse_figure(history: Any) -> results.Figure:
+  """Draws the three traces in which a collapse would show."""
   figure, axes = plots.subplots(1, 3)
   steps = [row["step"] for row in history]
   for axis, (name, label) in zip(
@@ -268,14 +268,14 @@ def _traces(history: Any) -> results.Figure:
     ),
     strict=True,
   ):
-    axis.plot(steps, [row[name] for row in history])
+    axis.plot(steps, [row[name] for row in history], label=label)
     axis.set(xlabel="step", ylabel=label)
     axis.set_ylim(bottom=0)
   norms = [row["collapse/mean_norm"] for row in history]
-  axes[0][1].plot(steps, norms, linestyle=":", color="0.5", label="mean length")
+  axes[0][1].plot(steps, norms, linestyle=":", color="0.5", label="mean length of embeddings")
   axes[0][1].legend(fontsize=8)
   caption = (
-    "The loss stays above 0, the spread of the order of the length: no collapse. After a collapse "
-    "the mean cosine is near 1."
+    "The panels show whether embeddings collapse. After a collapse the spread is small beside the "
+    "mean length, the mean cosine is near 1, and the loss of BGRL is near 0."
   )
   return results.Figure("collapse", caption, figure)

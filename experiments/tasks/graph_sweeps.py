@@ -1,4 +1,4 @@
-"""What is expected of a sweep over one number of a graph method, and its figures."""
+"""Criteria and figures of a sweep over one hyper-parameter of a graph method."""
 
 from typing import Any
 
@@ -8,37 +8,37 @@ from scipy import stats
 
 from experiments.report import plots, results
 
-# What may be varied, as an axis says it.
+# The hyper-parameters that a sweep can vary, with their axis labels.
 AXES = {
   "feature_mask_prob": "probability that a column is masked",
   "edge_drop_prob": "probability that an edge is dropped",
-  "target_decay": "decay of the target, constant",
-  "num_negatives": "negatives of a node",
+  "target_decay": "constant decay of the target",
+  "num_negatives": "negatives per node",
   "signal": r"$\lambda^2 + \mu^2 / \gamma$",
   "predictor_norm": "batch normalisation in the predictor",
 }
-# Columns of the tables and, but for the last, lines of the figures.
+# Columns of the tables. All but the last are also lines of the figures.
 ROWS = ("trained", "untrained", "features", "SGC-2", "no labels", "mean cosine")
 _Rows = dict[str, np.ndarray]
 
 
 def _all(words: str, held: np.ndarray) -> list[tuple[str, bool]]:
-  """A criterion on some of the values; none where the sweep has no such value."""
+  """Returns a criterion on some of the values, or none if the sweep has no such value."""
   return [(words, bool(np.all(held)))] if len(held) else []
 
 
 def _mask_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]]:
   gains = (rows["trained"] - rows["untrained"]).mean(1)
   usual = (values >= 0.1) & (values <= 0.5)
-  return _all("probabilities of 0.1 to 0.5 gain over no training", gains[usual] > 0)
+  return _all("training helps at probabilities of 0.1 to 0.5", gains[usual] > 0)
 
 
 def _decay_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]]:
   gains, cosines = (rows["trained"] - rows["untrained"]).mean(1), rows["mean cosine"].max(1)
   slow = (values >= 0.9) & (values < 1)
   return [
-    *_all("slow targets (0.9 to below 1) gain over no training", gains[slow] > 0),
-    *_all("none collapses: mean cosine below 0.9", cosines < 0.9),
+    *_all("training helps with slow targets (decay of 0.9 to below 1)", gains[slow] > 0),
+    *_all("no run collapses: the mean cosine is below 0.9", cosines < 0.9),
   ]
 
 
@@ -47,17 +47,17 @@ def _negative_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]
   means = rows["trained"].mean(1)[order]
   correlation = float(stats.spearmanr(np.arange(len(means)), means).statistic)
   return [
-    ("most negatives better than fewest", bool(means[-1] > means[0])),
-    (f"accuracy rises with them: rank correlation {correlation:.2f} > 0.7", correlation > 0.7),
+    ("the most negatives are better than the fewest", bool(means[-1] > means[0])),
+    (f"accuracy rises with negatives: rank correlation {correlation:.2f} > 0.7", correlation > 0.7),
   ]
 
 
 def _signal_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool]]:
   blind, none = rows["no labels"].mean(1), np.abs(rows["trained"][values == 0] - 0.5)
   return [
-    *_all("no signal: within 0.05 of chance", none < 0.05),
-    *_all("without labels, signals up to 0.5: within 0.1 of chance", blind[values <= 0.5] < 0.6),
-    *_all("without labels, signals of 3 and more: above 0.75", blind[values >= 3] > 0.75),
+    *_all("without signal, accuracy is within 0.05 of chance", none < 0.05),
+    *_all("no labels, signals up to 0.5: within 0.1 of chance", blind[values <= 0.5] < 0.6),
+    *_all("no labels, signals of 3 and more: above 0.75", blind[values >= 3] > 0.75),
   ]
 
 
@@ -68,11 +68,11 @@ def _predictor_criteria(values: np.ndarray, rows: _Rows) -> list[tuple[str, bool
     return []
   return [
     (
-      "normalised: mean cosine above that of the plain predictor",
+      "batch normalisation raises the mean cosine",
       bool(cosines[with_it] > cosines[without]),
     ),
     (
-      "normalised: accuracy below that of the plain predictor",
+      "batch normalisation lowers the accuracy",
       bool(scores[with_it] < scores[without]),
     ),
   ]
@@ -89,7 +89,7 @@ CRITERIA = {
 
 
 def accuracy_figure(config: Any, result: results.Result) -> results.Figure:
-  """Draws the rows of a sweep against what is varied, a panel for each."""
+  """Draws test accuracy against each varied number, in a panel of its own."""
   over, values = tuple(config.sweep.over), np.array(config.sweep.at, float)
   figure, axes = plots.subplots(1, len(over), sharey=True)
   for axis, one in zip(axes[0], over, strict=True):
@@ -119,18 +119,22 @@ def accuracy_figure(config: Any, result: results.Result) -> results.Figure:
   axes[0][0].set_ylabel("test accuracy")
   plots.legend_below(figure, axes[0][0])
   caption = (
-    f"{config.method}, {config.data.num_nodes} nodes, {config.train.num_steps} steps; lines are "
-    f"means of {config.sweep.num_seeds} seeds, bands from the least to the largest."
+    f"The panels show {config.method} on {config.data.num_nodes} nodes after "
+    f"{config.train.num_steps} steps. Lines are means of {config.sweep.num_seeds} seeds. Bands "
+    "reach from the lowest to the highest."
   )
+  if "num_negatives" in over and 0 in values:
+    caption += f" At the last point all {config.data.num_nodes - 1} other nodes are negatives."
   if "signal" in over:
     caption += (
-      " No labels: two classes by the sign of the main direction of the trained embeddings."
+      ' "No labels" splits the nodes into two classes by the sign of the main direction of the '
+      "trained embeddings."
     )
   return results.Figure("sweep", caption, figure)
 
 
 def cosine_figure(config: Any, history: Any) -> results.Figure:
-  """Draws the trace of each value in which a collapse would show, a panel for each field."""
+  """Draws the mean cosine over training, with one panel for each field and one line per value."""
   over, steps = tuple(config.sweep.over), [row["step"] for row in history]
   figure, axes = plots.subplots(1, len(over), sharey=True)
   shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(config.sweep.at)))
@@ -141,4 +145,5 @@ def cosine_figure(config: Any, history: Any) -> results.Figure:
     axis.set(xlabel="step", title=AXES[one], ylim=(0, 1))
   axes[0][0].set_ylabel("mean cosine, not centred")
   axes[0][-1].legend(fontsize=8, ncols=2)
-  return results.Figure("cosine", "After a collapse the mean cosine is near 1.", figure)
+  caption = "The lines show the mean cosine during training. After a collapse it is near 1."
+  return results.Figure("cosine", caption, figure)

@@ -1,9 +1,9 @@
-"""The wiring that the language-model runs of all methods share.
+"""Wiring shared by the language-model runs of all methods.
 
-A method says which algorithm it is, how scored completions become its batch (`collate`), and what
-it trains where that is more than the policy (`Network`). The model, its data and its comparison
-with the reference are a `language_task.Task`. Methods that draw their own completions as they
-train are wired in `online_language_model`; `experiment` is what both end in.
+A method names its algorithm and turns scored completions into its batch (`collate`). If it trains
+more than the policy, it also gives a `Network`. The model, its data and the comparison with the
+reference are in `language_offline.Task`. Methods that draw completions while they train use
+`language_online`. Both kinds end in `experiment`.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from experiments.tasks import language_offline, language_report
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """What is trained, made from a pretrained decoder; the default is the decoder itself.
+  """The network that is trained, made from a pretrained decoder; by default the decoder itself.
 
   Attributes:
     make_apply_fn: `make_apply_fn(network_config, logps_chunk=...) -> apply_fn` of the algorithm.
-    make_params: from the decoder's parameters to those that are trained.
-    policy_of: from those back to the policy's.
-    make_optimizer: from one optimiser to that of all that is trained.
-    rules: how the parameters are split over a mesh.
+    make_params: maps the decoder's parameters to the trained parameters.
+    policy_of: maps the trained parameters to the policy's.
+    make_optimizer: maps one optimiser to the optimiser of all trained parameters.
+    rules: say how the parameters are split over a mesh.
   """
 
   make_apply_fn: Callable[..., Any] = transformer.make_apply_fn
@@ -50,7 +50,7 @@ POLICY = Network()
 
 
 def groups(samples: language_offline.Samples) -> copg.Batch:
-  """CoPG's batch: all K completions of a prompt."""
+  """Returns CoPG's batch: all K completions of each prompt."""
   return copg.Batch(
     tokens=samples.tokens,
     mask=samples.mask,
@@ -63,7 +63,7 @@ def groups(samples: language_offline.Samples) -> copg.Batch:
 
 
 def demonstrations(samples: language_offline.Samples) -> sft.Batch:
-  """SFT's batch: the one completion of each prompt."""
+  """Returns SFT's batch: the single completion of each prompt."""
   return sft.Batch(
     tokens=samples.tokens[:, 0],
     mask=samples.mask[:, 0],
@@ -73,20 +73,21 @@ def demonstrations(samples: language_offline.Samples) -> sft.Batch:
 
 
 def extreme_pairs(samples: language_offline.Samples) -> text.Pairs:
-  """Returns the best and the worst completion of each prompt; prompts without one drop out."""
+  """Returns the best and the worst completion of each prompt, without prompts where they tie."""
   found = text.reward_pairs(samples.rewards)
   if not found.example.size:
     raise ValueError(
-      "every prompt's completions have equal rewards: there is no pair to learn from"
+      "the completions of each prompt have equal rewards, so there are no pairs: give another "
+      "reward, or draw more completions (data.num_samples)"
     )
   if found.num_ties:
     size = found.example.size
-    print(f"{found.num_ties} prompts whose completions tie are left out: {size} pairs")
+    print(f"{found.num_ties} prompts are left out: their completions tie; {size} pairs remain")
   return found
 
 
 def pairs(samples: language_offline.Samples) -> sequences.PreferenceBatch:
-  """IPO's and DPO's batch: the best against the worst completion."""
+  """Returns IPO's and DPO's batch: the best and the worst completion of each prompt."""
   found = extreme_pairs(samples)
   rows = found.example
   return sequences.PreferenceBatch(
@@ -103,7 +104,7 @@ def pairs(samples: language_offline.Samples) -> sequences.PreferenceBatch:
 
 
 def single_rows(samples: language_offline.Samples) -> sequences.Sequences:
-  """Returns all completions as rows that each have a prompt of their own: one example each."""
+  """Returns each completion as a row with a prompt of its own, so that each is one example."""
   arrays: tuple[Any, ...] = (
     samples.tokens,
     samples.mask,
@@ -117,7 +118,7 @@ def single_rows(samples: language_offline.Samples) -> sequences.Sequences:
 
 
 def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
-  """Adam(W) with global-norm clipping, linear warm-up and a cosine to `final_scale`."""
+  """Returns AdamW with global-norm clipping, linear warm-up and cosine decay to `final_scale`."""
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
@@ -139,15 +140,15 @@ def build(
   task: language_offline.Task | None = None,
   evaluate_more: Callable[..., results.Result] | None = None,
 ) -> training.Experiment:
-  """Returns the experiment of one algorithm that learns from completions made beforehand.
+  """Returns the experiment of one algorithm that learns from a fixed set of completions.
 
   Args:
     config: an `experiments.configs.base.language_model` config.
     algorithm: a module in the one shape (`ipo`, `dpo`, `copg`).
     collate: `Samples -> algorithm.Batch` with a leading axis of training examples.
-    network: what is trained.
+    network: the network that is trained.
     min_samples: the fewest completions of a prompt that the algorithm can learn from.
-    task: the task of the config, where `collate` needed it already.
+    task: the task of the config, if `collate` has already made it.
     evaluate_more: see `experiment`.
   """
   algorithm_config = algorithm.Config(**config.algorithm)
@@ -189,13 +190,13 @@ def experiment(
 
   Args:
     task: the model, its prompts and its reward.
-    init: `init(key, params) -> State`, from the pretrained parameters.
+    init: `init(key, params) -> State`; `params` are the pretrained parameters.
     update: `update(state, batch, key) -> (State, Metrics)`.
     arrays: makes the training examples, NumPy arrays with one leading axis.
-    policy_of: from the state to the policy's parameters.
-    rules: how the parameters are split over a mesh; what they do not name is replicated.
-    evaluate_more: `(result, comparison, policy_params, task) -> Result`, for a method that has
-      more to show than one completion a prompt.
+    policy_of: maps the state to the policy's parameters.
+    rules: say how the parameters are split over a mesh; other leaves are replicated.
+    evaluate_more: `(result, comparison, policy_params, task) -> Result`, for a method that
+      evaluates more than one completion per prompt.
   """
   config = task.config
 
@@ -225,7 +226,7 @@ def experiment(
 
 
 def check_batch_size(config: Any, num_microbatches: int) -> None:
-  """Raises ValueError where `train.batch_size` does not split over micro-batches and devices."""
+  """Raises ValueError if micro-batches or data shards do not divide `train.batch_size`."""
   size = config.train.batch_size
   if size % num_microbatches:
     raise ValueError(
@@ -236,21 +237,21 @@ def check_batch_size(config: Any, num_microbatches: int) -> None:
   shards = math.prod(mesh.shape.get(axis, 1) for axis in sharding.DATA_AXES)
   if size % shards:
     raise ValueError(
-      f"train.batch_size={size} does not divide over the {shards} shards of sharding.mesh "
-      f"{dict(mesh.shape)}: choose a multiple"
+      f"train.batch_size={size} must be a multiple of the {shards} data shards of sharding.mesh "
+      f"{dict(mesh.shape)}"
     )
 
 
 def check_sizes(config: Any, num_microbatches: int, min_samples: int) -> None:
-  """Raises before minutes of sampling what the first step would find."""
+  """Raises ValueError for sizes at which the first step would fail, before minutes of sampling."""
   check_batch_size(config, num_microbatches)
   size, data = config.train.batch_size, config.data
   if language_offline.has_own_data(data):
     return
   if data.num_samples < min_samples:
     raise ValueError(
-      f"data.num_samples={data.num_samples}: completions of a prompt are compared, draw "
-      f"{min_samples} or more"
+      f"data.num_samples={data.num_samples} must be at least {min_samples}: the method compares "
+      "completions of one prompt"
     )
   if size > data.num_prompts:
     raise ValueError(

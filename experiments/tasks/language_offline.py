@@ -1,9 +1,9 @@
-"""A pretrained model with prompts and a reward: what it is trained on and how it is compared.
+"""A pretrained model with prompts and a reward: its training data and its evaluation.
 
-Prompts are split into train and test. K completions of each training prompt come from the
-reference (or from the user's file), are scored, and are kept with their reference
-log-probabilities. A comparison draws fresh completions of held-out prompts, policy against
-reference.
+The prompts are split into train and test. K completions of each training prompt are drawn from the
+reference or read from the user's file. They are scored and stored with their reference
+log-probabilities. The evaluation draws fresh completions of held-out prompts from the policy and
+from the reference, and compares them.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ OWN_DATA = ("scored", "preferences", "demonstrations")
 
 
 def has_own_data(data: Any) -> bool:
-  """Whether a config's `data` names what to train on, in place of the reference's samples."""
+  """Whether a config's `data` names a file to train on, in place of samples of the reference."""
   return any(data[name] for name in OWN_DATA)
 
 
@@ -37,7 +37,7 @@ class Samples(NamedTuple):
   tokens: `[N, K, T]` int32, right-padded, end of sequence included.  mask: `[N, K, T]` float32.
   ref_logps: `[N, K]` sums over completion tokens under the reference, nats.
   rewards: `[N, K]` float32.
-  best_probs: `[N]` P(best beats worst), 1 unless the data carry soft labels.
+  best_probs: `[N]` P(best beats worst), 1 unless the data have soft labels.
   prompts: N texts.
   """
 
@@ -53,7 +53,7 @@ class Samples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A model, its prompts and its reward: what data, evaluation and sampling have in common."""
+  """A model, its prompts and its reward, with the methods that sample, score and compare."""
 
   config: Any
   model: pretrained.Pretrained
@@ -69,7 +69,7 @@ class Task:
   def encode_prompts(
     self, prompts: list[str], names: list[str] | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask `[N, P]`, P the longest prompt (in its template) rounded up."""
+    """Returns tokens and mask `[N, P]`; P is the longest filled-in prompt, rounded up to 4."""
     data = self.config.data
     return encoding.encode_prompts(
       self.model.tokenizer,
@@ -98,10 +98,10 @@ class Task:
   ) -> dict[str, np.ndarray]:
     """Samples K completions of each prompt.
 
-    Returns `tokens` and `mask` `[N, K, T]`, and `logps` `[N, K]`, the model's own summed
-    log-probabilities. In float32 they are the sampler's, which a separate pass equals but for
-    rounding; in bfloat16 rounding is tenths of a nat, so they come from the pass that training
-    makes.
+    Returns `tokens` and `mask` `[N, K, T]`, and `logps` `[N, K]`, the model's summed
+    log-probabilities. In float32 these come from the sampler; a separate pass differs only by
+    rounding. In bfloat16 rounding amounts to tenths of a nat, so they come from the same pass as in
+    training.
     """
     data, tokenizer = self.config.data, self.model.tokenizer
     drawn = []
@@ -133,13 +133,14 @@ class Task:
     return {"tokens": tokens, "mask": mask, "logps": logps}
 
   def _chunks(self, what: str, *arrays: np.ndarray, num_samples: int | None = None):
-    """Yields slices of N prompts and their data, the last filled with its last row: one compile.
+    """Yields slices of N prompts and their data, all of one shape, so that they compile once.
 
-    About `data.sample_batch_size` completions each; K is `num_samples`, or `arrays[-1].shape[1]`.
+    The last slice repeats its last row. A slice has about `data.sample_batch_size` completions; K
+    is `num_samples`, or `arrays[-1].shape[1]`.
     """
     count, num_samples = len(arrays[0]), num_samples or arrays[-1].shape[1]
     size = max(1, self.config.data.sample_batch_size // num_samples)
-    # Minutes on a CPU: a bar on a terminal, a line elsewhere.
+    # It can take minutes on a CPU: show a bar on a terminal, a line elsewhere.
     starts = range(0, count, size)
     if not sys.stderr.isatty() and len(starts) > 1:
       print(f"{what}: {count * num_samples} completions", flush=True)
@@ -148,7 +149,7 @@ class Task:
       yield tuple(x[rows] for x in arrays)
 
   def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Returns the text of each row of `[N, T]`, special tokens dropped."""
+    """Returns the text of each row of `[N, T]`, without special tokens."""
     tokenizer = self.model.tokenizer
     return [
       tokenizer.decode([int(t) for t, m in zip(row, keep, strict=True) if m])
@@ -158,7 +159,7 @@ class Task:
   def reference_samples(
     self, prompts: list[str], num_samples: int, seed: int
   ) -> dict[str, np.ndarray]:
-    """Samples the reference once for these settings, then reads them from the cache."""
+    """Samples the reference once for these settings; later calls read the cache."""
     data = self.config.data
     settings = {
       **self._model_settings(),
@@ -168,7 +169,7 @@ class Task:
       "temperature": data.temperature,
       "top_k": data.top_k,
       "top_p": data.top_p,
-      "sample_batch_size": data.sample_batch_size,  # batches have keys of their own
+      "sample_batch_size": data.sample_batch_size,  # each batch has its own key
     }
 
     def make():
@@ -177,7 +178,7 @@ class Task:
     return self.cache.get(settings, make)
 
   def reference_logps(self, prompts: list[str], tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns the reference's `[N, K]` log-probabilities of completions, kept in the cache."""
+    """Returns the reference's log-probabilities of completions, `[N, K]`, and caches them."""
     settings = {
       **self._model_settings(),
       "prompts": self._filled(prompts),
@@ -201,7 +202,7 @@ class Task:
   # --- training data --------------------------------------------------------------------------
 
   def training_samples(self) -> Samples:
-    """Returns the scored completions to train on, from the user's file or from the reference."""
+    """Returns the scored training completions, from the user's file or from the reference."""
     data = self.config.data
     if has_own_data(data):
       return self._own_samples()
@@ -234,7 +235,7 @@ class Task:
       fields = data.preference_fields.split(",")
       pairs = self._without_held_out(text.load_preferences(data.preferences, fields))
       completions, labels = [(row.chosen, row.rejected) for row in pairs], ["chosen", "rejected"]
-      # A hard label as rewards: on these CoPG is IPO with tau = beta (proposition 3).
+      # These rewards express a hard label: on them CoPG is IPO with tau = beta (proposition 3).
       scores = np.tile(np.array([0.25, -0.25], np.float32), (len(pairs), 1))
       best_probs = np.array([row.chosen_prob for row in pairs], np.float32)
       prompts, where = _places(pairs)
@@ -249,14 +250,14 @@ class Task:
       names=[f"{place}: {label}" for place in where for label in labels],
     )
     tokens, mask = tokens.reshape(shape), mask.reshape(shape)
-    # A single completion is imitated, not compared with what the reference thinks of it.
+    # A demonstration is imitated, so it needs no reference log-probability.
     logps = np.zeros_like(scores)
     if not data.demonstrations:
       logps = self.reference_logps(prompts, tokens, mask)
     return Samples(*encoded, tokens, mask, logps, scores, best_probs, prompts)
 
   def _without_held_out(self, rows: list[Any]) -> list[Any]:
-    """Returns the rows whose prompt is not one that the run is judged on."""
+    """Returns the rows whose prompt is not held out for the evaluation."""
     held_out = set(self.test_prompts)
     kept = [row for row in rows if row.prompt not in held_out]
     if len(kept) < len(rows):
@@ -271,10 +272,11 @@ class Task:
   # --- evaluation -----------------------------------------------------------------------------
 
   def compare(self, params: Any) -> "Comparison":
-    """Draws one completion a held-out prompt from policy and reference and scores both.
+    """Draws one completion of each held-out prompt from policy and reference, and scores both.
 
-    With keys of their own: on common random numbers two policies that hardly differ draw the same
-    texts, which are ties, and the win rate of the rest is that of another question.
+    The two use different keys. With common random numbers, two policies that hardly differ would
+    draw the same texts. Those are ties, and the win rate over the others would answer another
+    question.
     """
     prompts, seed = self.test_prompts, self.config.seed
     reference = self.reference_samples(prompts, 1, seed + 1)
@@ -296,10 +298,10 @@ class Task:
 
 
 class Comparison(NamedTuple):
-  """Held-out completions of the policy beside the reference's, N of each.
+  """N held-out completions each from the policy and from the reference.
 
   prompts, texts, ref_texts: N strings.  rewards, ref_rewards: `[N]`.
-  log_ratios: `[N]` log pi - log ref of the policy's samples, nats.  ids, ref_ids: token lists.
+  log_ratios: `[N]` log pi - log ref of the policy's samples, in nats.  ids, ref_ids: token lists.
   """
 
   prompts: list[str]
@@ -348,9 +350,9 @@ def make_task(config: Any) -> Task:
   needed = 1 if given else config.data.num_prompts
   if not 0 < config.eval.num_prompts <= len(prompts) - needed:
     raise ValueError(
-      f"eval.num_prompts={config.eval.num_prompts} held-out prompts and data.num_prompts={needed} "
-      f"to train on ask for more than the {len(prompts)} there are in "
-      f"{config.data.prompts or 'the package'}: lower one of them"
+      f"eval.num_prompts={config.eval.num_prompts} must be at least 1 and leave {needed} of the "
+      f"{len(prompts)} prompts of {config.data.prompts or 'the package'} for training: lower it"
+      + ("" if given else " or data.num_prompts")
     )
   train, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
   return Task(

@@ -1,12 +1,12 @@
-"""The wiring of methods that learn from what they have just drawn: Nash-MD, RLOO, online IPO.
+"""Wiring of methods that learn from their own fresh completions: Nash-MD, RLOO, online IPO.
 
-One step is one compiled program: completions are drawn, judged, scored under the reference and
-learned from. A method says how a batch comes about (`collect`), with what a `Round` offers.
+Each step is one compiled program: it draws completions, judges them, scores them under the
+reference and updates the policy. A method makes its batch in `collect`, with the help of a `Round`.
 
-The judge is host code, reached by `jax.pure_callback`: in every step the accelerator waits while
-token ids travel to the host, are decoded and judged there, and numbers come back. A word list costs
-milliseconds; a judge that takes seconds is better asked ahead of time, by a method that learns from
-scored completions. In a run of several processes the first one judges for all.
+The judge is host code, called with `jax.pure_callback`. In every step the accelerator waits while
+the host decodes and judges the tokens. A word list takes milliseconds. If a judge takes seconds,
+prefer a method that learns from completions scored in advance. In a run of several processes the
+first process judges for all.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from sharding import checks
 
 
 class State(NamedTuple):
-  """The algorithm's state and, beside it, the reference that it is held to.
+  """The algorithm's state and the reference policy.
 
-  The reference is an input of every step, and a step may neither bake it into its program nor lose
-  it to donation. As a part of the state it is split like the parameters, handed through in place,
-  and found again by a resumed run on any mesh, even where the pretrained model is gone. The price
-  is a checkpoint larger by one copy of the parameters, which has three under Adam.
+  Every step needs the reference. It must not become a constant of the compiled step, and donation
+  must not free it. As a part of the state it is split like the parameters and passed through in
+  place. A resumed run finds it in the checkpoint on any mesh, even if the pretrained model is gone.
+  The price is one more copy of the parameters in a checkpoint that has three under Adam.
   """
 
   learner: Any
@@ -40,12 +40,12 @@ class State(NamedTuple):
 
   @property
   def step(self) -> jax.Array:
-    """Number of updates done."""
+    """Number of updates so far."""
     return self.learner.step
 
 
 class Prompts(NamedTuple):
-  """Training examples: tokens and mask `[B, P]`, and place `[B]` among `task.train_prompts`."""
+  """Training examples: tokens and mask `[B, P]`, and index `[B]` into `task.train_prompts`."""
 
   tokens: Any
   mask: Any
@@ -54,13 +54,13 @@ class Prompts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-  """What one step can ask for while it is traced.
+  """Sampling, reference and judge of one step, for use while the step is traced.
 
   Attributes:
     task: the model, its prompts and its reward.
     ref_params: the reference's parameters.
-    index: `[B]` places of the prompts among `task.train_prompts`: judges read them as written.
-    preference_fn: a judge of pairs, or None for one made from rewards.
+    index: `[B]` indices into `task.train_prompts`, because judges read the prompts as text.
+    preference_fn: a judge of pairs, or None to derive preferences from rewards.
   """
 
   task: language_offline.Task
@@ -69,7 +69,7 @@ class Round:
   preference_fn: rewards.Preference | None
 
   def sample_fn(self, beta: float = 0.0) -> sequences.SampleFn:
-    """Returns what draws `data.num_samples` completions a prompt; of pi^(1-beta) ref^beta."""
+    """Returns a sampler of `data.num_samples` completions per prompt, from pi^(1-beta) ref^beta."""
     task = self.task
     mixture: dict[str, Any] = {}
     if beta:
@@ -106,7 +106,7 @@ class Round:
     return jax.nn.sigmoid(difference / self.task.config.data.preference_scale)
 
   def _scores(self, judge: Callable[..., np.ndarray], *sides: sequences.Sequences) -> jax.Array:
-    """Asks `judge(prompts, texts, ...)` on the host; it must be a function of its arguments."""
+    """Calls `judge(prompts, texts, ...)` on the host; it must depend on its arguments alone."""
     num_rows = len(sides[0].tokens)
 
     def on_host(index, *arrays):
@@ -170,18 +170,18 @@ def build(
 
 
 def _check(config: Any) -> rewards.Preference | None:
-  """Returns the judge of pairs, if there is one; raises for what an online run cannot have."""
+  """Returns the judge of pairs, if any; raises ValueError for settings that need offline data."""
   data = config.data
   for name in language_offline.OWN_DATA:
     if data[name]:
       raise ValueError(
         f"data.{name}={data[name]}: {config.paper} learns from completions that it draws itself; "
-        "leave it empty, or choose a method that learns from a file, such as copg"
+        "leave it empty, or use a method that learns from a file, such as copg"
       )
   if (data.temperature, data.top_k, data.top_p) != (1.0, 0, 1.0):
     raise ValueError(
-      f"data.temperature={data.temperature}, data.top_k={data.top_k}, data.top_p={data.top_p}: "
-      f"{config.paper} learns from samples of the policy as it is; give 1, 0 and 1"
+      f"data.temperature={data.temperature}, data.top_k={data.top_k}, data.top_p={data.top_p} "
+      f"must be 1, 0 and 1, because {config.paper} learns from unmodified samples of its policy"
     )
   if "preference_scale" not in data:
     return None

@@ -1,4 +1,4 @@
-"""What a language-model run says of itself: numbers with intervals, samples, histograms."""
+"""The report of a language-model run: numbers with intervals, samples, histograms."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from experiments.tasks import language_offline
 
 
 def sample_table(comparison: language_offline.Comparison, rows: int | None = None) -> results.Table:
-  """Returns the first `rows` held-out prompts (all by default) with both completions."""
+  """Returns a table of the first `rows` held-out prompts (default: all) with both completions."""
   shown = range(len(comparison.prompts))[:rows]
   return results.Table(
-    title="Held-out prompts: reference and policy",
+    title="Held-out prompts: completions of reference and policy",
     columns=["prompt", "reference", "reward", "policy", "reward"],
     rows=[
       [
@@ -28,14 +28,14 @@ def sample_table(comparison: language_offline.Comparison, rows: int | None = Non
 
 
 def win_rate(rewards: np.ndarray, ref_rewards: np.ndarray) -> results.Estimate:
-  """Returns how often the policy's completion `[N]` has the higher reward of the two."""
+  """Returns how often the policy's completion has the higher reward; rewards are `[N]`."""
   difference = rewards - ref_rewards
   wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
   return statistics.win_rate(wins, losses, len(difference) - wins - losses)
 
 
 def result(comparison: language_offline.Comparison, task: language_offline.Task) -> results.Result:
-  """Headline numbers with intervals, and the samples before and after."""
+  """Returns the headline numbers with intervals, and samples before and after training."""
   lengths = np.array([len(ids) for ids in comparison.ids])
   ref_lengths = np.array([len(ids) for ids in comparison.ref_ids])
   metrics = {
@@ -58,7 +58,7 @@ def result(comparison: language_offline.Comparison, task: language_offline.Task)
 
 
 def figures(history: Any, found: results.Result) -> list[results.Figure]:
-  """Returns the histograms of the rewards in a result."""
+  """Returns a histogram of the rewards in a result."""
   del history
   figure, axes = plots.subplots(1, 1)
   rewards = {"reference": found.arrays["reward_reference"], "policy": found.arrays["reward"]}
@@ -68,5 +68,8 @@ def figures(history: Any, found: results.Result) -> list[results.Figure]:
     axes[0][0].hist(values, bins=bins, alpha=0.6, label=label)
   axes[0][0].set(xlabel="reward of one completion", ylabel="held-out completions")
   axes[0][0].legend()
-  caption = "Rewards of one completion a held-out prompt, before and after."
+  caption = (
+    "The histograms show the rewards of one completion for each held-out prompt, drawn before "
+    "(reference) and after training (policy)."
+  )
   return [results.Figure(name="rewards", caption=caption, figure=figure)]

@@ -1,12 +1,15 @@
-"""How embeddings of nodes are judged: a linear layer on them, beside the same layer on less.
+"""Evaluates embeddings of nodes with a linear layer, and the same layer on three baselines.
 
-A score without its rows beside it says little, since an untrained encoder already averages over
-neighbours. The rows: the features themselves, the same after two rounds of averaging (SGC, without
-a parameter), the encoder before training, and the trained one. What counts is the gain.
+A score alone says little, because an untrained encoder already averages over neighbours. So each
+score stands beside three others: the features themselves, the features after two rounds of
+averaging (SGC, which has no parameters), and the untrained encoder. The gain over the untrained
+encoder is what training adds.
 
-Protocols, by what the data set has: 20 frozen random splits (20 % train), each with five halves
-that choose C; the data set's own splits, C chosen by their validation nodes; several labels a node,
-micro-F1. Or "softmax" (ogbn-arxiv), a layer of all classes together, its weight decay chosen.
+The protocol depends on the data set:
+* 20 frozen random splits (20 % train), each with five halves of the training nodes that choose C;
+* the splits of the data set, where it has some; their validation nodes choose C;
+* micro-F1 where nodes have several labels;
+* "softmax" (ogbn-arxiv): one layer for all classes, whose weight decay is chosen.
 """
 
 import functools
@@ -23,19 +26,19 @@ from representation import adamw_probes, probes
 from sharding import checks
 
 PROTOCOLS = ("", "softmax")
-MAX_COLUMNS = 1024  # wider features are judged by their main directions
+MAX_COLUMNS = 1024  # wider features are projected on their main directions
 NUM_DIRECTIONS = 512
 SOFTMAX_STEPS = 100  # of AdamW, as published
-MAX_POINTS = 4000  # of the map of embeddings
+MAX_POINTS = 4000  # in the map of embeddings
 COLUMNS = ("of", "mean", "standard deviation", "worst", "best")
 
 
 class Evaluator:
-  """Scores embeddings of one data set; the rows that need no encoder are computed once.
+  """Scores embeddings of one data set. Baselines that need no encoder are computed once.
 
   Attributes:
     metric: "accuracy" or "micro_f1".
-    num_splits: how many scores `score` returns.
+    num_splits: number of scores that `score` returns.
   """
 
   def __init__(self, data: graphs.Graph, *, num_splits: int, split_seed: int, protocol: str = ""):
@@ -43,14 +46,14 @@ class Evaluator:
     if protocol not in PROTOCOLS or (protocol and several):
       listed = " or ".join(map(repr, PROTOCOLS))
       raise ValueError(
-        f"protocol={protocol!r}: give {listed} (by what the data set has), and '' where nodes have "
-        "several labels"
+        f"protocol must be {listed}, and '' where nodes have several labels, got {protocol!r}: '' "
+        "takes the protocol that fits the data set"
       )
     self._data = data
     self.metric = "micro_f1" if several else "accuracy"
     self._splits = _make_splits(data, num_splits, split_seed)
     self.num_splits = len(self._splits.train_rows)
-    # What counts first: gains of a layer that is far from fitted are the layer's.
+    # The fitted layer comes first: a layer far from its fit may gain by fitting alone.
     self._ways: dict[str, Callable[[Any], np.ndarray]] = {"": self._logistic}
     if several:
       self._ways = {"": self._multilabel}
@@ -87,13 +90,13 @@ class Evaluator:
     ]  # fmt: skip
 
   def _rows(self) -> Any:
-    """Training, validation and test rows of each split, for protocols that fit once."""
+    """Yields training, validation and test rows of each split, for protocols that fit once."""
     splits = self._splits
     return zip(splits.fit_rows[:, 0], splits.validation_rows[:, 0], splits.test_rows, strict=True)
 
   @functools.cached_property
   def baselines(self) -> dict[str, dict[str, np.ndarray]]:
-    """Scores of the features alone, and averaged twice over neighbours, by way and row."""
+    """Scores by protocol and row: of the features, and of the features averaged twice (SGC)."""
     features, note = _narrow(self._data.features)
     averaged = features
     adjacency = _normalised_adjacency(self._data)
@@ -105,7 +108,7 @@ class Evaluator:
   def result(
     self, trained: Any, untrained: Any, extra: Callable[[], dict[str, Any]] = dict
   ) -> results.Result:
-    """Returns the scores of an encoder before and after training, with all rows beside them."""
+    """Returns the scores of an encoder before and after training, and those of the baselines."""
     metrics: dict[str, Any] = {}
     tables = []
     for way, rows in self.baselines.items():
@@ -125,7 +128,7 @@ class Evaluator:
             [name, *(100 * float(x) for x in (s.mean(), s.std(), s.min(), s.max()))]
             for name, s in rows.items()
           ],
-          caption="The untrained encoder has another initialisation than the trained one.",
+          caption="The untrained encoder starts from a different seed than the trained one.",
           digits=2,
         )
       )
@@ -149,8 +152,8 @@ def _make_splits(data: graphs.Graph, num_splits: int, split_seed: int) -> probes
   if data.splits:
     if missing := {"train", "val", "test"} - set(data.splits):
       raise ValueError(
-        f"{data.name}: its splits lack {sorted(missing)}, which embeddings are judged by: add "
-        "them, or leave all out for random ones"
+        f"{data.name}: its splits lack {sorted(missing)}, which the evaluation needs: add them, or "
+        "leave all splits out to use random ones"
       )
     train, validation, test = (
       _rows_of(data.splits[name], data.name, name) for name in ("train", "val", "test")
@@ -167,25 +170,25 @@ def _make_splits(data: graphs.Graph, num_splits: int, split_seed: int) -> probes
 
 
 def _rows_of(masks: np.ndarray, data_name: str, name: str) -> np.ndarray:
-  """Masks `[S, N]` as row numbers `[S, n]`."""
+  """Returns the row numbers `[S, n]` of masks `[S, N]`."""
   counts = masks.sum(1)
   if np.ptp(counts):
     raise ValueError(
-      f"{data_name}: its splits have {counts.min()} to {counts.max()} nodes in {name!r}; equal "
-      "numbers are needed: cut them to the smallest"
+      f"{data_name}: all splits must have the same number of {name!r} nodes, got {counts.min()} to "
+      f"{counts.max()}: cut them to the smallest"
     )
   return np.stack([np.flatnonzero(mask) for mask in masks])
 
 
 def _narrow(features: Any) -> tuple[np.ndarray, str]:
-  """Returns dense features, wide ones by their main directions, and what to call that."""
+  """Returns dense features, wide ones projected on main directions, and a note that says so."""
   num_nodes, num_columns = features.shape
   if num_columns <= MAX_COLUMNS or num_nodes <= NUM_DIRECTIONS:
     dense = features.toarray() if sparse.issparse(features) else np.asarray(features)
     if num_columns <= MAX_COLUMNS:
       return dense, ""
     left, values, _ = np.linalg.svd(dense, full_matrices=False)
-    return left * values, ""  # in all directions: the same to a linear layer
+    return left * values, ""  # all directions are kept: the same for a linear layer
   left, values, _ = sparse.linalg.svds(features.astype(np.float32), k=NUM_DIRECTIONS, rng=0)
   return left * values, f", {NUM_DIRECTIONS} main directions"
 
@@ -200,7 +203,7 @@ def _normalised_adjacency(data: graphs.Graph) -> Any:
 
 
 def embedding_map(result: results.Result) -> results.Figure:
-  """Draws embeddings by their two main directions, a colour for each class."""
+  """Draws embeddings along their two main directions, with one colour for each class."""
   embeddings, labels = result.arrays["embeddings"], result.arrays["labels"]
   rows = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
   centred = rows - rows.mean(0)
@@ -211,7 +214,8 @@ def embedding_map(result: results.Result) -> results.Figure:
   cmap = "tab10" if colours.max() < 10 else "tab20"
   axes[0][0].scatter(*flat.T, c=colours, cmap=cmap, s=4, linewidths=0)
   axes[0][0].set(xticks=[], yticks=[], xlabel="first direction", ylabel="second direction")
-  caption = "Embeddings of unit length, by their two main directions; colours are " + (
-    "classes." if labels.ndim == 1 else "numbers of labels."
-  )
+  caption = (
+    "Each point is the embedding of a node, scaled to unit length and projected on the two main "
+    "directions. Its colour shows the node's "
+  ) + ("class." if labels.ndim == 1 else "number of labels.")
   return results.Figure("embeddings", caption, figure)

@@ -1,9 +1,9 @@
-"""How well a model predicts which completion was preferred, beside what length alone predicts.
+"""How well a model predicts preferences, compared with what length alone predicts.
 
 Longer answers often win, and a model may have learned nothing else. So each number stands beside
-three rules that read no word: the longer completion wins; a logistic fit of one coefficient of the
-difference in length, made on the training pairs (where shorter answers win, it says so); and a
-fair coin.
+three rules that read no word. The first says that the longer completion wins. The second is a
+logistic fit to the difference in length, with one coefficient from the training pairs; its sign
+says whether longer or shorter answers win. The third is a fair coin.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from experiments.report import plots, records, results, statistics
 
 
 def length_differences(pairs: Sequence[text.Preference]) -> np.ndarray:
-  """Returns `[N]` characters of chosen minus characters of rejected, in hundreds."""
+  """Returns `[N]` length of chosen minus length of rejected, in hundreds of characters."""
   return np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs]) / 100
 
 
 def fit_length(pairs: Sequence[text.Preference]) -> float:
   """Returns the maximum-likelihood a of P(chosen wins) = sigmoid(a * length difference).
 
-  Bounded to +-100 per hundred characters, for pairs that length separates.
+  The bounds are +-100 per hundred characters: for pairs that length separates a would diverge.
   """
   x, q = length_differences(pairs), _probs(pairs)
 
@@ -35,7 +35,7 @@ def fit_length(pairs: Sequence[text.Preference]) -> float:
 
 
 def cross_entropy(log_odds: np.ndarray, probs: np.ndarray) -> np.ndarray:
-  """Returns `[N]` -q log sigmoid(z) - (1 - q) log sigmoid(-z), nats."""
+  """Returns `[N]` -q log sigmoid(z) - (1 - q) log sigmoid(-z), in nats."""
   return -probs * special.log_expit(log_odds) - (1 - probs) * special.log_expit(-log_odds)
 
 
@@ -44,13 +44,13 @@ def evaluate(
 ) -> results.Result:
   """Compares a model with the rules that read no word, on the same held-out pairs.
 
-  Pairs of one prompt are not independent: the Clopper-Pearson intervals of the accuracies take
-  them as such; `accuracy_by_prompt` averages over the pairs of each prompt first.
+  Pairs of one prompt are not independent, but the Clopper-Pearson intervals of the accuracies
+  assume it. `accuracy_by_prompt` averages over the pairs of each prompt first.
 
   Args:
     log_odds: `[N]` the model's log-odds that chosen beats rejected.
-    pairs: the N held-out pairs; a `chosen_prob` of 1/2 decides nothing and counts as a tie.
-    length_coefficient: from `fit_length` on the training pairs.
+    pairs: the N held-out pairs; a `chosen_prob` of 1/2 counts as a tie.
+    length_coefficient: the result of `fit_length` on the training pairs.
   """
   q, lengths = _probs(pairs), length_differences(pairs)
   rules = {
@@ -97,8 +97,8 @@ def evaluate(
     rows,
     caption=(
       f"The fit to length says that {direction} completions win: {length_coefficient:+.3f} in "
-      "log-odds per hundred characters. Ties decide nothing. A coin has log-loss 0.6931 and Brier "
-      "score 0.25."
+      "log-odds per hundred characters. Accuracies leave ties out. A coin has log-loss 0.6931 and "
+      "Brier score 0.25."
     ),
   )
   arrays = {"confidence": confidence[decided], "correct": outcomes[decided] > 0}
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def figures(history: records.History, result: results.Result) -> list[results.Figure]:
-  """Draws how often the model is right against how sure it is."""
+  """Draws the calibration: how often the model is right at each confidence."""
   del history
   confidence, correct = result.arrays["confidence"], result.arrays["correct"]
   figure, axes = plots.subplots(1, 1, size=(3.4, 3.0))
@@ -121,8 +121,11 @@ def figures(history: records.History, result: results.Result) -> list[results.Fi
     axis.errorbar(
       confidence[part].mean(), right.value, yerr=bars, marker="o", capsize=2, color="C0"
     )
-  axis.set(xlabel="probability that the model gives its choice", ylabel="share of right choices")
-  caption = "Calibration on held-out pairs, in groups of equal size; bars are 95 % intervals."
+  axis.set(xlabel="probability of the model's choice", ylabel="share of right choices")
+  caption = (
+    "The points show how often the model is right, in groups of held-out pairs with similar "
+    "confidence and equal size. Bars are 95 % intervals. A calibrated model is on the diagonal."
+  )
   return [results.Figure(name="calibration", caption=caption, figure=figure)]
 
 
@@ -131,7 +134,7 @@ def _probs(pairs: Sequence[text.Preference]) -> np.ndarray:
 
 
 def _outcomes(log_odds: np.ndarray, probs: np.ndarray) -> np.ndarray:
-  """Returns `[N]` +1 where the rule agrees with the label, -1 where not, 0 where either ties."""
+  """Returns `[N]` +1 where rule and label agree, -1 where they differ, 0 where either is a tie."""
   return np.sign(log_odds) * np.sign(probs - 0.5)
 
 

@@ -1,9 +1,9 @@
 """Labelled pairs and the scalar model that learns from them.
 
-With `network.train=head` the body is frozen. Its features of every completion are computed once
-and stand in the place of the completion's tokens, so that `reward_model.update` trains a linear
-model in seconds; they are divided by the root mean square of their differences, training pairs
-only. `full_params` makes a scalar model of either.
+With `network.train=head` the body is frozen. Its features of every completion are computed once and
+take the place of the completion's tokens, so `reward_model.update` trains a linear model in
+seconds. The features are divided by the root mean square of their differences over the training
+pairs. `full_params` turns the trained parameters of either kind into those of a scalar model.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from sharding import checks
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-  """A body, and pairs split by prompt; frozen bodies are read once, when first asked."""
+  """A body, and pairs split by prompt. A frozen body runs once, when its features are needed."""
 
   model: pretrained.Pretrained
   network: transformer.TransformerConfig
-  params: Any  # of a scalar model, before training
+  params: Any  # the scalar model's, before training
   settings: learned_rewards.Settings
   pairs: list[text.Preference]
-  held_out: np.ndarray  # [N] whether a pair is for testing
+  held_out: np.ndarray  # [N] bool, the test pairs
   frozen: bool
   cache: sample_cache.SampleCache
 
@@ -56,7 +56,7 @@ class Task:
     return self._batch(self.held_out)
 
   def full_params(self, params: Any) -> Any:
-    """Returns the parameters of a scalar model from those that were trained."""
+    """Returns the parameters of a whole scalar model, given the trained ones."""
     if not self.frozen:
       return params
     head = params["scalar_head"]
@@ -75,7 +75,7 @@ class Task:
 
   @functools.cached_property
   def _features(self) -> reward_model.Batch:
-    """The batch with the features of each completion in the place of its tokens."""
+    """The batch, with features in place of the tokens of each completion."""
     features = self._raw_features / self._scale
     ones = np.ones(features[:, 0].shape, np.float32)
     return self._tokens._replace(
@@ -83,19 +83,19 @@ class Task:
       chosen_mask=ones,
       rejected_tokens=features[:, 1],
       rejected_mask=ones,
-      prompt_tokens=ones[:, :1],  # the features have read it
+      prompt_tokens=ones[:, :1],  # the features depend on the prompt already
       prompt_mask=ones[:, :1],
     )
 
   @functools.cached_property
   def _scale(self) -> np.ndarray:
-    """`[D]` root mean square of the difference within a training pair."""
+    """`[D]` root mean square difference within a training pair."""
     chosen, rejected = np.moveaxis(self._raw_features[~self.held_out], 1, 0)
     return np.sqrt(np.mean((chosen - rejected) ** 2, axis=0)) + 1e-6
 
   @functools.cached_property
   def _raw_features(self) -> np.ndarray:
-    """`[N, 2, D]`: of the row that chosen ends, and of the row that rejected ends."""
+    """`[N, 2, D]`: features of the row that ends with chosen, and of the one with rejected."""
     kind = self.settings.kind
     rows = reward_model.rows(self._tokens, config=reward_model.Config(kind=kind))
     settings = {
@@ -106,7 +106,7 @@ class Task:
     }
 
     def make():
-      print(f"features: {len(rows.tokens)} completions, equal ones once", flush=True)
+      print(f"features: {len(rows.tokens)} completions, each distinct one once", flush=True)
       read = functools.partial(scalar_head.features, self.params, config=self.network)
       return {"features": learned_rewards.by_length(read, rows)}
 
@@ -115,7 +115,7 @@ class Task:
 
 
 def make_task(config: Any) -> Task:
-  """Loads the pairs and the body of a config; raises ValueError before any compute."""
+  """Loads the pairs and the body of a config; raises ValueError before anything is computed."""
   checks.choice("network.train", config.network.train, ("all", "head"))
   for name in ("prompt_length", "completion_length"):
     checks.count(f"data.{name}", config.data[name])
@@ -123,8 +123,8 @@ def make_task(config: Any) -> Task:
   prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
   if not 0 < config.eval.num_prompts < len(prompts):
     raise ValueError(
-      f"eval.num_prompts={config.eval.num_prompts} held-out prompts of {len(prompts)} in the data: "
-      f"choose 1 to {len(prompts) - 1}"
+      f"eval.num_prompts={config.eval.num_prompts} must be at least 1 and leave prompts for "
+      f"training: give 1 to {len(prompts) - 1}"
     )
   _, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
   held_out = np.isin([pair.prompt for pair in pairs], test)
@@ -139,8 +139,8 @@ def make_task(config: Any) -> Task:
   num_layers = config.network.num_layers or model.config.num_layers
   if not 0 < num_layers <= model.config.num_layers:
     raise ValueError(
-      f"network.num_layers={num_layers}: {config.network.model} has {model.config.num_layers}; "
-      "choose fewer, or 0 for all"
+      f"network.num_layers={num_layers} must be 1 to {model.config.num_layers}, the layers of "
+      f"{config.network.model}, or 0 for all of them"
     )
   network = dataclasses.replace(
     model.config,
@@ -152,8 +152,8 @@ def make_task(config: Any) -> Task:
   longest = config.data.prompt_length + answers * config.data.completion_length
   if longest > network.max_length:
     raise ValueError(
-      f"data.prompt_length and {answers} x data.completion_length are {longest} tokens, more than "
-      f"the context of {config.network.model} ({network.max_length}): shorten one of them"
+      f"data.prompt_length + {answers} x data.completion_length = {longest} exceeds the context of "
+      f"{config.network.model} ({network.max_length} tokens): lower one of them"
     )
   params = scalar_head.from_decoder(model.params)
   params["layers"] = jax.tree.map(lambda x: x[:num_layers], params["layers"])
@@ -180,5 +180,5 @@ def _load_pairs(config: Any) -> list[text.Preference]:
 
 
 def _head_of_features(params: Any, rows: Any) -> jax.Array:
-  """`apply_fn` of a frozen body: `rows.tokens` are features `[B, D]`."""
+  """`apply_fn` of a frozen body, where `rows.tokens` are features `[B, D]`."""
   return rows.tokens @ params["scalar_head"]["kernel"] + params["scalar_head"]["bias"]

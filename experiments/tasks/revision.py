@@ -1,7 +1,7 @@
-"""Answers shown to the model to be rewritten: SRPO's language-model runs.
+"""SRPO on a language model: the model sees its own answer in the prompt and rewrites it.
 
-`data.revision_template` puts a prompt and an answer into the prompt of the rewriting policy, as
-text: an answer is decoded, filled in and encoded again.
+The template `data.revision_template` combines a prompt and an answer into the prompt of the
+rewriting policy. It works on text: an answer is decoded, filled in and encoded again.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from sharding import checks
 
 
 class Reviser:
-  """A task, and the same model and data behind prompts that show an answer."""
+  """A task, and the same model and data with prompts that show an answer."""
 
   def __init__(self, task: language_offline.Task):
     """Checks the settings, before anything is sampled.
 
     Raises:
-      ValueError: the template lacks a field, or what it makes of the longest prompt and an answer
-        would not fit into `data.revision_length` or the model's context.
+      ValueError: the template lacks a field, or the longest prompt with an answer does not fit into
+        `data.revision_length` or the model's context.
     """
     data, tokenizer = task.config.data, task.model.tokenizer
     templates.check("data.revision_template", data.revision_template, "prompt", "answer")
     checks.count("data.revision_length", data.revision_length)
     if task.config.eval.num_revisions < 0:
       raise ValueError(
-        f"eval.num_revisions={task.config.eval.num_revisions}: give 0 (none) or a positive number"
+        f"eval.num_revisions={task.config.eval.num_revisions} must not be negative: give 0 for none"
       )
     longest = data.revision_length + data.completion_length
     if longest > task.network.max_length:
@@ -45,7 +45,7 @@ class Reviser:
     self.task = task
     config = task.config.copy_and_resolve_references()
     config.data.update(prompt_template="{prompt}", prompt_length=data.revision_length)
-    # The same model, whose prompts are filled in already and may be longer.
+    # The same model. Its prompts are filled in already and may be longer.
     self.rewriter = dataclasses.replace(task, config=config)
     self._encode = functools.partial(tokenizer.encode, add_special_tokens=True)
     needed = data.completion_length + max(
@@ -59,10 +59,10 @@ class Reviser:
       )
 
   def prompts(self, prompts: list[str], answers: list[str]) -> list[str]:
-    """Returns the texts that show each prompt's answer.
+    """Returns the filled-in templates, one for each prompt and answer.
 
-    White space around an answer is dropped. Its end goes too where its text takes more tokens than
-    it was drawn as (broken characters do) and would not fit.
+    White space around an answer is removed. An answer that does not fit is cut at its end. This
+    happens where its text has more tokens than were drawn, as broken characters do.
     """
     return [self._fitting(p, a.strip()) for p, a in zip(prompts, answers, strict=True)]
 
@@ -84,7 +84,7 @@ class Reviser:
       answer = answer[:-excess]
 
   def pairs(self, samples: language_offline.Samples) -> srpo.Batch:
-    """SRPO's batch: the best against the worst completion, and either shown to be rewritten."""
+    """Returns SRPO's batch: best and worst completion, and the prompts that show each of them."""
     task, found = self.task, language.extreme_pairs(samples)
     rows = found.example
     both = np.stack([found.chosen, found.rejected], axis=1)  # in the order of `srpo.SCORED`
@@ -126,9 +126,10 @@ class Reviser:
     params: Any,
     task: language_offline.Task,
   ) -> results.Result:
-    """Adds what `eval.num_revisions` successive rewrites bring, to the policy and the reference.
+    """Adds the rewards and win rates after each of `eval.num_revisions` rewrites.
 
-    Both rewrite with the same template; win rates are against the reference's first answers.
+    The policy and the reference each rewrite their own answers, with the same template. Win rates
+    compare with the reference's first answers.
     """
     prompts, seed = comparison.prompts, task.config.seed
     texts, ref_texts = comparison.texts, comparison.ref_texts
@@ -161,10 +162,13 @@ def _figure(curves: dict[str, list[np.ndarray]]) -> results.Figure:
     value = np.array([mean.value for mean in means])
     half = value - np.array([mean.low for mean in means], float)
     axes[0][0].errorbar(range(len(value)), value, yerr=half, marker="o", capsize=2, label=label)
-  axes[0][0].set(xlabel="revisions", ylabel="mean reward, held-out prompts")
+  axes[0][0].set(xlabel="number of revisions", ylabel="mean reward on held-out prompts")
   axes[0][0].set_xticks(range(len(value)))
   axes[0][0].legend()
-  caption = "Each answer rewritten by the network that wrote it; bars are 95 % intervals."
+  caption = (
+    "The curves show the reward after each revision, when each network rewrites its own answers. "
+    "Bars are 95 % intervals."
+  )
   return results.Figure(name="revisions", caption=caption, figure=figure)
 
 

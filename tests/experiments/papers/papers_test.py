@@ -408,7 +408,7 @@ def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
     ("kto", {"algorithm.beta": "(2.0,)"}, "beta must lie in"),
     ("online_ipo", {"data.mixture_beta": 1.0}, "config.data.mixture_beta=1.0"),
     ("reward_model", {"data.cycles": "(1.0, 2.0)"}, "config.data.cycles"),
-    ("rloo", {"data.num_samples": 1}, "config.data.num_samples=1"),
+    ("rloo", {"data.num_samples": 1}, "config.data.num_samples must be an integer >= 2, got 1"),
   ],
 )
 def test_bad_input_of_a_grid_is_named(paper, changes, match):

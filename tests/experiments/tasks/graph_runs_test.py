@@ -25,7 +25,7 @@ def test_an_unknown_encoder_is_refused(tmp_path):
   for paper, module in (("bgrl", bgrl), ("grace", grace)):
     config = presets.resolve(f"{paper}:tiny")
     config.network.encoder = "cnn"
-    with pytest.raises(ValueError, match=r"config.network.encoder='cnn': give one of 'gcn'"):
+    with pytest.raises(ValueError, match=r"config.network.encoder must be one of 'gcn'"):
       module.build(config)
 
 
