@@ -1,1 +1,1 @@
-"""The wiring of one method per file: from a config to an `Experiment`. Meant to be copied."""
+"""Each file wires one method: it turns a config into an `Experiment`. It is meant to be copied."""

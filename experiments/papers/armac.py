@@ -1,4 +1,4 @@
-"""ARMAC (arXiv:2008.12234) on a compiled game; a step of the loop is one epoch of every seed."""
+"""ARMAC (arXiv:2008.12234) on a compiled game. Each training step runs one epoch for every seed."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from experiments.loop import training
 from experiments.tasks import game_runs
 from rl_theory import armac, armac_epochs, armac_play, games
 from rl_theory.networks import actor_critic
+from sharding import checks
 
 
 def build(config: Any) -> training.Experiment:
@@ -18,11 +19,10 @@ def build(config: Any) -> training.Experiment:
 
 
 def solver(config: Any, game: games.Game) -> game_runs.Solver:
-  """Returns ARMAC with networks of the config's sizes."""
+  """Returns ARMAC with networks of the sizes in the config."""
   hyperparameters = armac.Config(**config.algorithm)
-  recurrent = {"mlp": False, "lstm": True}.get(config.network.encoder)
-  if recurrent is None:
-    raise ValueError(f"config.network.encoder={config.network.encoder!r}: give 'mlp' or 'lstm'")
+  checks.choice("config.network.encoder", config.network.encoder, ("mlp", "lstm"))
+  recurrent = config.network.encoder == "lstm"
   observations = games.information_state_tensors(game)
   if recurrent:
     observations = games.observation_histories(game, observations)

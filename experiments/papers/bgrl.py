@@ -1,4 +1,4 @@
-"""BGRL (arXiv:2102.06514) on one graph: full-graph steps, then a linear layer on the embeddings."""
+"""BGRL (arXiv:2102.06514) on a graph; a linear layer evaluates its embeddings."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ def build(config: Any) -> training.Experiment:
   def init(key, graph):
     online_key, target_key, predictor_key = jax.random.split(key, 3)
     params, online_state = encoder.init(online_key, graph)
-    # Drawn for itself, as the authors do, not copied.
+    # The target starts from its own random parameters, as the authors' does, not from a copy.
     target_params, target_state = encoder.init(target_key, graph)
     return bgrl.init(
       bgrl.Params(params, predictor.init(predictor_key, jnp.zeros((1, width)))),

@@ -1,4 +1,4 @@
-"""CFR over the whole tree and outcome-sampling MCCFR, what ARMAC is measured beside."""
+"""CFR on the whole tree and outcome-sampling MCCFR, the baselines of ARMAC."""
 
 from typing import Any, NamedTuple
 
@@ -9,10 +9,11 @@ import numpy as np
 from experiments.loop import training
 from experiments.tasks import game_runs
 from rl_theory import cfr, games, mccfr
+from sharding import checks
 
 
 class State(NamedTuple):
-  """The solver's state, and decisions passed so far."""
+  """The solver's state, and the number of decisions visited so far."""
 
   inner: cfr.State
   env_steps: jax.Array
@@ -25,28 +26,26 @@ def build(config: Any) -> training.Experiment:
 
 
 def solver(config: Any, game: games.Game) -> game_runs.Solver:
-  """Returns the variant `algorithm.variant`: one of CFR's, or "mccfr"."""
+  """Returns the solver named by `algorithm.variant`: a variant of CFR, or "mccfr"."""
   variant, inner_steps = config.algorithm.variant, config.train.inner_steps
-  if variant != "mccfr" and variant not in cfr.VARIANTS:
-    listed = ", ".join(map(repr, (*cfr.VARIANTS, "mccfr")))
-    raise ValueError(f"config.algorithm.variant={variant!r}: give one of {listed}")
+  checks.choice("config.algorithm.variant", variant, (*cfr.VARIANTS, "mccfr"))
   sampled = variant == "mccfr"
   hyperparameters: Any = (
     mccfr.Config(num_samples=config.algorithm.num_samples) if sampled else cfr.make_config(variant)
   )
-  # Each player's pass over the tree meets all decisions.
+  # The pass of each player visits all decisions of the tree.
   whole = int(np.sum(np.asarray(game.players) >= 0)) * game.num_players
 
   def update(state, key):
     def body(state, key):
       if sampled:
         inner, metrics = mccfr.update(state.inner, game, key, config=hyperparameters)
-        # Moves of chance are met too and counted: what it has seen is a little overstated.
-        met = (metrics["mccfr/nodes"] - 1) * game.num_players * config.algorithm.num_samples
+        # Chance nodes are counted too, so the number of decisions is slightly too large.
+        visited = (metrics["mccfr/nodes"] - 1) * game.num_players * config.algorithm.num_samples
       else:
         inner, metrics = cfr.update(state.inner, game, config=hyperparameters)
-        met = jnp.asarray(whole, jnp.float32)
-      return State(inner, state.env_steps + met), metrics
+        visited = jnp.asarray(whole, jnp.float32)
+      return State(inner, state.env_steps + visited), metrics
 
     state, metrics = jax.lax.scan(body, state, jax.random.split(key, inner_steps))
     return state, jax.tree.map(lambda x: x[-1], metrics)

@@ -1,4 +1,4 @@
-"""CoPG (arXiv:2406.19185): a language model and scored completions, or the bandit."""
+"""CoPG (arXiv:2406.19185) on a language model with scored completions, or a bandit."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""CoPG (arXiv:2406.19185): the off-policy bandit of its toy figure, and the language-model run.
+"""CoPG (arXiv:2406.19185): the off-policy bandit of the paper's toy figure.
 
-The bandit compares four methods on the same fixed pairs (y ~ mu1, y' ~ mu2): CoPG, IPO on labels
-drawn once per pair, and two policy gradients that ignore that the data are off-policy, without a
-baseline and with the policy's own mean reward as one.
+The bandit compares four methods on the same fixed pairs (y ~ mu1, y' ~ mu2). The first is CoPG. The
+second is IPO, on one label drawn for each pair. The other two are policy gradients that ignore that
+the data are off-policy: one without a baseline, one with the policy's mean reward as its baseline.
 """
 
 import functools
@@ -27,7 +27,7 @@ NAMES = {
   "pg": "policy gradient, no baseline",
   "pg_value": "policy gradient, value baseline",
 }
-# Final regret of each method: the interval that the acceptance criterion asks for.
+# The pass criterion of each method: its final regret must lie in this interval.
 REGRET_RANGES = {
   "copg": (0.0, 1e-4),
   "ipo": (0.14, 0.16),
@@ -37,7 +37,7 @@ REGRET_RANGES = {
 
 
 class _Data(NamedTuple):
-  """One seed's data set: `arms [N, 2]`, `chosen [N]` is 1 where the second arm won the label."""
+  """Data of one seed: `arms [N, 2]`, and `chosen [N]`, the column (0 or 1) of the preferred arm."""
 
   arms: jax.Array
   chosen: jax.Array
@@ -53,7 +53,7 @@ def _sample_data(key: jax.Array, num_pairs: int) -> _Data:
 
 
 def _policy_gradient_loss(params, batch: copg.Batch, *, beta: float, use_value: bool):
-  """Off-policy REINFORCE on both arms of each pair: weights (R_beta - b) carry no gradient."""
+  """REINFORCE on off-policy pairs, both arms; the weights (R_beta - b) carry no gradient."""
   logps = jax.nn.log_softmax(params)
   arm_logps = logps[batch.tokens[..., 0]]  # [B, 2]
   returns = batch.rewards - beta * (arm_logps - batch.ref_logps)
@@ -62,7 +62,7 @@ def _policy_gradient_loss(params, batch: copg.Batch, *, beta: float, use_value: 
 
 
 def _policy_gradient_update(state, batch, key, *, optimizer, config, use_value):
-  """The same step as an algorithm's `update`, for the two biased baselines of the figure."""
+  """Takes one step of a policy gradient, with the signature of an algorithm's `update`."""
   del key
   loss, grads = jax.value_and_grad(_policy_gradient_loss)(
     state.params, batch, beta=config.beta, use_value=use_value
@@ -87,7 +87,7 @@ def _as_pairs(batch: copg.Batch, chosen: jax.Array) -> ipo.Batch:
 
 
 def regret(logits: jax.Array, beta: float) -> jax.Array:
-  """J(pi*) - J(pi) of logits `[..., 3]` against the uniform reference."""
+  """Returns J(pi*) - J(pi) of logits `[..., 3]`, with the uniform policy as the reference."""
   logps = jax.nn.log_softmax(logits)
   uniform = jnp.full_like(logps, -jnp.log(3.0))
   rewards = jnp.broadcast_to(jnp.asarray(REWARDS, logps.dtype), logps.shape)
@@ -103,7 +103,8 @@ def build(config: Any) -> training.Experiment:
   if batch_size * num_steps > num_pairs:
     raise ValueError(
       f"train.inner_steps={num_steps} batches of data.batch_size={batch_size} need more than "
-      f"data.num_pairs={num_pairs} pairs: one step of the loop is one pass without replacement"
+      f"data.num_pairs={num_pairs} pairs, but each epoch draws without replacement: lower one of "
+      "the first two"
     )
   optimizer = optax.adam(config.optimizer.learning_rate)
   bound = {"apply_fn": bandits.apply_fn, "optimizer": optimizer}
@@ -120,7 +121,7 @@ def build(config: Any) -> training.Experiment:
     )
 
   def draw(data: _Data, key):
-    # One epoch: a permutation cut into full batches, the remainder dropped.
+    # One epoch: a permutation cut into full batches, without the remainder.
     ids = jax.random.permutation(key, num_pairs)[: num_steps * batch_size]
     arms, chosen = (x[ids].reshape(num_steps, batch_size, *x.shape[1:]) for x in data)
     batch = copg.Batch(
@@ -136,7 +137,7 @@ def build(config: Any) -> training.Experiment:
       jax.random.split(key, num_seeds)
     )
 
-  # Drawn once, from the seed alone: a resumed run sees the same data.
+  # The data depend only on the seed, so a resumed run sees the same.
   data = jax.jit(data_of)(jax.random.key(config.seed))
 
   def init(key):
@@ -154,7 +155,7 @@ def build(config: Any) -> training.Experiment:
     for name in METHODS:
       run = bandits.scan_updates(functools.partial(update_one, name), draw, num_steps)
       method_config = ipo_config if name == "ipo" else copg_config
-      keys = jax.random.split(key, num_seeds)  # all methods see the same batches
+      keys = jax.random.split(key, num_seeds)  # the same batches for all methods
       runs[name], losses, _ = jax.vmap(run, in_axes=(0, 0, 0, None))(
         sweep.runs[name], data, keys, method_config
       )
@@ -193,7 +194,9 @@ def _result(sweep: bandits.Sweep, beta: float) -> results.Result:
     tables=[
       results.checks_table("Pass criteria", checks),
       results.Table(
-        "After training (mean over seeds)", ["method", "regret", "P(a)", "P(b)", "P(c)"], rows
+        "Regret and policy after training, mean over seeds",
+        ["method", "regret", "P(a)", "P(b)", "P(c)"],
+        rows,
       ),
     ],
   )
@@ -216,6 +219,7 @@ def _figures(history, beta, num_seeds) -> list[results.Figure]:
   axes[0][0].axhline(0, color="0.6", linewidth=0.8)
   axes[0][0].legend()
   caption = (
-    "Only CoPG's baseline is valid off-policy: the others stop at, or move to, biased policies."
+    "The curves show the mean regret over seeds; bands are 95 % intervals. Only CoPG's baseline is "
+    "valid off-policy: the other methods end at biased policies."
   )
   return [results.Figure(name="copg_bandit_regret", caption=caption, figure=figure)]

@@ -1,4 +1,4 @@
-"""DPO (arXiv:2305.18290), a baseline: a language model and labelled pairs, or the bandit."""
+"""DPO (arXiv:2305.18290), a baseline: a language model with labelled pairs, or a bandit."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""DPO (arXiv:2305.18290), the baseline: what it projects onto, and the language-model run.
+"""DPO (arXiv:2305.18290), a baseline: its solution on random bandits with and without cycles.
 
-The problems are random. On Bradley-Terry preferences DPO ends at ref exp(r / beta), whoever wrote
-the pairs. With cycles in them it ends at the rewards of the least log-loss, another policy for
-every source of pairs, and no tau makes IPO's optima the same.
+On Bradley-Terry preferences DPO converges to ref exp(r / beta), whatever the distribution of the
+pairs. With cycles it converges to the policy of the rewards with the least log-loss. These rewards
+depend on the distribution of the pairs, and no tau brings IPO's optima to the same policy.
 """
 
 import functools
@@ -17,7 +17,7 @@ from experiments.loop import training
 from experiments.report import results, statistics
 from experiments.tasks import bandit_grid, bandits
 
-CYCLE = 1.0  # the log-odds that no reward explains are as large as those that one does
+CYCLE = 1.0  # the cyclic part of the log-odds has the same scale as the part that rewards explain
 
 
 def build(config: Any) -> training.Experiment:
@@ -59,7 +59,7 @@ def build(config: Any) -> training.Experiment:
       "DPO, cycles", preferences=cyclic, counts=uneven, ends=tilted(projection(cyclic, uneven))
     ),
     "even": make(
-      "DPO, cycles, other pairs",
+      "DPO, cycles, even pairs",
       preferences=cyclic,
       counts=even,
       ends=tilted(projection(cyclic, even)),
@@ -77,13 +77,13 @@ def build(config: Any) -> training.Experiment:
       common, writer = gaps[gaps.mean(1).argmin()], np.abs(found - other).max(-1)
       for text, distance in (
         ("no tau brings IPO's optima to DPO's", common),
-        ("other pairs, another policy", writer),
+        ("the policy depends on the distribution of pairs", writer),
       ):
         passed = bool(moved and distance.mean() > 0.005)
-        checks.append((f"cycles, beta {beta}: {text} (0.005 apart on average)", passed))
+        checks.append((f"cycles, beta {beta}: {text} (mean difference above 0.005)", passed))
       rows.append([beta, *(statistics.mean_interval(x) for x in (common, gaps.min(0), writer))])
-    title = "Cycles: largest difference of a probability from DPO's policy, mean over the problems"
-    columns = ["beta", "IPO, nearest tau", "IPO, nearest tau of each bandit", "DPO on other pairs"]
+    title = "Cycles: largest difference in probability from DPO's policy, mean over the problems"
+    columns = ["beta", "IPO, nearest tau", "IPO, nearest tau of each bandit", "DPO on even pairs"]
     return checks, [results.Table(title, columns, rows)]
 
   return bandit_grid.build(
@@ -92,7 +92,7 @@ def build(config: Any) -> training.Experiment:
 
 
 def _pairs(ref_logps: np.ndarray, preferences: np.ndarray, counts: np.ndarray) -> dpo.Batch:
-  """Every pair of arms as often as its writers wrote it, leaves `[P, N, ...]`."""
+  """Returns every pair of arms as often as it occurs in the data, leaves `[P, N, ...]`."""
   first, second = bandit_grid.pair_arms(counts)
   rows = np.arange(len(counts))[:, None]
   ones = np.ones((*first.shape, 1))

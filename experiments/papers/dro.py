@@ -1,4 +1,4 @@
-"""DRO (arXiv:2405.19107): a policy and a value that learn from single rewards, or the bandit."""
+"""DRO (arXiv:2405.19107) on a language model with a policy and a value, or on a bandit."""
 
 from typing import Any
 
@@ -28,10 +28,10 @@ def build(config: Any) -> training.Experiment:
 
 
 def triples(samples: language_offline.Samples) -> dro.Batch:
-  """DRO's batch: every completion is an example of its own, rewards standardised over all."""
+  """Returns DRO's batch: each completion is one example; rewards are standardised over all."""
   spread = samples.rewards.std()
   if not spread:
-    raise ValueError("all completions have the same reward: there is nothing to learn from")
+    raise ValueError("all completions have the same reward: give another reward, or other data")
   rows = language.single_rows(samples)
   rewards = (samples.rewards - samples.rewards.mean()) / spread
   return dro.Batch(

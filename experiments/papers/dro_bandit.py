@@ -1,9 +1,10 @@
-"""DRO (arXiv:2405.19107): what the value is for, and the language-model run.
+"""DRO (arXiv:2405.19107): a bandit that shows why DRO-V needs a value for each prompt.
 
-The bandit has three prompts with five completions each. Every method sees the same full batch,
-drawn from a behaviour policy that is not the reference, and one reward a completion. DRO-V has a
-value for each prompt; "shared" has one for all, "no_value" keeps it at zero, DRO-P takes the
-variance over the batch, KTO calls a completion good where its reward is above the mean.
+The bandit has three prompts with five completions each. All methods get the same full batch, drawn
+from a behaviour policy that is not the reference, with one reward for each completion. DRO-V learns
+one value for each prompt. "shared" learns one value for all prompts, and "no_value" keeps it at
+zero. DRO-P minimises the variance over the batch. KTO labels a completion good if its reward is
+above the mean.
 """
 
 import functools
@@ -34,7 +35,7 @@ REFERENCE = np.log(
     [0.14, 0.10, 0.29, 0.28, 0.19],
   ]
 )
-# How often each completion is in the data: 40 rows a prompt.
+# How often each completion occurs in the data: 40 rows for each prompt.
 COUNTS = np.array([[2, 16, 10, 1, 11], [1, 16, 15, 1, 7], [4, 14, 11, 1, 10]])
 NAMES = {
   "dro_v": "DRO-V",
@@ -46,7 +47,7 @@ NAMES = {
 
 
 def _rows() -> tuple[np.ndarray, np.ndarray]:
-  """Prompt and completion of each row of the data."""
+  """Returns prompt and completion of each row of the data."""
   prompts, arms = np.indices(COUNTS.shape)
   return np.repeat(prompts.ravel(), COUNTS.ravel()), np.repeat(arms.ravel(), COUNTS.ravel())
 
@@ -65,7 +66,7 @@ def build(config: Any) -> training.Experiment:
     del key  # every run starts at the reference
     policy = jnp.asarray(REFERENCE, jnp.float32)
     params = dro.Params(policy, jnp.zeros(len(REFERENCE)))
-    # One kind of state for all: what a method does not use stays where it is.
+    # All methods have the same kind of state; parts that a method does not use never change.
     one = dro.init(params, optimizer=optimizer, config=dro.Config())
     return bandits.Sweep(
       {name: bandits.broadcast(one, (len(taus),)) for name in NAMES}, jnp.int32(0)
@@ -138,13 +139,13 @@ def _step_of(name: str, optimizer: optax.GradientTransformation) -> Any:
       rows = sequences.Sequences(*data[:2], *context)
       log_ratios = bandits.contextual_apply_fn(params.policy, rows)[:, 0] - ref_logps
       return dro.dro_p_loss(log_ratios[None], rewards[None], tau=tau).mean()
-    # The completions of other prompts: those of the data rolled by the rows of one prompt.
+    # Mismatched completions: the data, shifted by the number of rows of one prompt.
     shift = len(arms) // len(REFERENCE)
     others = jnp.roll(tokens, shift, axis=0)
     other_ref_logps = jnp.asarray(REFERENCE[prompts, np.roll(arms, shift)], jnp.float32)
     labels = (rewards > rewards.mean()).astype(jnp.float32)
     batch = kto.Batch(tokens, ones, ref_logps, labels, others, ones, other_ref_logps, *context)
-    state: Any = None  # KTO's loss does not look at it
+    state: Any = None  # KTO's loss does not use it
     return kto.loss(
       params.policy,
       state,
@@ -171,20 +172,22 @@ def _result(sweep, taus, exact, exact_values) -> results.Result:
   checks = []
   for i, tau in enumerate(taus):
     worst = max(errors["dro_v"][i], value_errors[i])
-    checks.append((f"DRO-V, tau {tau}: policy and value within 1e-4", bool(worst < 1e-4)))
+    checks.append(
+      (f"DRO-V, tau {tau}: policy and value within 1e-4 of the optimum", bool(worst < 1e-4))
+    )
     moved = np.abs(probs["shared"][i] - np.exp(REFERENCE)).max() > 1e-2
     same = moved and np.abs(probs["shared"][i] - probs["dro_p"][i]).max() < 1e-3
-    checks.append((f"a shared value and DRO-P end alike, tau {tau}", bool(same)))
+    checks.append((f"tau {tau}: a shared value and DRO-P give the same policy", bool(same)))
     biased = min(errors[name][i] for name in ("shared", "no_value", "dro_p", "kto")) > 1e-2
-    checks.append((f"all others are more than 0.01 off, tau {tau}", bool(moved and biased)))
+    checks.append((f"tau {tau}: all other methods are more than 0.01 off", bool(moved and biased)))
   rows = [[NAMES[name], *map(float, errors[name])] for name in NAMES]
-  rows.append(["DRO-V, its value", *map(float, value_errors)])
+  rows.append(["DRO-V, error of the value", *map(float, value_errors)])
   return results.Result(
     metrics={"criteria_passed": statistics.fraction_passed(checks)},
     tables=[
       results.checks_table("Pass criteria", checks),
       results.Table(
-        "Largest error of a probability (and of DRO-V's value) after training",
+        "Largest error of a probability (last row: of DRO-V's value) after training",
         ["method", *(f"tau {tau}" for tau in taus)],
         rows,
       ),
@@ -199,9 +202,12 @@ def _figure(history, taus, num_steps) -> results.Figure:
     for name, label in NAMES.items():
       axis.semilogy(steps, [record[f"{name}/{tau}/error"] for record in history], label=label)
     values = [record[f"dro_v/{tau}/value_error"] for record in history]
-    axis.semilogy(steps, values, "k:", label="DRO-V, error of its value")
+    axis.semilogy(steps, values, "k:", label="DRO-V, error of the value")
     axis.set(title=f"tau = {tau}", xlabel="step")
   axes[0][0].set_ylabel("largest error of a probability")
   plots.legend_below(figure, axes[0][0])
-  caption = "One value a prompt is what the regression needs; the others stop beside the optimum."
+  caption = (
+    "The curves show the largest error of each method. DRO-V has one value for each prompt and "
+    "reaches the optimum; the others stop at biased policies."
+  )
   return results.Figure(name="dro_bandit_error", caption=caption, figure=figure)

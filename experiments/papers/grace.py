@@ -1,4 +1,4 @@
-"""GRACE (arXiv:2006.04131) on one graph, beside BGRL: the same encoder, corruptions and judge."""
+"""GRACE (arXiv:2006.04131), the baseline of BGRL, with the same encoder, views and evaluation."""
 
 import functools
 from typing import Any

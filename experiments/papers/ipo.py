@@ -1,4 +1,4 @@
-"""IPO (arXiv:2310.12036): a language model that learns from labelled pairs, or the bandits."""
+"""IPO (arXiv:2310.12036) on a language model with labelled pairs, or on the bandits."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""IPO (arXiv:2310.12036): the bandits of figures 1 and 2, and the language-model run.
+"""IPO (arXiv:2310.12036): the bandits of the paper's figures 1 and 2.
 
-The bandit sweep runs IPO and DPO on three data sets of labelled pairs over arms a, b, c. The third
-is printed in the paper as {(a, b), (b, a)}, on which no loss sees arm c at all; the figure that the
-text describes belongs to the reading D3' below. Both are run: the literal one is a control.
+IPO and DPO train on three data sets of labelled pairs over the arms a, b, c. The paper prints the
+third one as {(a, b), (b, a)}, where no loss ever sees arm c. The figure that its text describes
+belongs to the reading D3' below. Both run here; the literal D3 is a control.
 """
 
 import functools
@@ -29,12 +29,12 @@ METHODS: dict[str, Any] = {"ipo": ipo, "dpo": dpo}
 
 
 def _padded_pairs() -> np.ndarray:
-  """All data sets as one array `[datasets, 6, 2]`: repeating each keeps uniform draws uniform."""
+  """Returns all data sets as one array `[datasets, 6, 2]`; repeated pairs keep draws uniform."""
   return np.stack([np.tile(pairs, (6 // len(pairs), 1)) for pairs in DATASETS.values()])
 
 
 def exact_probs(tau: float) -> np.ndarray:
-  """IPO's closed form on each data set from a uniform start, `[datasets, 3]`."""
+  """Returns IPO's closed form on each data set, with a uniform reference, `[datasets, 3]`."""
   uniform = np.full(3, -np.log(3.0))
   return np.stack(
     [
@@ -121,7 +121,7 @@ def build(config: Any) -> training.Experiment:
 
 
 def _result(sweep: bandits.Sweep, taus: tuple[float, ...]) -> results.Result:
-  """The acceptance criteria, as pass/fail rows, from the final probabilities."""
+  """Returns the pass criteria and the final probabilities."""
   probs = {name: np.asarray(jax.nn.softmax(run.params)) for name, run in sweep.runs.items()}
   rows, checks = [], []
   for i, dataset in enumerate(DATASETS):
@@ -129,9 +129,9 @@ def _result(sweep: bandits.Sweep, taus: tuple[float, ...]) -> results.Result:
       exact = exact_probs(tau)[i]
       mean, sd = probs["ipo"][i, j].mean(0), probs["ipo"][i, j].std(0, ddof=1)
       dpo_mean = probs["dpo"][i, j].mean(0)
-      # Data sets whose noise vanishes at the optimum have a spread of float32 rounding only.
+      # Where the gradient noise vanishes at the optimum, the spread is float32 rounding alone.
       within = bool(np.all(np.abs(mean - exact) <= 3 * sd + 1e-4))
-      checks.append((f"IPO on {dataset}, tau {tau}: within 3 sd of its closed form", within))
+      checks.append((f"IPO on {dataset}, tau {tau}: within 3 sd of the closed form", within))
       if dataset == "D1":
         passed = float(dpo_mean.max()) > 0.99
         checks.append((f"DPO on D1, tau {tau}: one arm above 0.99", passed))
@@ -153,7 +153,7 @@ def _result(sweep: bandits.Sweep, taus: tuple[float, ...]) -> results.Result:
 
 
 def _figures(history, taus, num_steps, num_seeds) -> list[results.Figure]:
-  """Figures 1 and 2: action probabilities over steps with 95 % intervals over the seeds."""
+  """Draws the paper's figures 1 and 2: probabilities during training, with 95 % intervals."""
   figures = []
   for dataset, title in (("D1", "total order a > b > c"), ("D3'", "c never wins")):
     figure, axes = plots.subplots(len(METHODS), len(taus), sharex=True, sharey=True)
@@ -180,7 +180,11 @@ def _figures(history, taus, num_steps, num_seeds) -> list[results.Figure]:
     figures.append(
       results.Figure(
         name=f"ipo_bandit_{dataset.replace(chr(39), 'prime')}",
-        caption=f"{dataset}: {title}. Dotted: IPO's closed form. Bands: 95 % over seeds.",
+        caption=(
+          f"The lines show the mean probability of each arm over {num_seeds} seeds on {dataset} "
+          f"({title}). Dotted lines show IPO's closed form. Bands are 95 % intervals; most are too "
+          "narrow to see."
+        ),
         figure=figure,
       )
     )

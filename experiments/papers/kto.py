@@ -1,4 +1,4 @@
-"""KTO (arXiv:2402.01306), a baseline: good and bad single completions, or the bandit."""
+"""KTO (arXiv:2402.01306), a baseline: a language model on good and bad completions, or a bandit."""
 
 import functools
 from typing import Any
@@ -26,15 +26,16 @@ def build(config: Any) -> training.Experiment:
 
 
 def labelled(samples: language_offline.Samples, *, task: language_offline.Task) -> kto.Batch:
-  """KTO's batch: a completion is desirable where its reward exceeds the mean of the data.
+  """Returns KTO's batch: a completion is desirable if its reward exceeds the mean of the data.
 
-  Beside each stands what the prompt before it was completed with, for the point of reference.
+  Each row also has a completion of the preceding prompt, from which KTO estimates its reference
+  point.
   """
   if len(samples.tokens) < 2:
-    raise ValueError("the data hold one prompt: KTO needs completions of other prompts, give 2")
+    raise ValueError("the data have one prompt: KTO needs completions of other prompts, give 2")
   labels = (samples.rewards > samples.rewards.mean()).astype(np.float32)
   if not labels.any():
-    raise ValueError("all completions have the same reward: there is nothing to learn from")
+    raise ValueError("all completions have the same reward: give another reward, or other data")
   tokens, mask = (np.roll(x, 1, axis=0) for x in (samples.tokens, samples.mask))
   ref_logps = task.reference_logps(samples.prompts, tokens, mask)
   rows = language.single_rows(samples)

@@ -1,14 +1,15 @@
-"""KTO (arXiv:2402.01306), a baseline: where its loss ends on a table, and the language-model run.
+"""KTO (arXiv:2402.01306), a baseline: its optimum on random bandits, and where training ends.
 
-KTO has no closed form, but on a table it has an optimum that can be computed. With the point of
-reference z held, the loss of a data set is a constant minus sum over y of g(y) sigmoid(beta
-(r(y) - z)): g is how much more often y is good than bad, r its log-ratio. Arms with g < 0 get
-nothing, at any beta; over the others the sum is concave for beta <= 1 (`population_optimum`). For
-beta to zero they share in proportion to g, whatever the reference.
+KTO has no closed form, but on a table its optimum can be computed. For a fixed reference point z,
+the loss of a data set is a constant minus the sum over y of g(y) sigmoid(beta (r(y) - z)). Here
+g(y) is how much more often y is good than bad, and r(y) is its log-ratio. At any beta, arms with
+g < 0 get probability 0. Over the other arms the sum is concave for beta <= 1
+(`population_optimum`). As beta goes to 0, their probabilities become proportional to g, whatever
+the reference.
 
-z comes from mismatched completions. Drawn from the data, as the language-model run does, it ends at
-zero wherever the data hold an arm that is driven out; drawn from the policy it is KL(pi || ref), as
-the paper defines it, and the optimum is another one.
+z is estimated from mismatched completions. If they come from the data, as in the language-model
+run, z ends at zero wherever the data contain an arm that the policy gives up. If they come from the
+policy, z is KL(pi || ref), as the paper defines it, and the optimum is a different one.
 """
 
 import functools
@@ -27,30 +28,30 @@ from experiments.tasks import bandit_grid, bandits
 def population_optimum(
   gains: np.ndarray, ref_logps: np.ndarray, beta: Any, kl: np.ndarray
 ) -> np.ndarray:
-  """Returns the policy of the least KTO loss on a table when the point of reference is held.
+  """Returns the policy with the least KTO loss on a table, for a fixed reference point.
 
-  argmax over pi of sum over y of gains(y) sigmoid(beta (log pi(y) - log ref(y) - kl)). Where it is
-  positive, pi solves gains beta s (1 - s) / pi = lambda, s the sigmoid: bisection for each arm
-  inside of one for lambda.
+  This is the argmax over pi of the sum over y of gains(y) sigmoid(beta (log pi(y) - log ref(y) -
+  kl)). Where pi is positive it solves gains beta s (1 - s) / pi = lambda, where s is the sigmoid.
+  An outer bisection finds lambda, an inner one the probability of each arm.
 
   Args:
-    gains: `[..., A]` weight of an arm in the data times (how often it is good - how often bad); one
-      positive at least.
-    ref_logps: `[..., A]`.
+    gains: `[..., A]` weight of an arm in the data times (rate of good labels - rate of bad labels);
+      at least one must be positive.
+    ref_logps: `[..., A]` log-probabilities of the reference.
     beta: `[...]` in (0, 1], where the sum is concave in pi.
-    kl: `[...]` the point of reference, not negative.
+    kl: `[...]` the reference point, not negative.
 
   Returns:
     `[..., A]` probabilities, float64, to about 1e-8.
 
   Raises:
-    ValueError: if `beta` lies outside (0, 1] or no arm is more often good than bad.
+    ValueError: if `beta` lies outside (0, 1], or no arm is good more often than bad.
   """
   beta, kl = np.asarray(beta)[..., None], np.asarray(kl)[..., None]
   if not np.all((beta > 0) & (beta <= 1)):
     raise ValueError(f"beta must lie in (0, 1], got {beta}: above 1 the loss has local optima")
   if not np.all(np.max(gains, axis=-1) > 0):
-    raise ValueError(f"gains must have a positive entry, got {gains}: nothing else is worth taking")
+    raise ValueError(f"gains must have a positive entry, got {gains}: no arm is good more often")
   good, centres = np.asarray(gains) > 0, ref_logps + kl
   scales = np.log(np.where(good, gains, 1) * beta)
   shape = np.broadcast_shapes(scales.shape, centres.shape)
@@ -66,7 +67,7 @@ def population_optimum(
     z = beta * (logps - centres)
     return scales + z - 2 * np.logaddexp(0, z) - logps
 
-  def probs_at(multiplier):  # an arm whose slope is below lambda even at exp(-40) gets nothing
+  def probs_at(multiplier):  # arms whose slope is below lambda at exp(-40) end there: about 0
     below = lambda logps: slopes(logps) > multiplier[..., None]  # noqa: E731
     return np.where(good, np.exp(bisect(below, np.full(shape, -40.0), np.zeros(shape))), 0)
 
@@ -76,7 +77,7 @@ def population_optimum(
 
 
 def self_consistent_optimum(gains: np.ndarray, ref_logps: np.ndarray, beta: Any) -> np.ndarray:
-  """Returns the same where the point of reference is the policy's own KL(pi || ref), `[..., A]`."""
+  """Returns the optimum `[..., A]` whose reference point is its own KL(pi || ref)."""
   shape = np.broadcast_shapes(np.shape(beta), gains.shape[:-1])
   low, high = np.zeros(shape), np.broadcast_to(-ref_logps.min(-1), shape)
   for _ in range(25):
@@ -97,7 +98,7 @@ def build(config: Any) -> training.Experiment:
   gains = counts / counts.sum(1, keepdims=True) * (2 * rates - 1)
   rows = np.arange(len(counts))[:, None]
 
-  def problems(repeats):  # each arm as often as the data have it, all of it `repeats` times
+  def problems(repeats):  # each arm as often as it occurs in the data, all `repeats` times
     arms = np.stack([np.tile(np.repeat(np.arange(len(c)), c), repeats) for c in counts])
     return {
       "tokens": jnp.asarray(arms[..., None]),
@@ -116,7 +117,7 @@ def build(config: Any) -> training.Experiment:
       tokens=tokens,
       mask=ones,
       ref_logps=ref_logps[tokens[:, 0]],
-      labels=problem["labels"],  # between 0 and 1: the exact mean over labels
+      labels=problem["labels"],  # the rate of good labels: the loss is its exact mean over labels
       mismatched_tokens=other,
       mismatched_mask=ones,
       mismatched_ref_logps=ref_logps[other[:, 0]],
@@ -128,7 +129,7 @@ def build(config: Any) -> training.Experiment:
       algorithm=kto,
       config=lambda beta: kto.Config(beta=beta),
       batch=functools.partial(batch, on_policy=on_policy),
-      # Draws of the policy are noisy: a batch of them is larger.
+      # Draws from the policy are noisy, so their batch is larger.
       problems=problems(-(-config.data.batch_size // int(counts[0].sum())) if on_policy else 1),
       start=ref_logps,
       exact=exact,
@@ -141,8 +142,8 @@ def build(config: Any) -> training.Experiment:
     self_consistent_optimum(gains, ref_logps, each),
   )
   methods = {
-    "data": method("KTO, z of the data", False, no_kl, 1e-3),
-    # z is a mean over draws, whose noise the step size has to average out.
+    "data": method("KTO, z from the data", False, no_kl, 1e-3),
+    # z is a noisy mean over draws; only the decay of the step size averages it out.
     "policy": method("KTO, z = KL", True, own_kl, 0.02),
   }
 
@@ -154,25 +155,31 @@ def build(config: Any) -> training.Experiment:
     for i, beta in enumerate(betas):
       found = ends["data"][i]
       kept = np.where(gains < 0, found, 0).sum(1)
-      checks.append((f"beta {beta}: bad arms keep less than 0.001", bool(kept.max() < 1e-3)))
+      checks.append(
+        (f"beta {beta}: bad arms keep a probability below 0.001", bool(kept.max() < 1e-3))
+      )
       tilted = np.exp(oracles.kl_regularised_optimum(ref_logps, rates, beta))
       apart = np.abs(found - tilted).max(1)
       moved = np.abs(found - np.exp(ref_logps)).max(1).min() > 0.01
-      checks.append((f"beta {beta}: not ref exp(rate / beta)", bool(moved and apart.min() > 0.01)))
+      checks.append(
+        (f"beta {beta}: the policy is not ref exp(rate / beta)", bool(moved and apart.min() > 0.01))
+      )
       between = np.abs(found - ends["policy"][i]).max(1)
       from_shares = np.abs(found - shares).max(1)
       if beta == max(betas):
-        text = "another point of reference, another end (0.01 apart on average)"
+        text = "the optimum depends on the reference point (mean difference above 0.01)"
         checks.append((f"beta {beta}: {text}", bool(between.mean() > 0.01)))
       if beta == min(betas) <= 0.1:
-        text = "good arms share in proportion to their gains (within 0.05)"
+        text = "good arms have probabilities proportional to gains (within 0.05)"
         checks.append((f"beta {beta}: {text}", bool(from_shares.max() < 0.05)))
       with np.errstate(divide="ignore"):
         distance = oracles.kl(np.log(found), ref_logps)
       cells = (apart, from_shares, between, distance, least)
       table.append([beta, *(statistics.mean_interval(cell) for cell in cells)])
-    columns = ["beta", "from ref exp(rate / beta)", "from gains", "from z = KL", "KL to ref"]
-    title = "KTO with z of the data, mean over the problems"
+    columns = ["beta", "to ref exp(rate / beta)", "to gains", "to z = KL", "KL to ref"]
+    title = (
+      "KTO with z from the data: largest differences in probability and KL, mean over the problems"
+    )
     return checks, [results.Table(title, [*columns, "least KL without bad arms"], table)]
 
   return bandit_grid.build(
@@ -181,7 +188,7 @@ def build(config: Any) -> training.Experiment:
 
 
 def _good_rates(config: Any) -> np.ndarray:
-  """How often each arm is labelled desirable, `[P, A]`: half of them mostly, half seldom."""
+  """Returns the rates of good labels `[P, A]`: above 0.6 for half of the arms, else below 0.4."""
   rng = np.random.default_rng(config.seed + 1)
   shape = (config.data.num_bandits, config.data.num_arms)
   mostly = rng.permuted(np.tile(np.arange(shape[1]) % 2 == 0, (shape[0], 1)), axis=1)

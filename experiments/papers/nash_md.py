@@ -1,4 +1,4 @@
-"""Nash-MD-PG (arXiv:2312.00886): a language model that plays its own mixture, or the games."""
+"""Nash-MD-PG (arXiv:2312.00886): a language model against its own mixture, or small games."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def collect(
   key: jax.Array,
   this_round: language_online.Round,
 ) -> nash_md.Batch:
-  """Draws completions of the policy and of its opponent, the mixture, and has them compared."""
+  """Draws completions from the policy and from its opponent, the mixture, and compares them."""
   first, second = nash_md.sample(
     learner,
     prompts,

@@ -1,10 +1,11 @@
-"""Nash-MD (arXiv:2312.00886): the theorem's rate, large steps, where the policy gradient stops.
+"""Nash-MD (arXiv:2312.00886) on small games: the theorem's rate, large steps, fixed points.
 
-And the language-model run, Nash-MD-PG. The bandits are two games, a cycle with unequal odds and
-rock-paper-scissors; the reference plays (.6, .3, .1). Trained by the loop are exact policy
-gradients on a third one, with four actions: the mixture at several beta (0 is self-play, 1 the best
-response to the reference) and, as opponents, moving averages of the parameters. The mirror descents
-are scans of seconds, made for the figures in float64.
+The figures run mirror descent on two games: a cycle with unequal odds, and rock-paper-scissors. The
+reference plays (.6, .3, .1). These scans are in float64 and take seconds.
+
+The training loop runs exact policy gradients on a third game, with four actions. The opponent is
+either the mixture at several beta (0 is self-play, 1 the best response to the reference) or a
+moving average of the parameters. The question is at which policies the gradient vanishes.
 """
 
 import functools
@@ -24,7 +25,7 @@ GAMES = {
   "rock-paper-scissors": np.array([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]]),
 }
 REFERENCE = np.log([0.6, 0.3, 0.1])
-# Drawn once: upper triangle uniform in [.1, .9], reference from a flat Dirichlet, two decimals.
+# Drawn once, two decimals: upper triangle uniform in [.1, .9], reference from a flat Dirichlet.
 FOUR_ACTIONS = np.array(
   [
     [0.50, 0.61, 0.32, 0.11],
@@ -37,7 +38,7 @@ FOUR_REFERENCE = np.log([0.31, 0.27, 0.34, 0.08])
 BETAS = (0.0, 0.125, 0.25, 0.5, 1.0)
 DECAYS = (0.9, 0.99, 0.999)
 NUM_ITERATIONS = 10_000
-# tau = 0.1, rock-paper-scissors: constant steps of this size leave both last policies far away.
+# On rock-paper-scissors at tau = 0.1 both last policies stay far away with this constant step.
 LARGE_STEP = 3.0
 STEP_SIZES = (0.5, 1.0, 2.0, LARGE_STEP, 5.0)
 
@@ -48,8 +49,8 @@ def build(config: Any) -> training.Experiment:
   (tau,), learning_rate = bandits.positives(config, "algorithm.tau"), config.optimizer.learning_rate
   if tau * max(STEP_SIZES) > 1:
     raise ValueError(
-      f"config.algorithm.tau={tau}: give at most {1 / max(STEP_SIZES)}; the figures take steps of "
-      f"{max(STEP_SIZES)}, and eta * tau may not exceed 1"
+      f"config.algorithm.tau={tau} must be at most {1 / max(STEP_SIZES)}: the figures take steps "
+      f"of eta = {max(STEP_SIZES)}, and eta * tau must not exceed 1"
     )
   fixed_points = np.exp(
     [
@@ -112,7 +113,7 @@ def _against_average(params, ema_params, decay):
 
 
 def _descend(opponent_of, params, ema_params, setting, *, tau, rate, num_steps):
-  """Steps of the policy gradient, enumerated over the four actions; `setting` is beta or decay."""
+  """Takes exact policy gradient steps, summed over the four actions; `setting` is beta or decay."""
   ref_logps = jnp.asarray(FOUR_REFERENCE, params.dtype)[:, None]
 
   def loss(params, probs, wins):
@@ -126,7 +127,7 @@ def _descend(opponent_of, params, ema_params, setting, *, tau, rate, num_steps):
     opponent = jax.nn.softmax(opponent_of(params, ema_params, setting))
     wins = jnp.asarray(FOUR_ACTIONS, params.dtype) @ opponent
     params -= rate * jax.grad(loss)(params, jax.nn.softmax(params), wins)
-    # In the runs against a mixture nobody reads the average.
+    # Runs against a mixture do not use the average.
     return (params, setting * ema_params + (1 - setting) * params), None
 
   return jax.lax.scan(body, (params, ema_params), None, length=num_steps)[0]
@@ -134,9 +135,9 @@ def _descend(opponent_of, params, ema_params, setting, *, tau, rate, num_steps):
 
 @functools.cache
 def policies(game: str, tau: float, eta: float | None, opponent: str) -> np.ndarray:
-  """All policies of tabular mirror descent from the reference, `[NUM_ITERATIONS, 3]`, float64.
+  """Returns log-probabilities along tabular mirror descent, `[NUM_ITERATIONS, 3]`, float64.
 
-  `eta` None takes the theorem's schedule.
+  The descent starts at the reference. With `eta` None it has the theorem's step sizes.
   """
   steps = np.arange(NUM_ITERATIONS)
   etas = nash_md.step_size(steps, tau=tau) if eta is None else np.full(NUM_ITERATIONS, eta)
@@ -154,7 +155,7 @@ def _descent(preferences, ref_logps, etas, tau, *, opponent):
 
 
 def distances(game: str, tau: float, eta: float | None, opponent: str, average=False) -> np.ndarray:
-  """KL(equilibrium || policy) after each iteration, of the last policy or of the average one."""
+  """Returns KL(equilibrium || policy) after each iteration, for the last or the average policy."""
   logps = policies(game, tau, eta, opponent)
   if average:
     counts = np.arange(1, len(logps) + 1)[:, None]
@@ -163,7 +164,7 @@ def distances(game: str, tau: float, eta: float | None, opponent: str, average=F
 
 
 def bound(tau: float) -> np.ndarray:
-  """The theorem's 8 / (tau^2 (T + 1)) for T = 1, 2, ..."""
+  """Returns the theorem's bound 8 / (tau^2 (T + 1)) for T = 1, 2, ..., NUM_ITERATIONS."""
   return 8 / (tau**2 * (np.arange(1, NUM_ITERATIONS + 1) + 1))
 
 
@@ -177,9 +178,9 @@ def _result(sweep: bandits.Sweep, tau: float, fixed_points: np.ndarray) -> resul
     kl = distances(game, tau, None, "mixture")
     slope = np.log(kl[-1] / kl[99]) / np.log(len(kl) / 100)
     checks.append(
-      (f"{game}: KL to the equilibrium below the bound", bool(np.all(kl <= bound(tau))))
+      (f"{game}: KL to the equilibrium is below the bound", bool(np.all(kl <= bound(tau))))
     )
-    checks.append((f"{game}: falls at least like 1 / T", bool(slope <= -1)))
+    checks.append((f"{game}: KL falls at least as fast as 1 / T", bool(slope <= -1)))
     rows.append(
       [game, *(float(kl[steps - 1]) for steps in (1, 10, 100, 1000, 10_000)), float(slope)]
     )
@@ -193,7 +194,7 @@ def _result(sweep: bandits.Sweep, tau: float, fixed_points: np.ndarray) -> resul
   }
   checks.append(
     (
-      f"steps of {LARGE_STEP}: self-play is near the equilibrium on average only",
+      f"steps of {LARGE_STEP}: self-play is near the equilibrium only in its average",
       bool(large["self-play, average policy"] < 1e-3 < 0.1 < large["self-play, last policy"]),
     )
   )
@@ -203,12 +204,15 @@ def _result(sweep: bandits.Sweep, tau: float, fixed_points: np.ndarray) -> resul
   }
   probs = np.asarray(jax.nn.softmax(sweep.runs["mixture"].params), float)
   reached = bool(np.abs(probs - fixed_points).max() < 1e-4)
-  checks.append(("policy gradient within 1e-4 of its fixed point for every beta", reached))
-  # Rounding of float32 logits shows as 1e-7 of exploitability.
+  checks.append(("the policy gradient is within 1e-4 of its fixed point for every beta", reached))
+  # Rounding of float32 logits changes exploitability by 1e-7.
   rising = bool(np.all(np.diff(exploited["mixture"]) > 1e-5))
   checks.append(("exploitability rises with beta", rising))
   checks.append(
-    ("every moving average ends at the equilibrium", bool(exploited["average"].max() < 1e-4))
+    (
+      "against a moving average, policies reach the equilibrium",
+      bool(exploited["average"].max() < 1e-4),
+    )
   )
   stops = [
     [f"mixture, beta {b}", float(x)] for b, x in zip(BETAS, exploited["mixture"], strict=True)
@@ -222,16 +226,16 @@ def _result(sweep: bandits.Sweep, tau: float, fixed_points: np.ndarray) -> resul
     tables=[
       results.checks_table("Pass criteria", checks),
       results.Table(
-        "KL to the equilibrium with the theorem's steps",
+        "KL to the equilibrium with the theorem's step sizes",
         ["game", "T = 1", "10", "100", "1,000", "10,000", "slope"],
         rows,
       ),
       results.Table(
-        f"Rock-paper-scissors, constant steps of {LARGE_STEP}: KL after {NUM_ITERATIONS:,}",
+        f"Rock-paper-scissors: KL after {NUM_ITERATIONS:,} steps of {LARGE_STEP}",
         ["policy", "KL"],
         [[name, float(kl)] for name, kl in large.items()],
       ),
-      results.Table("Exploitability where the policy gradient stops", ["opponent", "it"], stops),
+      results.Table("Fixed points of the policy gradient", ["opponent", "exploitability"], stops),
     ],
   )
 
@@ -240,23 +244,23 @@ def _figures(tau: float, history: Any) -> list[results.Figure]:
   iterations = np.arange(1, NUM_ITERATIONS + 1)
   rate, axes = plots.subplots(1, len(GAMES), sharey=True)
   for axis, game in zip(axes[0], GAMES, strict=True):
-    axis.loglog(iterations, bound(tau), "k--", label="bound of the theorem")
+    axis.loglog(iterations, bound(tau), "k--", label="the theorem's bound")
     axis.loglog(iterations, distances(game, tau, None, "mixture"), label="Nash-MD, eta_t")
     for eta in (0.1, 0.5, 1.0):
       axis.loglog(iterations, distances(game, tau, eta, "mixture"), label=f"Nash-MD, eta {eta}")
     self_play = distances(game, tau, 0.5, "self")
     axis.loglog(iterations, np.maximum(self_play, 1e-16), label="self-play, eta 0.5")
     average = distances(game, tau, 0.5, "self", average=True)
-    axis.loglog(iterations, average, label="self-play, eta 0.5, average")
+    axis.loglog(iterations, average, label="self-play, eta 0.5, average policy")
     axis.set(title=game, xlabel="iteration T", ylim=(1e-12, 1e3))
   axes[0][0].set_ylabel("KL to the equilibrium, nats")
   plots.legend_below(rate, axes[0][0])
 
   large, axes = plots.subplots(1, 1)
   for label, opponent, averaged in (
-    ("Nash-MD, last", "mixture", False),
-    ("self-play, last", "self", False),
-    ("self-play, average", "self", True),
+    ("Nash-MD, last policy", "mixture", False),
+    ("self-play, last policy", "self", False),
+    ("self-play, average policy", "self", True),
   ):
     ends = [
       distances("rock-paper-scissors", tau, eta, opponent, averaged)[-1] for eta in STEP_SIZES
@@ -274,17 +278,28 @@ def _figures(tau: float, history: Any) -> list[results.Figure]:
   return [
     results.Figure(
       name="nash_md_rate",
-      caption=f"tau = {tau}. Nash-MD with constant steps stops beside the equilibrium.",
+      caption=(
+        f"The curves show the KL to the equilibrium at tau = {tau}. With the theorem's steps eta_t "
+        "Nash-MD stays below the bound; with constant steps it stops at a distance from the "
+        "equilibrium. The last policy of self-play falls below 1e-12, where the axis ends."
+      ),
       figure=rate,
     ),
     results.Figure(
       name="nash_md_large_steps",
-      caption="Rock-paper-scissors: large steps cycle; averages suffer less. The floor is 1e-12.",
+      caption=(
+        "The points show the KL on rock-paper-scissors for constant steps. With large steps the "
+        "last policy of self-play cycles; its average stays nearer to the equilibrium. Values "
+        "below 1e-12 are drawn at 1e-12."
+      ),
       figure=large,
     ),
     results.Figure(
       name="nash_md_exploitability",
-      caption="Where the exact policy gradient stops: at the equilibrium for beta = 0 only.",
+      caption=(
+        "The points show the exploitability of the policy at which the exact policy gradient "
+        "stops. Only with beta = 0 is this policy the equilibrium."
+      ),
       figure=stop,
     ),
   ]

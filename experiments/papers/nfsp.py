@@ -1,4 +1,4 @@
-"""NFSP (arXiv:1603.01121), a baseline, on a compiled game; a step of the loop scans epochs."""
+"""NFSP (arXiv:1603.01121), a baseline, on a compiled game. Each training step scans epochs."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def build(config: Any) -> training.Experiment:
 
 
 def solver(config: Any, game: games.Game) -> game_runs.Solver:
-  """Returns NFSP with networks of the config's sizes."""
+  """Returns NFSP with networks of the sizes in the config."""
   hyperparameters = nfsp.Config(**config.algorithm)
   observations = games.information_state_tensors(game)
   network = mlp.MLP(game.layout.num_actions, tuple(config.network.widths))

@@ -1,4 +1,4 @@
-"""Online IPO and IPO-MD (arXiv:2403.08635): pairs drawn as it trains, or the games."""
+"""Online IPO and IPO-MD (arXiv:2403.08635): a language model on its own pairs, or random games."""
 
 from typing import Any
 
@@ -16,7 +16,9 @@ def build(config: Any) -> training.Experiment:
   if config.data.name == "online_ipo_bandit":
     return online_ipo_bandit.build(config)
   if config.data.num_samples != 2:
-    raise ValueError(f"data.num_samples={config.data.num_samples}: a pair has 2 completions")
+    raise ValueError(
+      f"data.num_samples={config.data.num_samples} must be 2: online IPO compares pairs"
+    )
   return language_online.build(config, algorithm=online_ipo, collect=collect)
 
 
@@ -26,7 +28,7 @@ def collect(
   key: jax.Array,
   this_round: language_online.Round,
 ) -> online_ipo.Batch:
-  """Draws two completions of each prompt, from the policy or a mixture, and has them compared."""
+  """Draws two completions of each prompt from the policy or a mixture, and compares them."""
   sample_fn = this_round.sample_fn(this_round.task.config.data.mixture_beta)
   first, second = online_ipo.sample(learner, prompts, key, sample_fn=sample_fn)
   return online_ipo.Batch(

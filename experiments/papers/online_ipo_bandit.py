@@ -1,9 +1,9 @@
-"""Online IPO and IPO-MD (arXiv:2403.08635), beside Nash-MD: where they stop, and the LM run.
+"""Online IPO and IPO-MD (arXiv:2403.08635): their fixed points on random games with cycles.
 
-The problems are random games with cycles. Pairs are drawn at every step from pi^(1 - beta)
-ref^beta. With beta 0 this is online IPO, which ends at the Nash equilibrium of the regularised
-game. With a beta in between it is IPO-MD, which ends where Nash-MD-PG with the same mixture does.
-With beta 1 it is IPO on pairs of the reference, which ends at the best response to it.
+Every step draws pairs from pi^(1 - beta) ref^beta. At beta 0 this is online IPO, which ends at the
+Nash equilibrium of the regularised game. At a beta in between it is IPO-MD, which ends at the fixed
+point of Nash-MD-PG with the same mixture. At beta 1 it is IPO on pairs of the reference, which ends
+at the best response to the reference.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from experiments.loop import training
 from experiments.report import results, statistics
 from experiments.tasks import bandit_grid, bandits
 
-CYCLE = 1.0  # the log-odds that no reward explains are as large as those that one does
+CYCLE = 1.0  # the cyclic part of the log-odds has the same scale as the part that rewards explain
 
 
 def build(config: Any) -> training.Experiment:
@@ -27,8 +27,8 @@ def build(config: Any) -> training.Experiment:
   mixture_beta = config.data.mixture_beta
   if not 0 < mixture_beta < 1:
     raise ValueError(
-      f"config.data.mixture_beta={mixture_beta}: give a number between 0 and 1; both ends are run "
-      "beside it"
+      f"config.data.mixture_beta={mixture_beta} must lie strictly between 0 and 1: both ends run "
+      "anyway"
     )
   grid = bandit_grid.random_bandits(config)
   preferences, ref_logps = grid.preferences(CYCLE), grid.ref_logps
@@ -64,7 +64,7 @@ def build(config: Any) -> training.Experiment:
       problems=(jnp.asarray(preferences, jnp.float32), jnp.asarray(ref_logps, jnp.float32)),
       start=ref_logps,
       exact=np.exp([[end(index, tau) for index in places] for tau in taus]),
-      tolerance=0.01,  # the pairs are draws, whose noise the step size averages out
+      tolerance=0.01,  # the pairs are random; the decay of the step size averages out most noise
     )
 
   methods = {
@@ -84,9 +84,11 @@ def build(config: Any) -> training.Experiment:
         for name in methods
       ]
       means = [x.mean() for x in exploited]
-      # A drawn gradient leaves 1e-5 or less.
+      # The noise of drawn pairs leaves 1e-5 or less.
       rising = bool(means[0] < 1e-4 and means[0] < means[1] < means[2])
-      checks.append((f"tau {tau}: exploitability below 1e-4 online, then rising", rising))
+      checks.append(
+        (f"tau {tau}: exploitability is below 1e-4 for online IPO and rises with beta", rising)
+      )
       start = preference_games.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
       rows.append([tau, *(statistics.mean_interval(x) for x in (*exploited, start))])
     columns = ["tau", *(method.label for method in methods.values()), "reference"]

@@ -1,4 +1,4 @@
-"""Reward and preference models: trained on labelled pairs, tested on the pairs of other prompts."""
+"""Reward and preference models: trained on labelled pairs, tested on pairs of other prompts."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from experiments.papers import reward_model_bandit
 from experiments.report import results
 from experiments.tasks import language, preference_accuracy, preferences
 
-_EVAL_PAIRS = 32  # read at once
+_EVAL_PAIRS = 32  # pairs in one evaluation batch
 
 
 def build(config: Any) -> training.Experiment:
@@ -76,10 +76,10 @@ def build(config: Any) -> training.Experiment:
 
 def _describe(config: Any, accuracy: results.Estimate) -> str:
   return (
-    f"The reward is a {config.algorithm.kind} model learned from {config.data.preferences}, with "
-    f"an accuracy of {accuracy} on held-out pairs (a coin: 0.5). It stands in for those who "
-    "labelled the pairs and errs where they were not asked; a policy can raise it without pleasing "
-    "them."
+    f"The reward is a {config.algorithm.kind} model trained on {config.data.preferences}. Its "
+    f"accuracy on held-out pairs is {accuracy} (a coin has 0.5). It approximates the people who "
+    "labelled the pairs and can be wrong on other text, so a policy can raise this reward without "
+    "pleasing them."
   )
 
 

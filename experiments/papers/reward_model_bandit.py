@@ -1,8 +1,8 @@
-"""Reward and preference models: trained on labelled pairs, judged on the pairs of other prompts.
+"""Reward and preference models as tables, on random preferences with cycles of growing strength.
 
-The bandit run fits tables to random preferences with ever stronger cycles. Where there are none a
-Bradley-Terry model gives back the rewards up to a constant; with cycles it stops above the entropy
-of the labels, at a reward that depends on who wrote the pairs. A pairwise model reaches it.
+Without cycles a Bradley-Terry model recovers the rewards up to a constant. With cycles its loss
+stays above the entropy of the labels, and its rewards depend on the distribution of the pairs. A
+pairwise model reaches the entropy.
 """
 
 import functools
@@ -23,7 +23,7 @@ def build(config: Any) -> training.Experiment:
   cycles = tuple(float(cycle) for cycle in config.data.cycles)
   if not cycles or cycles[0] != 0 or not np.all(np.diff(cycles) > 0):
     raise ValueError(
-      f"config.data.cycles={cycles}: give rising strengths that start at 0, such as (0.0, 1.0, 2.0)"
+      f"config.data.cycles={cycles} must start at 0 and rise: give for example (0.0, 1.0, 2.0)"
     )
   grid = bandit_grid.random_bandits(config)
   even, uneven = np.ones_like(grid.counts), grid.counts
@@ -71,18 +71,18 @@ def build(config: Any) -> training.Experiment:
     kind="bradley_terry",
     start=np.zeros(grid.rewards.shape),
     apply_fn=lambda params, rows: params[rows.tokens[:, 0]],
-    read=lambda params: params - params.mean(-1, keepdims=True),  # the constant is free
+    read=lambda params: params - params.mean(-1, keepdims=True),  # the loss ignores a constant
   )
   methods = {
     "reward": rewards("Bradley-Terry", counts=uneven, exact=scores(uneven)),
-    "even": rewards("Bradley-Terry, other pairs", counts=even, exact=scores(even)),
+    "even": rewards("Bradley-Terry, even pairs", counts=even, exact=scores(even)),
     "pairs": method(
       "pairwise",
       "pairwise",
       uneven,
       preferences,
       np.zeros(grid.cycles.shape),
-      # f(y, y'): y ends the prompt, y' is the completion.
+      # f(y, y'): y is the last token of the prompt, y' the completion.
       lambda params, rows: params[rows.prompt_tokens[:, -1], rows.tokens[:, 0]],
       lambda params: jax.nn.sigmoid((params - jnp.swapaxes(params, -1, -2)) / 2),
     ),
@@ -93,7 +93,7 @@ def build(config: Any) -> training.Experiment:
     checks, rows = [], []
     truth = grid.rewards - grid.rewards.mean(1, keepdims=True)
     worst = max(np.abs(ends[name][0] - truth).max() for name in ("reward", "even"))
-    checks.append(("no cycles: the rewards, up to a constant, within 1e-3", bool(worst < 1e-3)))
+    checks.append(("no cycles: rewards within 1e-3, up to a constant", bool(worst < 1e-3)))
     weights = np.triu(uneven[:, :, None] * uneven[:, None, :], 1)
     weights = weights / weights.sum((1, 2), keepdims=True)
     for i, cycle in enumerate(cycles):
@@ -104,14 +104,16 @@ def build(config: Any) -> training.Experiment:
       }
       sources = np.abs(ends["reward"][i] - ends["even"][i]).max(1)
       at_floor = bool(excess["pairs"].max() < 1e-5)
-      checks.append((f"cycle {cycle}: pairwise within 1e-5 of the entropy of the labels", at_floor))
+      checks.append(
+        (f"cycle {cycle}: pairwise is within 1e-5 of the entropy of the labels", at_floor)
+      )
       if cycle:
         above = bool(at_floor and (statistics.mean_interval(excess["reward"]).low or 0) > 0.005)
-        checks.append((f"cycle {cycle}: Bradley-Terry over 0.005 nats above the entropy", above))
+        checks.append((f"cycle {cycle}: Bradley-Terry is over 0.005 nats above the entropy", above))
         apart = bool(at_floor and sources.mean() > 0.05)
-        checks.append((f"cycle {cycle}: other pairs, another reward (0.05 on average)", apart))
+        checks.append((f"cycle {cycle}: rewards depend on the pairs (mean over 0.05)", apart))
       rows.append([cycle, *(statistics.mean_interval(x) for x in (*excess.values(), sources))])
-    columns = ["cycle", "Bradley-Terry", "pairwise", "difference of rewards between two sources"]
+    columns = ["cycle", "Bradley-Terry", "pairwise", "reward difference of two pair distributions"]
     title = "Log-loss above the entropy of the labels, nats, mean over the problems"
     return checks, [results.Table(title, columns, rows)]
 
@@ -127,13 +129,13 @@ def build(config: Any) -> training.Experiment:
 
 
 def _excess(preferences: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Mean KL(true label || fitted label) over the pairs of each bandit, `[P]`."""
+  """Returns the mean KL(true label || fitted label) over the pairs of each bandit, `[P]`."""
   labels = [(p, q) for p, q in ((preferences, fitted), (1 - preferences, 1 - fitted))]
   return (weights * sum(p * np.log(p / q) for p, q in labels)).sum((1, 2))
 
 
 def _fitted(sweep, methods, cycles, preferences) -> results.Table:
-  """What the models say of the pairs of the first bandit."""
+  """Returns a table of the models' predictions for the pairs of the first bandit."""
   ends = {name: np.asarray(m.read(sweep.runs[name].params), float) for name, m in methods.items()}
   names, rows = bandits.arm_names(preferences.shape[-1]), []
   for i, cycle in enumerate(cycles):
@@ -143,4 +145,6 @@ def _fitted(sweep, methods, cycles, preferences) -> results.Table:
       cells = (*probs, ends["pairs"][i, 0, first, second])
       rows.append([cycle, f"{names[first]} {names[second]}", *map(float, cells)])
   columns = ["cycle", "pair", "P(first beats second)", "Bradley-Terry", "pairwise"]
-  return results.Table("Preferences of the first bandit, and what the models say", columns, rows)
+  return results.Table(
+    "Preferences of the first bandit and predictions of the models", columns, rows
+  )

@@ -1,4 +1,4 @@
-"""RLOO (arXiv:2402.14740), a baseline: completions drawn and scored as it trains, or the bandit."""
+"""RLOO (arXiv:2402.14740), a baseline: a language model on its own completions, or a bandit."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def collect(
   key: jax.Array,
   this_round: language_online.Round,
 ) -> rloo.Batch:
-  """Draws K completions of each prompt and has them scored."""
+  """Draws K completions of each prompt and scores them."""
   rows = rloo.sample(learner, prompts, key, sample_fn=this_round.sample_fn())
   shape = (len(prompts.tokens), sequences.rows_per_prompt(rows))
   return rloo.Batch(

@@ -1,9 +1,9 @@
-"""RLOO (arXiv:2402.14740), the baseline of CoPG's paper: the problems and the online LM run.
+"""RLOO (arXiv:2402.14740), a baseline in CoPG's paper: its gradient noise on random bandits.
 
-The problems are random, with rewards of a given mean under the reference. At the optimum the
-regularised reward is the same for every arm: with the leave-one-out baseline every single gradient
-vanishes there, so that RLOO arrives with a constant step size. Without a baseline (REINFORCE) the
-gradient vanishes only on average, and the policy trembles.
+The rewards have a given mean under the reference. At the optimum the regularised reward is the same
+for every arm. With the leave-one-out baseline every sampled gradient vanishes there, so RLOO
+converges with a constant step size. Without a baseline (REINFORCE) the gradient vanishes only on
+average, and the policy keeps fluctuating.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandit_grid, bandits
 
-NUM_PROBES = 1024  # gradients of single prompts behind a variance
+NUM_PROBES = 1024  # sampled gradients for one estimate of the variance
 LABELS = {"leave_one_out": "RLOO", "none": "REINFORCE"}
 
 
 def draw(problem: Any, params: jax.Array, key: jax.Array, *, shape: tuple[int, int]) -> rloo.Batch:
-  """Draws arms of the policy `params [A]` as a batch `[B, K]`; a problem is (log ref, rewards)."""
+  """Draws a batch `[B, K]` of arms from logits `params [A]`; a problem is (log ref, rewards)."""
   ref_logps, rewards = problem
   arms = bandits.draw_arms(key, params, shape)
   return rloo.Batch(arms[..., None], jnp.ones((*shape, 1)), ref_logps[arms], rewards[arms])
@@ -33,9 +33,9 @@ def draw(problem: Any, params: jax.Array, key: jax.Array, *, shape: tuple[int, i
 def gradient_variance(
   problem: Any, params: jax.Array, key: jax.Array, beta: Any, *, num_samples: int, baseline: str
 ) -> jax.Array:
-  """Returns the variance of RLOO's gradient on one prompt, summed over the logits: a scalar."""
+  """Returns the variance of RLOO's gradient on one prompt, summed over the logits (a scalar)."""
   config = rloo.Config(beta=beta, baseline=baseline)
-  state: Any = None  # RLOO's loss does not look at it
+  state: Any = None  # RLOO's loss does not use it
 
   def gradient(key):
     batch = draw(problem, params, key, shape=(1, num_samples))
@@ -72,7 +72,7 @@ def build(config: Any) -> training.Experiment:
 
   methods = {baseline: method(baseline) for baseline in LABELS}
 
-  def variances(params, key):  # [S, P] of each baseline; all see the same arms
+  def variances(params, key):  # [S, P] for each baseline, all with the same random numbers
     keys = jax.random.split(key, params["none"].shape[:2])
     found = {}
     for baseline in LABELS:
@@ -96,7 +96,7 @@ def build(config: Any) -> training.Experiment:
 
   def findings(sweep, ends):
     start = jnp.broadcast_to(problems[0], (len(betas), *ref_logps.shape))
-    # Both at the policy that RLOO ends at, and both at the reference.
+    # Measure both baselines at the final policy of RLOO, and both at the reference.
     places = {"reference": start, "end of RLOO": sweep.runs["leave_one_out"].params}
     found = {
       place: {
@@ -108,15 +108,15 @@ def build(config: Any) -> training.Experiment:
     checks, rows = [], []
     for i, beta in enumerate(betas):
       errors = {name: np.abs(end[i] - np.exp(optima[i])).max() for name, end in ends.items()}
-      trembles = bool(errors["none"] > 10 * errors["leave_one_out"])
-      checks.append((f"beta {beta}: REINFORCE's error is over ten times RLOO's", trembles))
+      larger = bool(errors["none"] > 10 * errors["leave_one_out"])
+      checks.append((f"beta {beta}: REINFORCE's error is over ten times RLOO's", larger))
       for place, by_name in found.items():
         cells = [np.maximum(by_name[name][i], 1e-30) for name in LABELS]
-        # Variances of different problems differ by magnitudes: the mean and interval of logarithms.
+        # The variances of problems differ by orders of magnitude, so average their logarithms.
         ratio = statistics.mean_interval(np.log10(cells[1] / cells[0]))
         rows.append([beta, place, *(float(x.mean()) for x in cells), ratio])
         if place == "end of RLOO":
-          text = "RLOO's gradient noise is a hundredth of REINFORCE's at its end, or less"
+          text = "at RLOO's final policy its variance is below 1/100 of REINFORCE's"
           checks.append((f"beta {beta}: {text}", ratio.low is not None and ratio.low > 2))
     columns = ["beta", "at the policy", *LABELS.values(), "log10 of the ratio"]
     title = f"Variance of the gradient on one prompt, {num_samples} samples, mean over the problems"
@@ -144,5 +144,8 @@ def _figure(history, betas, num_steps) -> results.Figure:
     axis.set(title=f"beta = {beta}", xlabel="step")
   axes[0][0].set_ylabel("variance of the gradient")
   plots.legend_below(figure, axes[0][0])
-  caption = "Noise of the gradient on one prompt along each run. The floor is 1e-12."
+  caption = (
+    "The curves show the variance of each method's gradient on one prompt during its own run, as a "
+    "mean over the problems. Values below 1e-12 are drawn at 1e-12."
+  )
   return results.Figure("rloo_bandit_variance", caption, figure)

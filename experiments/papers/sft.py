@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: the start of every alignment run, on demonstrations of your own.
+"""Supervised fine-tuning on your own demonstrations, the usual first step before alignment.
 
-The run compares the tuned model with the one it started from on held-out prompts, like the runs
-of the alignment papers, whose `network.model` its exported folder can be.
+Like the runs of the alignment papers, it compares the tuned model with its starting point on
+held-out prompts. It exports a model folder, which those runs take as `network.model`.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""SRPO (arXiv:2406.01660): a language model that rewrites its answers, or the bandit."""
+"""SRPO (arXiv:2406.01660): a language model that rewrites its answers, or a bandit."""
 
 from typing import Any
 

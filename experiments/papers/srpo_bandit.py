@@ -1,11 +1,13 @@
-"""SRPO (arXiv:2406.01660): who wrote the data, what revising brings, and the language-model run.
+"""SRPO (arXiv:2406.01660) on bandits: robustness to the behaviour policy, and gains by revision.
 
-The bandit trains SRPO, IPO and DPO on labelled pairs that three behaviour policies drew. Arm c
-beats both others, arm a crushes arm b: data full of b make a look best to a method that averages
-over its data. All methods train the same table, a row to answer with and a row to rewrite each arm.
+The bandit trains SRPO, IPO and DPO on labelled pairs from three behaviour policies. Arm c beats
+both others, and arm a beats arm b almost always. If the data are full of b, then a looks best to a
+method that averages over its data. All methods train the same table: one row for the answer, and
+one row for the rewrite of each arm.
 
-The revisions are closed forms, no training: ten ordered arms whose reference rewrites an arm into
-one near it. (With a reference that ignores what it rewrites, revising does not help.)
+The revisions need no training; their win rates are closed forms. Ten arms are ordered by quality,
+and the reference rewrites an arm into one near it. (If the reference ignored the arm that it
+rewrites, revisions would not help.)
 """
 
 import functools
@@ -44,7 +46,7 @@ class _Data(NamedTuple):
 
 def build(config: Any) -> training.Experiment:
   """Returns the experiment of the preset `bandit`."""
-  # Two seeds: a standard error is part of a criterion.
+  # A criterion uses the standard error over seeds, so there must be two.
   bandits.check_counts(config, num_seeds=2, batch_size=1, num_pairs=1)
   for name in ("beta", "ipo_tau", "dpo_beta"):
     bandits.positives(config, f"algorithm.{name}")
@@ -65,7 +67,7 @@ def build(config: Any) -> training.Experiment:
     wins = jax.random.bernoulli(label_key, jnp.asarray(PREFERENCES)[first, second])
     return _Data(jnp.where(wins, first, second), jnp.where(wins, second, first))
 
-  # Drawn once, from the seed alone: a resumed run sees the same data.
+  # The data depend only on the seed, so a resumed run sees the same.
   over_seeds = jax.vmap(sample_data, in_axes=(None, 0))
   data = jax.jit(jax.vmap(over_seeds))(
     jnp.array(list(BEHAVIOURS.values())), jax.random.split(jax.random.key(config.seed), shape)
@@ -101,7 +103,7 @@ def build(config: Any) -> training.Experiment:
         observe=lambda state: jax.nn.softmax(state.params[0]),
       )
       runs_of_seeds = jax.vmap(jax.vmap(run, in_axes=(0, 0, 0, None)), in_axes=(0, 0, 0, None))
-      keys = jax.random.split(key, shape)  # all methods see the same batches
+      keys = jax.random.split(key, shape)  # the same batches for all methods
       runs[name], losses, averages[name] = runs_of_seeds(
         sweep.runs[name], data, keys, configs[name]
       )
@@ -121,7 +123,10 @@ def build(config: Any) -> training.Experiment:
     maximise=False,
     evaluate=lambda sweep: _result(sweep, algorithm),
     sample=functools.partial(bandits.sample_table, logits_of=lambda params: params[..., 0, :]),
-    figures=lambda history, result: [_behaviour_figure(history, algorithm, num_steps), *_revised()],
+    figures=lambda history, result: [
+      _behaviour_figure(history, algorithm, num_steps),
+      _revision_figure(),
+    ],
   )
 
 
@@ -140,7 +145,7 @@ def _pairs(pairs: _Data) -> ipo.Batch:
 
 
 def _srpo_batch(pairs: _Data) -> srpo.Batch:
-  """Row 0 of the table answers, row 1 + y rewrites arm y: the prompt of one token says which."""
+  """Row 0 of the table answers and row 1 + y rewrites arm y; the prompt token selects the row."""
   ones = jnp.ones((len(pairs.chosen), 1))
   return srpo.Batch(
     chosen_tokens=pairs.chosen[:, None],
@@ -158,7 +163,7 @@ def _srpo_batch(pairs: _Data) -> srpo.Batch:
 
 
 def _exact(algorithm: Any) -> dict[str, np.ndarray]:
-  """The closed forms, `[behaviours, 3]`; DPO has none on preferences that are not Bradley-Terry."""
+  """Returns the closed forms, `[behaviours, 3]`. DPO has none: the preferences have a cycle."""
   robust, _ = preference_games.srpo_optimum(PREFERENCES, UNIFORM[0], UNIFORM, float(algorithm.beta))
   averaging = [
     oracles.psi_po_optimum(PREFERENCES, np.array(mu), UNIFORM[0], float(algorithm.ipo_tau))
@@ -168,10 +173,10 @@ def _exact(algorithm: Any) -> dict[str, np.ndarray]:
 
 
 def revision_win_rates(beta: float) -> dict[str, np.ndarray]:
-  """Win rates against the gold policy after 0 to 5 revisions, all in closed form.
+  """Returns win rates against the gold policy after 0 to 5 revisions, all in closed form.
 
-  Ten arms of Bradley-Terry quality -2 to 2; the reference answers near arm 2, the gold policy near
-  arm 6, and the reference's rewrites stay within an arm or two.
+  Ten arms have Bradley-Terry qualities from -2 to 2. The reference answers near arm 2 and the gold
+  policy near arm 6. The reference's rewrites move by an arm or two.
   """
   arms = np.arange(10.0)
   quality = np.linspace(-2, 2, 10)
@@ -203,7 +208,7 @@ def _result(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
   best = {name: [int(np.argmax(p)) for p in mean] for name, mean in means.items()}
   for i, behaviour in enumerate(BEHAVIOURS):
     errors = np.abs(means["srpo"][i] - exact["srpo"][i])
-    # Labels are noisy: a seed's data have an optimum of their own.
+    # Labels are noisy, so the data of each seed have their own optimum.
     spread = (
       np.asarray(sweep.averages["srpo"])[i].std(0, ddof=1) / len(sweep.averages["srpo"][i]) ** 0.5
     )
@@ -214,8 +219,8 @@ def _result(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
     for name, mean in means.items():
       closed = [*map(float, exact[name][i])] if name in exact else ""
       rows.append([behaviour, NAMES[name], closed, [*map(float, mean[i])]])
-  checks.append(("SRPO prefers arm c on all data", best["srpo"] == [2, 2, 2]))
-  checks.append(("IPO's favourite depends on who wrote the data", len(set(best["ipo"])) > 1))
+  checks.append(("SRPO prefers arm c on all data sets", best["srpo"] == [2, 2, 2]))
+  checks.append(("IPO's favourite depends on the behaviour policy", len(set(best["ipo"])) > 1))
   revised = {beta: revision_win_rates(beta) for beta in REVISION_BETAS}
   rising = all(bool(np.all(np.diff(rates["SRPO"]) > -1e-9)) for rates in revised.values())
   checks.append(("SRPO's win rate never falls with a revision", rising))
@@ -229,12 +234,12 @@ def _result(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
     tables=[
       results.checks_table("Pass criteria", checks),
       results.Table(
-        "P(a), P(b), P(c), mean over seeds and the last scan",
+        "P(a), P(b), P(c), mean over seeds and the last scan of updates",
         ["data", "method", "closed form", "trained"],
         rows,
       ),
       results.Table(
-        "Win rate against gold after 0 to 5 revisions (closed forms)",
+        "Win rate against the gold policy after 0 to 5 revisions (closed forms)",
         ["beta", "SRPO", "IPO", "DPO", "reference"],
         revision_rows,
       ),
@@ -245,7 +250,7 @@ def _result(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
 def _behaviour_figure(history, algorithm, num_steps) -> results.Figure:
   figure, axes = plots.subplots(len(METHODS), len(BEHAVIOURS), sharex=True, sharey=True)
   exact = _exact(algorithm)
-  # A point is the mean over a scan: it stands in its middle.
+  # A point is the mean over a scan, so it stands in the middle of the scan.
   steps = np.array([0, *(record["step"] + 0.5 for record in history)]) * num_steps
   for row, name in enumerate(METHODS):
     for i, behaviour in enumerate(BEHAVIOURS):
@@ -261,19 +266,24 @@ def _behaviour_figure(history, algorithm, num_steps) -> results.Figure:
     axes[row][0].set_ylabel("probability")
   axes[0][0].legend()
   caption = (
-    "The same game, three sources of data. Dotted: closed forms. Only SRPO ignores the source."
+    "The lines show the probability of each arm in one game, for data from three behaviour "
+    "policies (columns). Dotted lines show the closed forms of SRPO and IPO; DPO has none. Only "
+    "SRPO ends at the same policy for all data."
   )
   return results.Figure(name="srpo_bandit_behaviour", caption=caption, figure=figure)
 
 
-def _revised() -> list[results.Figure]:
+def _revision_figure() -> results.Figure:
   figure, axes = plots.subplots(1, len(REVISION_BETAS), sharey=True)
   for axis, beta in zip(axes[0], REVISION_BETAS, strict=True):
     for name, rates in revision_win_rates(beta).items():
       values = np.broadcast_to(rates, NUM_REVISIONS + 1) if len(rates) == 1 else rates
       axis.plot(values, label=name, marker="o" if name == "SRPO" else "")
-    axis.set(title=f"beta = {beta}", xlabel="revisions", ylim=(0, 1))
-  axes[0][0].set_ylabel("win rate against gold")
+    axis.set(title=f"beta = {beta}", xlabel="number of revisions", ylim=(0, 1))
+  axes[0][0].set_ylabel("win rate against the gold policy")
   plots.legend_below(figure, axes[0][0])
-  caption = "Revising with SRPO's own rewrite, in closed form, where the reference edits locally."
-  return [results.Figure(name="srpo_revisions", caption=caption, figure=figure)]
+  caption = (
+    "The curves show SRPO's win rate as it rewrites its own answer, in closed form. The other "
+    "policies do not revise, so their lines are flat."
+  )
+  return results.Figure(name="srpo_revisions", caption=caption, figure=figure)

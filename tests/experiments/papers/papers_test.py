@@ -217,7 +217,7 @@ def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
     ({"data.scored": "a.jsonl", "data.demonstrations": "b.jsonl"}, "both given"),
     ({"eval.num_prompts": 0}, "eval.num_prompts=0"),
     ({"train.batch_size": 72}, "train.batch_size=72 exceeds data.num_prompts=64"),
-    ({"train.batch_size": 12}, "train.batch_size=12 does not divide over the 8 shards"),
+    ({"train.batch_size": 12}, "train.batch_size=12 must be a multiple of the 8 data shards"),
     ({"data.num_samples": 1}, "data.num_samples=1"),
     ({"algorithm.num_microbatches": 3}, "num_microbatches=3"),
     ({"network.logps_chunk": 0}, "network.logps_chunk"),

@@ -61,5 +61,5 @@ def test_settings_are_named_as_the_command_line_has_them():
 def test_a_step_of_mirror_descent_that_is_too_large_is_refused_before_training():
   config = presets.resolve("nash_md:bandit")
   config.algorithm.tau = 0.5
-  with pytest.raises(ValueError, match=r"config.algorithm.tau=0.5: give at most 0.2"):
+  with pytest.raises(ValueError, match=r"config.algorithm.tau=0.5 must be at most 0.2"):
     nash_md.build(config)

@@ -137,7 +137,7 @@ def _short(resolve):
   [
     ("armac:kuhn", "--config.environment.game=khun_poker", "did you mean kuhn_poker"),
     ("armac:kuhn", "--config.environment.num_seeds=0", "num_seeds must be an integer >= 1, got 0"),
-    ("armac:kuhn", "--config.network.encoder=gru", "encoder must be one of 'mlp', 'lstm', got 'gru'"),
+    ("armac:kuhn", "--config.network.encoder=gru", "encoder must be one of 'mlp', 'lstm'"),
     ("armac:kuhn", "--config.algorithm.num_groups=7", "num_groups must divide"),
     ("cfr:kuhn", "--config.algorithm.variant=crf", "variant must be one of 'cfr', 'cfr+'"),
     ("solvers:kuhn", "--config.methods=('dqn',)", "is not one of armac"),

@@ -129,7 +129,7 @@ def test_an_answer_that_grew_is_cut_at_its_end_to_fit():
     ("rloo", {"data.scored": "a.jsonl"}, "data.scored=a.jsonl: rloo learns from completions that"),
     ("rloo", {"data.temperature": "0.7"}, "data.temperature=0.7"),
     ("rloo", {"data.num_samples": "1"}, "data.num_samples=1"),
-    ("online_ipo", {"data.num_samples": "3"}, "data.num_samples=3: a pair has 2"),
+    ("online_ipo", {"data.num_samples": "3"}, "data.num_samples=3 must be 2"),
     ("nash_md", {"data.mixture_beta": "1.5"}, "data.mixture_beta"),
     ("nash_md", {"data.preference_scale": "0"}, "data.preference_scale"),
     ("nash_md", {"preference": "nowhere:f"}, "preference 'nowhere:f'"),
