@@ -1,11 +1,13 @@
-"""All methods on one language, compared at equal distance from the reference: a run of runs.
+"""Compares all methods on the language of digits at equal distance from the reference.
 
-Methods cannot be compared at equal regularisers: each paper's letter sits elsewhere. Each method is
-trained at several, which gives a curve over sequence KL, and judged where its curve crosses the
-same KL. The policy *at* a KL is the coin toss, once a prompt, between the two neighbours on the
-curve (every curve starts at the reference): its win rates are interpolated win rates, and
-comparisons of it are honest binomial trials. What is equal is the mean log-ratio; a coin toss is a
-little nearer to the reference than that says.
+The methods cannot be compared at equal values of their regularisers, because each paper's symbol
+enters its loss in a different place. So each method is trained at several values, which gives a
+curve over sequence KL, and all methods are compared at the same KL.
+
+The policy of a method at that KL is a mixture: for each prompt, a coin toss chooses between the two
+neighbouring points of the curve (every curve starts at the reference). So its win rates are
+interpolated win rates, and its comparisons are true binomial trials. The mean log-ratio of all
+methods is then equal. The KL of such a mixture is a little smaller than this mean.
 """
 
 import dataclasses
@@ -33,9 +35,9 @@ _CYCLE = digits.ORACLES.index("intransitive")
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-  """A policy in the tournament: one answer to each held-out prompt.
+  """A policy in the tournament, with one answer to each of N held-out prompts.
 
-  name: in tables.  kl: its mean log-ratio, nats.  rewards, styles: `[N]`.
+  name: its name in tables.  kl: its mean log-ratio, in nats.  rewards, styles: `[N]`.
   """
 
   name: str
@@ -45,7 +47,7 @@ class Player:
 
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
-  """Trains reference, reward model and every method, each in a folder of its own, then compares."""
+  """Trains reference, reward model and all methods, each in its own folder, and compares them."""
   for name in config.methods:
     checks.choice("config.methods", name, tuple(digit_methods.METHODS))
   if not config.methods:
@@ -67,7 +69,7 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
 
 
 def sub_config(config: Any, name: str) -> ml_collections.ConfigDict:
-  """Returns the config of one of the runs, which can be evaluated alone like any other."""
+  """Returns the config of one run. The run can be evaluated on its own, like any other."""
   sub = ml_collections.ConfigDict({"paper": "digits", "preset": name, "seed": config.seed})
   sub.method = name
   sub.algorithm = dict(config.algorithm.get(name, {}))
@@ -86,7 +88,7 @@ def sub_config(config: Any, name: str) -> ml_collections.ConfigDict:
 def players_at(
   config: Any, trained: Mapping[str, results.Result], judge: int, reference: Player
 ) -> list[Player]:
-  """Returns every method at `eval.kl`, or as far as it goes."""
+  """Returns every method at the KL `eval.kl`, or at its largest KL if that is smaller."""
   return [
     _at_kl(
       digit_methods.METHODS[name].name,
@@ -99,7 +101,7 @@ def players_at(
 
 
 def _at_kl(name: str, arrays: Mapping[str, np.ndarray], reference: Player, kl: float) -> Player:
-  """The coin toss between the neighbours of `kl` on a method's curve, prompt i played by seed i."""
+  """Returns the mixture of the two points around `kl`; seeds answer the prompts in turn."""
   num_settings, num_seeds, count = arrays["rewards"].shape
   seeds, prompts = np.arange(count) % num_seeds, np.arange(count)
   points = [reference]
@@ -122,7 +124,7 @@ def _at_kl(name: str, arrays: Mapping[str, np.ndarray], reference: Player, kl: f
 
 
 def reference_players(config: Any, world: runs.World) -> list[Player]:
-  """The reference, and what it says when its first token is one of the three marks."""
+  """Returns the reference, and the reference conditioned on each of the three marks."""
   network = digit_language.network_of(config)
   params = world.ref_params
   rows = digit_language.sample_rows(network, params, config, "reference")
@@ -148,7 +150,7 @@ def reference_players(config: Any, world: runs.World) -> list[Player]:
       np.concatenate(pair, axis=1) for pair in ((mark, rest.tokens), (ones, rest.mask))
     ]
     share = float(np.mean(players[0].styles == style))
-    kl = -math.log(share) if share else math.inf  # exact: the rest is drawn as the reference does
+    kl = -math.log(share) if share else math.inf  # exact: the other tokens follow the reference
     players.append(
       _player(f"only {letter}", kl, sequences.Sequences(answer[0], answer[1], *prompts))
     )
@@ -161,7 +163,7 @@ def _player(name: str, kl: float, rows: sequences.Sequences) -> Player:
 
 
 def tournament(players: list[Player], intransitive: bool) -> list[list[results.Estimate]]:
-  """Plays everyone against everyone, a label drawn for each prompt: entry i, j is i's win rate."""
+  """Returns win rates of row against column; each pair plays one drawn label for each prompt."""
   count = len(players[0].rewards)
   table = [[results.Estimate(0.5, 0.5, 0.5)] * len(players) for _ in players]
   rng = np.random.default_rng(0)
@@ -205,7 +207,7 @@ def compare(
 
 
 def _worst(everyone: list[Player], row: list[results.Estimate]) -> tuple[str, results.Estimate]:
-  """The opponent that does best against a player, and the player's win rate against it."""
+  """Returns the opponent against which a player wins least, and the player's win rate."""
   index = min(range(len(row)), key=lambda i: row[i].value)
   return everyone[index].name, row[index]
 
@@ -225,7 +227,7 @@ def _checks(oracle, methods, reference, versus, worst) -> list[tuple[str, bool]]
       if name.startswith(("Nash", "self-play")):
         # Intervals apart: the exploited reward model is a claim about policies, not about a draw.
         apart = worst["RLOO"].high < worst[name].low
-        text = f"{oracle}: the worst opponent of {name} does worse than that of RLOO"
+        text = f"{oracle}: {name} does better than RLOO against its worst opponent"
         checks_.append((text, bool(apart)))
   return checks_
 
@@ -247,13 +249,13 @@ def _summary(oracle, config, everyone, rates, num_methods) -> results.Table:
       ]
     )
   return results.Table(
-    f"Judge: {oracle}. Methods at a sequence KL of {config.eval.kl:g} nats, or as far as they go",
+    f"Judge: {oracle}. Methods at a sequence KL of {config.eval.kl:g} nats, or at their largest",
     [
       "policy",
       "KL",
       "reward",
       "beats reference",
-      "against its worst opponent",
+      "against worst opponent",
       "worst opponent",
       *(f"style {letter}" for letter in "abc"),
     ],
@@ -268,7 +270,7 @@ def _matrix(oracle, everyone, rates) -> results.Table:
     [name, *("" if i == j else rate for j, rate in enumerate(row))]
     for i, (name, row) in enumerate(zip(names, rates, strict=True))
   ]
-  title = f"Judge: {oracle}. Win rate of the row against the column, 95 % Clopper-Pearson"
+  title = f"Judge: {oracle}. Win rate of row against column, with 95 % Clopper-Pearson intervals"
   return results.Table(title, ["", *names], rows, digits=3)
 
 
@@ -282,7 +284,7 @@ def _curves_table(config, trained) -> results.Table:
         cells = (trained[name].metrics[f"{key}/{tag}"].value for key in _CURVES)
         rows.append([method.name, oracle, f"{method.knob} = {value:g}", *cells])
   columns = ["method", "judge", "setting", "KL", "reward", "beats reference"]
-  return results.Table("Every setting, mean over the seeds", columns, rows, digits=3)
+  return results.Table("Every setting, mean over seeds", columns, rows, digits=3)
 
 
 _CURVES = ("kl", "reward", "win_rate")
@@ -292,12 +294,12 @@ _CURVES = ("kl", "reward", "win_rate")
 
 
 def _curves(config: Any, trained: Mapping[str, results.Result]) -> list[results.Figure]:
-  """Reward and win rate against KL, a panel for each family of methods."""
+  """Draws reward and win rate against KL, with one panel for each family of methods."""
   start = trained["sft"].metrics["reward"].value
   families = list(dict.fromkeys(digit_methods.METHODS[name].family for name in config.methods))
   panels = [("scalar", "reward", start), *((oracle, "win_rate", 0.5) for oracle in digits.ORACLES)]
   figure, axes = plots.subplots(len(panels), len(families), sharex=True, sharey="row")
-  words = {"reward": "mean reward", "win_rate": "win rate against reference"}
+  words = {"reward": "mean reward", "win_rate": "win rate against the reference"}
   for row, (oracle, key, first) in enumerate(panels):
     for column, family in enumerate(families):
       axis = axes[row][column]
@@ -318,14 +320,14 @@ def _curves(config: Any, trained: Mapping[str, results.Result]) -> list[results.
       axis.legend(fontsize=8)
     axes[row][0].set_ylabel(words[key])
   caption = (
-    "One curve a method, one point a setting of its regulariser, mean over the seeds; every curve "
-    "starts at the reference. Dotted: where the tournament is played."
+    "Each curve shows one method and each point one value of its regulariser, as a mean over "
+    "seeds. Every curve starts at the reference. The dotted line marks the KL of the tournament."
   )
   return [results.Figure("kl_curves", caption, figure)]
 
 
 def _revisions(config: Any, trained: Mapping[str, results.Result]) -> list[results.Figure]:
-  """Win rate against the reference's first answers after each revision."""
+  """Draws the win rate against the reference's answers after each revision."""
   shown = [name for name in digit_methods.REVISED if name in config.methods]
   if not shown or not config.eval.num_revisions:
     return []
@@ -340,15 +342,18 @@ def _revisions(config: Any, trained: Mapping[str, results.Result]) -> list[resul
         color = plots.PALETTE[shown.index(name)]
         label = f"{method.name}, {method.knob} = {value:g}"
         axis.plot(rates, linestyle=style, color=color, marker="o", ms=3, label=label)
-    axis.set(title=f"judge: {oracle}", xlabel="revisions")
-  axes[0][0].set_ylabel("win rate against reference")
+    axis.set(title=f"judge: {oracle}", xlabel="number of revisions")
+  axes[0][0].set_ylabel("win rate against the reference")
   plots.legend_below(figure, axes[0][0])
-  caption = "Each answer is shown to the policy that wrote it, which revises it; mean over seeds."
+  caption = (
+    "The lines show the win rate against the reference's answers when each policy revises its own "
+    "answers. Each line is a mean over seeds."
+  )
   return [results.Figure("revisions", caption, figure)]
 
 
 def _exploited(everyone: list[Player], rates: Any) -> results.Figure:
-  """The win rate of every policy against the opponent that suits it least, with its styles."""
+  """Draws the win rate of every policy against its worst opponent, and its styles."""
   figure, axes = plots.subplots(1, 2, size=(4.6, 0.28 * len(everyone) + 0.9), sharey=True)
   places = np.arange(len(everyone))[::-1]
   for place, player, row in zip(places, everyone, rates, strict=True):
@@ -369,8 +374,9 @@ def _exploited(everyone: list[Player], rates: Any) -> results.Figure:
   axes[0][1].set(xlabel="share of styles", xlim=(0, 1))
   plots.legend_below(figure, axes[0][1])
   caption = (
-    "Judge: intransitive. Left: how far the best opponent among all policies gets; 0.5 is a policy "
-    "that none of them beats. Bars: 95 %."
+    "The left panel shows each policy's win rate against its worst opponent under the intransitive "
+    "judge. At 0.5 no policy beats it. Bars are 95 % intervals. The right panel shows how often "
+    "each policy uses each style."
   )
   return results.Figure("worst_opponent", caption, figure)
 
@@ -392,5 +398,5 @@ def _heatmap(oracle: str, everyone: list[Player], rates: Any) -> results.Figure:
   axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
   axis.set_yticks(range(len(names)), names, fontsize=8)
   axis.grid(False)
-  caption = f"Judge: {oracle}. Percent of prompts on which the row beats the column."
+  caption = f"Each cell shows on how many percent of prompts row beats column. Judge: {oracle}."
   return results.Figure(f"tournament_{oracle}", caption, figure)

@@ -1,9 +1,9 @@
-"""Every method on the language of digits: one run trains a method under both judges at once.
+"""One method on the language of digits, trained under both judges at once.
 
-The state of a run has leading axes [judge, setting, seed]: two judges, the values of the method's
-own regulariser (traced, so one program serves all), the seeds. Offline methods learn from pairs
-that the reference wrote once; online ones draw from the policy and ask the judge at every step. A
-reward model stands in where a method needs a reward and the judge, being intransitive, has none.
+The state of a run has leading axes [judge, setting, seed]. The settings are values of the method's
+own regulariser; they are traced, so one program serves all. Offline methods learn from pairs that
+were drawn once from the reference. Online methods draw from the policy and ask the judge at every
+step. The intransitive judge has no reward, so a reward model replaces it for methods that need one.
 """
 
 import functools
@@ -27,7 +27,7 @@ from sharding import checks
 
 
 class World:
-  """What the methods of a comparison share, each made once: reference, reward model, data."""
+  """Reference, reward model and data of a comparison, each made once and shared by all methods."""
 
   def __init__(self, config: Any, folder: pathlib.Path):
     self._config, self._folder = config, folder
@@ -49,9 +49,9 @@ def build_in(config: Any, workdir: pathlib.Path, world: World | None = None) -> 
   """Returns the experiment of `config.method`.
 
   Args:
-    config: of one method, as `comparison.sub_config` makes it.
-    workdir: of the run; those of the reference and the reward model lie beside it.
-    world: shared by several runs of one process; made from the folders by default.
+    config: config of one method, from `comparison.sub_config`.
+    workdir: folder of the run, beside the folders of the reference and the reward model.
+    world: shared by several runs of one process; by default it is restored from those folders.
   """
   bandits.check_counts(config, num_prompts=2, num_seeds=1)
   checks.count("config.train.batch_size", config.train.batch_size)
@@ -66,9 +66,9 @@ def build_in(config: Any, workdir: pathlib.Path, world: World | None = None) -> 
 
 
 def scanned(step: Callable[..., Any], num_steps: int) -> Callable[..., Any]:
-  """Returns `run(state, key)`: `step(state, key) -> (state, metrics)` that many times.
+  """Returns `run(state, key)`, which scans over `num_steps` of `step(state, key)`.
 
-  Metrics are those of the last step, their losses the mean of all.
+  Both functions return (state, metrics). The metrics of `run` are means over its steps.
   """
 
   def run(state, key):
@@ -79,7 +79,7 @@ def scanned(step: Callable[..., Any], num_steps: int) -> Callable[..., Any]:
 
 
 def _reference(config: Any) -> training.Experiment:
-  """Imitates answers and revisions of the language's people, half of each in a batch."""
+  """Trains the reference on answers and revisions of simulated people, half of a batch each."""
   network = digit_language.network_of(config)
   num_steps = config.train.num_steps * config.train.inner_steps
   optimizer = language.make_optimizer(config.optimizer, num_steps)
@@ -164,7 +164,7 @@ def _reward_model(config: Any, world: World) -> training.Experiment:
     return scanned(step, config.train.inner_steps)(state, key)
 
   def evaluate(state):
-    """Accuracy on fresh pairs of the reference, against the more probable winner."""
+    """Returns the accuracy on fresh pairs of the reference, for the more probable winner."""
     first, second = (
       digit_language.sample_rows(network, ref_params, config, name) for name in ("one", "two")
     )
@@ -174,7 +174,9 @@ def _reward_model(config: Any, world: World) -> training.Experiment:
     right = np.asarray((margin > 0) == (truth > 0.5))[decided]
     return results.Result(
       metrics={"accuracy": statistics.clopper_pearson(int(right.sum()), right.size)},
-      notes=["Accuracy: agreement with the side that the intransitive judge favours."],
+      notes=[
+        "Accuracy is how often the model prefers the side that the intransitive judge favours."
+      ],
     )
 
   return training.Experiment(
@@ -190,7 +192,7 @@ def _reward_model(config: Any, world: World) -> training.Experiment:
 
 
 def restore_params(method: str, config: Any, folder: pathlib.Path) -> Any:
-  """Returns the parameters of a finished run beside this one."""
+  """Returns the parameters of the finished run of `method` in `folder`."""
   from experiments.loop import run_folder
 
   saved = run_folder.read_config(folder / method)
@@ -248,7 +250,7 @@ def _method(config: Any, world: World) -> training.Experiment:
     over_seeds = jax.vmap(functools.partial(run, data), in_axes=(0, 0, None, None))
     over_settings = jax.vmap(over_seeds, in_axes=(0, None, None, 0))
     over_judges = jax.vmap(over_settings, in_axes=(0, None, 0, None))
-    # The same keys under every setting and judge: what differs is not the luck of the draw.
+    # All settings and judges use the same keys, so they do not differ by chance.
     keys = jax.random.split(key, num_seeds)
     state, metrics = over_judges(sweep.runs[config.method], keys, data.judged, settings)
     metrics = {name: jnp.mean(each) for name, each in metrics.items()}
@@ -269,10 +271,11 @@ def _method(config: Any, world: World) -> training.Experiment:
 
 
 def _measure(config, network, params, ref_params, values) -> results.Result:
-  """Samples every run once a held-out prompt: what the comparison between methods is made of.
+  """Samples one answer to each held-out prompt from every policy, for the comparison of methods.
 
-  `arrays`: `rewards`, `styles`, `log_ratios` `[judge, setting, seed, prompt]` of the answers, and
-  `revised` `[judge, setting, seed, revision]`, win rates against the reference's answers.
+  `arrays` holds `rewards`, `styles` and `log_ratios` `[judge, setting, seed, prompt]` of the
+  answers, and `revised` `[judge, setting, seed, revision]`, win rates against the reference's
+  answers.
   """
   sample_fn, apply_fn = digit_language.generate_fn(network), transformer.make_apply_fn(network)
   prompts = digit_language.test_prompts(config)
@@ -311,7 +314,7 @@ def _measure(config, network, params, ref_params, values) -> results.Result:
   for i, judge in enumerate(digits.ORACLES):
     for j, value in enumerate(values):
       tag = f"{judge}/{value:g}"
-      # The spread over seeds, each the mean of all prompts.
+      # Intervals are over seeds; each seed counts with its mean over the prompts.
       metrics[f"win_rate/{tag}"] = statistics.mean_interval(arrays["revised"][i, j, :, 0])
       metrics[f"reward/{tag}"] = statistics.mean_interval(arrays["rewards"][i, j].mean(-1))
       metrics[f"kl/{tag}"] = statistics.mean_interval(arrays["log_ratios"][i, j].mean(-1))

@@ -1,9 +1,10 @@
-"""ARMAC (arXiv:2008.12234) as a single agent: deep sea, where one way of 2^size brings a reward.
+"""ARMAC (arXiv:2008.12234) as a single agent in deep sea, where one path of 2^size has a reward.
 
-With one player there is nobody to average over, and the actor plays regret matching on the mean of
-its own past advantages. Once a policy is good its advantages vanish, but those of its predecessors
-stay in the mean. Beside it runs the same method on the advantages of its newest policy alone, as an
-actor-critic has them. Both by tables; the explorers, two thirds of them uniform, are the same.
+With one player there are no opponents to average over. The actor plays regret matching on the mean
+of its past advantages. When a policy is good its own advantages vanish, but those of its
+predecessors stay in the mean. The baseline is the same method on the advantages of the newest
+policy alone, as in an actor-critic. Both methods use tables and the same exploration policies, two
+thirds of which are uniform.
 """
 
 from typing import Any, NamedTuple
@@ -20,11 +21,11 @@ from sharding import checks
 
 
 class Runs(NamedTuple):
-  """State of the loop; leaves of the dictionaries, by size, begin with `[recencies, seeds]`.
+  """State of the training loop; dictionaries by size with leaves `[recencies, seeds, ...]`.
 
   learners: states of ARMAC.
-  returns: sums over the epochs of what pi^t gets.
-  step: `[]` int32, epochs done.
+  returns: sums of the return of pi^t over the epochs.
+  step: `[]` int32, number of epochs so far.
   """
 
   learners: dict[str, Any]
@@ -36,14 +37,14 @@ def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
   sizes, num_seeds = config.environment.sizes, config.environment.num_seeds
   if not sizes:
-    raise ValueError("config.environment.sizes is empty: give one or more, such as (3, 5)")
+    raise ValueError("config.environment.sizes is empty: give one or more sizes, such as (3, 5)")
   for size in sizes:
     checks.count("config.environment.sizes", size)
   checks.count("config.environment.num_seeds", num_seeds)
   algorithm = config.algorithm.to_dict()
   recencies = tuple(float(value) for value in algorithm.pop("recency"))
   if len(recencies) != 2 or recencies[0] >= recencies[1]:
-    raise ValueError(f"config.algorithm.recency={recencies}: give two numbers, the smaller first")
+    raise ValueError(f"config.algorithm.recency={recencies} must be two numbers, the smaller first")
   hyperparameters = armac.Config(**algorithm)
   solved = {
     str(size): games.compile_game(
@@ -53,7 +54,7 @@ def build(config: Any) -> training.Experiment:
   }
 
   def init(key):
-    del key  # tables begin empty
+    del key  # the tables start empty
     learners = {
       size: bandits.broadcast(armac_tables.init(game, config=hyperparameters), (2, num_seeds))
       for size, game in solved.items()
@@ -102,7 +103,7 @@ def _names(recencies: tuple[float, ...]) -> list[str]:
 def _result(
   runs: Runs, solved: dict[str, games.Game], recencies: tuple[float, ...]
 ) -> results.Result:
-  """Judges the mean return over all epochs: what would have been earned by playing pi^t."""
+  """Compares mean returns over all epochs, as earned by an agent that plays pi^t in epoch t."""
   names, step = _names(recencies), max(int(runs.step), 1)
   rows, criteria, found, arrays = [], [], {}, {}
   for size, game in solved.items():
@@ -118,10 +119,10 @@ def _result(
     gap = means[0] - means[1]
     found[f"gain/{size}"] = statistics.mean_interval(gap)
     criteria.append(
-      (f"size {size}: the whole past earns more with every seed", bool(gap.min() > 0))
+      (f"size {size}: the mean over the past earns more for every seed", bool(gap.min() > 0))
     )
-  columns = ["size", "decisions", "best", "uniform play", *names]
-  title = "Return of the current policy, mean over epochs; mean of seeds [worst, best]"
+  columns = ["size", "decisions", "optimal play", "uniform play", *names]
+  title = "Return of the current policy, mean over epochs; mean over seeds [worst, best]"
   return results.Result(
     metrics={"criteria_passed": statistics.fraction_passed(criteria), **found},
     tables=[results.checks_table("Pass criteria", criteria), results.Table(title, columns, rows)],
@@ -152,8 +153,9 @@ def _figure(
   axes[0][1].set(xlabel="size of the sea", xticks=sizes)
   plots.legend_below(figure, axes[0][0])
   caption = (
-    "Left: mean over seeds, smoothed over a twentieth of the run. Right: mean over all epochs; "
-    "bands from the worst to the best seed. Recency 0 learns from the advantages of its whole "
-    "past, the other from those of its newest policy."
+    "The left panel shows the return during training, as a mean over seeds smoothed over a "
+    "twentieth of the run. The right panel shows the mean over all epochs; bands reach from the "
+    "worst to the best seed. Recency 0 learns from the advantages of its whole past, the other from "
+    "those of its newest policy."
   )
   return results.Figure("exploration", caption, figure)

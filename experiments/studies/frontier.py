@@ -1,4 +1,4 @@
-"""Reward against sequence KL along the training of several algorithms: runs of runs."""
+"""Compares reward against sequence KL during the training of several algorithms."""
 
 import pathlib
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ NAMES = {
 
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
-  """Trains each algorithm in a folder of its own, then draws all of them into one report."""
+  """Trains each algorithm in its own folder and compares all of them in one report."""
   known = {name: f"{name}:{config.preset}" for name in NAMES}
   parts = suite.configs_of("config.algorithms", config.algorithms, known)
   for part in parts.values():
@@ -46,7 +46,7 @@ def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
       rows.append([_name(name), row["step"], *cells, row["length"], row["distinct_2"]])
   columns = ["algorithm", "step", "KL", "reward", "win rate", "length", "distinct-2"]
   table = results.Table(
-    "Evaluations", columns, rows, caption="Intervals are 95 % confidence intervals.", digits=3
+    "Evaluations", columns, rows, caption="Brackets hold 95 % confidence intervals.", digits=3
   )
   return suite.Summary(
     results.Result(metrics=found, tables=[table]), f"{next(iter(parts))}/reward", [draw(records)]
@@ -66,11 +66,11 @@ def draw(records: Mapping[str, list[dict[str, Any]]]) -> results.Figure:
     axis.errorbar(
       kl, reward, yerr=[reward - low, high - reward], marker="o", capsize=2, label=_name(name)
     )
-  axis.set(xlabel="sequence KL to the reference, nats", ylabel="mean reward, held-out prompts")
+  axis.set(xlabel="sequence KL to the reference, nats", ylabel="mean reward on held-out prompts")
   axis.legend()
   caption = (
-    "Each curve is one algorithm and each point one evaluation. Bars are 95 % intervals of the "
-    "mean reward."
+    "Each curve shows one algorithm and each point one evaluation. All curves start at the "
+    "reference. Bars are 95 % intervals of the mean reward."
   )
   return results.Figure(name="reward_kl", caption=caption, figure=figure)
 

@@ -1,8 +1,8 @@
-"""Memory of a step against the number of nodes: that of BGRL grows with it, GRACE's as its square.
+"""Memory of a training step against the number of nodes: linear for BGRL, quadratic for GRACE.
 
-Steps are compiled for shapes and never run: measured is the memory that the compiler plans for
-what a step computes between its inputs and its outputs (`temp_size_in_bytes`), so that no size is
-too large. The compiler is that of the device at hand; plans for others differ, not in their growth.
+The steps are compiled for shapes and never run, so no size is too large. The number is the memory
+that the compiler plans for intermediate results (`temp_size_in_bytes`), without inputs and outputs.
+The compiler is that of the local device. Other devices have other plans, but the same growth.
 """
 
 import pathlib
@@ -16,17 +16,17 @@ from experiments.loop import presets, suite, training
 from experiments.papers import bgrl, grace
 from experiments.report import plots, records, results, statistics
 
-_NUM_FITTED = 4  # the largest sizes: what does not grow with nodes counts in the smaller ones
+_NUM_FITTED = 4  # fit the largest sizes: at small ones the constant part matters
 _MEBIBYTE = 2**20
 
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
-  """Compiles a step of each method for each of `data.num_nodes` and writes the report."""
+  """Compiles a step of each method for each number of nodes and writes the report."""
   sizes = tuple(config.data.num_nodes)
   if len(sizes) < 2 or min(sizes) < 2 or list(sizes) != sorted(set(sizes)):
-    raise ValueError(f"config.data.num_nodes={sizes}: give two or more growing numbers of nodes")
+    raise ValueError(f"config.data.num_nodes={sizes} must be two or more growing numbers above 1")
   negatives = config.algorithm.num_negatives
-  # The slopes that are expected over the largest sizes.
+  # The last entry is the expected range of the slope over the largest sizes.
   methods: dict[str, Any] = {
     "BGRL": (bgrl, {}, (0.85, 1.15)),
     "GRACE": (grace, {}, (1.8, 2.1)),
@@ -47,9 +47,10 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
     [size, *(curve[i] / _MEBIBYTE for curve in curves.values())] for i, size in enumerate(sizes)
   ]
   caption = (
-    f"Mean degree {config.data.mean_degree:g}, {config.data.num_features} features; compiled for "
-    f"{jax.default_backend()}, not run. Slopes of log bytes against log nodes over the largest "
-    f"{min(_NUM_FITTED, len(sizes))} sizes."
+    "The numbers are the temporary memory that the compiler plans for a step, for graphs with a "
+    f"mean degree of {config.data.mean_degree:g} and {config.data.num_features} features. The steps "
+    f"are compiled for {jax.default_backend()} and not run. Slopes are those of log bytes against "
+    f"log nodes over the largest {min(_NUM_FITTED, len(sizes))} sizes."
   )
   result = results.Result(
     metrics={**found, "criteria_passed": statistics.fraction_passed(checks)},
@@ -70,7 +71,7 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
 
 
 def _temp_bytes(config: Any, paper: Any, algorithm: dict[str, Any], num_nodes: int) -> int:
-  """Memory between inputs and outputs of one step, in bytes."""
+  """Returns the bytes that the compiler plans for intermediate results of one step."""
   sub = presets.resolve(f"{paper.__name__.rpartition('.')[2]}:csbm")
   sub.algorithm.update(algorithm)
   sub.network.update(config.network)
@@ -92,7 +93,9 @@ def _temp_bytes(config: Any, paper: Any, algorithm: dict[str, Any], num_nodes: i
 
 def _figure(sizes: tuple[int, ...], curves: dict[str, np.ndarray], caption: str) -> results.Figure:
   figure, axes = plots.subplots(1, 1)
-  for (label, curve), style in zip(curves.items(), ("-", "-", "--"), strict=True):  # two coincide
+  for (label, curve), style in zip(
+    curves.items(), ("-", "-", "--"), strict=True
+  ):  # two curves coincide
     axes[0][0].plot(sizes, curve / _MEBIBYTE, style, marker="o", ms=3, label=label)
   axes[0][0].set(xscale="log", yscale="log", xlabel="nodes", ylabel="temporary memory, MiB")
   axes[0][0].legend(fontsize=8)

@@ -1,8 +1,8 @@
-"""How graph methods depend on a number: each value and seed is a learner, all train together.
+"""How graph methods depend on one hyper-parameter; learners of all values and seeds train together.
 
-Hyper-parameters that are leaves of a method's config are mapped over, so that all their values and
-seeds are one program. What changes shapes or networks (negatives, graphs) has a program for
-each value, mapped over seeds.
+If the hyper-parameter is a leaf of the method's config, one program maps over all values and
+seeds. If it changes shapes or networks (negatives, graphs), each value has its own program, which
+maps over seeds.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from sharding import checks
 
 _METHODS = {"bgrl": (bgrl_paper, bgrl), "grace": (grace_paper, grace)}
 
-# Both views have the same probability. A decay without an end to its schedule is constant.
+# Both views have the same probability. With a schedule that never ends the decay is constant.
 _MAPPED: dict[str, Callable[[Any, Any], Any]] = {
   "feature_mask_prob": lambda config, x: dataclasses.replace(config, feature_mask_probs=(x, x)),
   "edge_drop_prob": lambda config, x: dataclasses.replace(config, edge_drop_probs=(x, x)),
@@ -36,10 +36,10 @@ _MAPPED: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class Runs(NamedTuple):
-  """State of the loop; leaves of the learners begin with `[values, seeds]`.
+  """State of the training loop; leaves of the learners are `[values, seeds, ...]`.
 
   learners: states of the method, by program.
-  step: `[]` int32, steps done.
+  step: `[]` int32, number of steps so far.
   """
 
   learners: dict[str, Any]
@@ -47,15 +47,15 @@ class Runs(NamedTuple):
 
 
 class _Program(NamedTuple):
-  """Learners that differ by numbers alone.
+  """Learners that run as one program.
 
-  over: what is varied.
+  over: name of the hyper-parameter.
   values: its values.
-  experiment: of the method.
-  update: the same update, as the partial function whose hyper-parameters are replaced.
-  embed: from a state to what is judged.
-  judge: of the graph.
-  labels: `[N]` of the graph.
+  experiment: the experiment of the method.
+  update: the method's update, a partial function whose config is replaced for each value.
+  embed: maps a state to the embeddings that are evaluated.
+  evaluator: scores embeddings of the graph.
+  labels: `[N]` labels of the graph.
   """
 
   over: str
@@ -63,7 +63,7 @@ class _Program(NamedTuple):
   experiment: training.Experiment
   update: Any
   embed: Any
-  judge: node_classification.Evaluator
+  evaluator: node_classification.Evaluator
   labels: np.ndarray
 
   @property
@@ -76,10 +76,11 @@ def build(config: Any) -> training.Experiment:
   over, values, num_seeds = tuple(config.sweep.over), tuple(config.sweep.at), _num_seeds(config)
   for name, given, least in (("over", over, 1), ("at", values, 2)):
     if len(given) < least or len(set(given)) < len(given):
-      raise ValueError(f"config.sweep.{name}={given}: give {least} or more, each once")
+      raise ValueError(f"config.sweep.{name}={given} must have {least} or more different entries")
   if unknown := set(over) - set(graph_sweeps.AXES):
     raise ValueError(
-      f"config.sweep.over={over}: no {unknown.pop()!r}; there are {', '.join(graph_sweeps.AXES)}"
+      f"config.sweep.over={over} has the unknown {unknown.pop()!r}: choose from "
+      f"{', '.join(graph_sweeps.AXES)}"
     )
   programs = {}
   for one in over:
@@ -141,14 +142,14 @@ def _num_seeds(config: Any) -> int:
 def _program(config: Any, over: str, values: tuple[float, ...]) -> _Program:
   method = presets.resolve(config.method)
   if method.paper not in _METHODS:
-    raise ValueError(f"config.method={config.method!r}: give a preset of bgrl or grace")
+    raise ValueError(f"config.method={config.method!r} must be a preset of bgrl or grace")
   for name in ("algorithm", "network", "optimizer", "eval"):
     method[name].update(config[name])
   method.data.csbm.update(config.data)
   method.train.num_steps = config.train.num_steps
   if over == "num_negatives":
     method.algorithm.num_negatives = int(values[0])
-  elif over == "signal":  # one half of it in the edges, the other in the features
+  elif over == "signal":  # one half is in the edges, the other in the features
     gamma = config.data.num_nodes / config.data.num_features
     method.data.csbm.edge_signal = math.sqrt(values[0] / 2)
     method.data.csbm.feature_signal = math.sqrt(values[0] / 2 * gamma)
@@ -161,39 +162,39 @@ def _program(config: Any, over: str, values: tuple[float, ...]) -> _Program:
     networks = networks._replace(predictor=adapters.Predictor(mlp))
     update = functools.partial(update, apply_fn=networks)
   data = graph_runs.load(method)
-  judge = node_classification.Evaluator(
+  evaluator = node_classification.Evaluator(
     data, num_splits=method.eval.num_splits, split_seed=method.eval.split_seed
   )
   embed = jax.jit(functools.partial(module.embed, apply_fn=networks))
-  return _Program(over, values, experiment, update, embed, judge, data.labels)
+  return _Program(over, values, experiment, update, embed, evaluator, data.labels)
 
 
 def _batch_normalised(hidden: jax.Array) -> jax.Array:
-  """Normalises over the nodes, then PReLU as it starts."""
+  """Normalises over the nodes, then applies PReLU with its initial slope."""
   centred = hidden - jnp.mean(hidden, axis=0)
   scaled = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=0) + 1e-5)
   return jnp.where(scaled > 0, scaled, 0.25 * scaled)
 
 
 def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> results.Result:
-  """Judges every learner, and what needs no learner."""
-  found: dict[str, dict[str, list]] = {}  # `[values, seeds]` lists of what is varied, by row
+  """Evaluates every learner, and the baselines that need no learner."""
+  found: dict[str, dict[str, list]] = {}  # hyper-parameter -> row -> `[values, seeds]` lists
   for name, program in programs.items():
     rows = found.setdefault(program.over, {row: [] for row in graph_sweeps.ROWS})
     encoder = program.update.keywords["apply_fn"].encoder
     begin = jax.jit(lambda key, g, e=encoder: e(*e.init(key, g), g, train=True)[0])
     starts = [
-      program.judge.score(begin(jax.random.key(config.seed + 1 + i), program.graph)).mean()
+      program.evaluator.score(begin(jax.random.key(config.seed + 1 + i), program.graph)).mean()
       for i in range(_num_seeds(config))
     ]
-    fixed = [[score.mean()] * len(starts) for score in program.judge.baselines[""].values()]
+    fixed = [[score.mean()] * len(starts) for score in program.evaluator.baselines[""].values()]
     for k in range(len(program.values)):
       states = [
         jax.tree.map(lambda leaf, i=(k, i): leaf[i], runs.learners[name])
         for i in range(len(starts))
       ]
       embeddings = [np.asarray(program.embed(state, program.graph)) for state in states]
-      scores = [program.judge.score(one).mean() for one in embeddings]
+      scores = [program.evaluator.score(one).mean() for one in embeddings]
       directions = [_by_direction(one, program.labels) for one in embeddings]
       cosines = [float(collapse.mean_cosine(one)) for one in embeddings]
       for row, cell in zip(
@@ -213,7 +214,7 @@ def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> results
   ]
   tables = [
     results.Table(
-      f"{graph_sweeps.AXES[over]}: means of seeds [least, largest]",
+      f"{graph_sweeps.AXES[over]}: mean over seeds [lowest, highest]",
       [over, *graph_sweeps.ROWS],
       [
         [float(value), *(_cell(arrays[f"{over}/{row}"][k]) for row in graph_sweeps.ROWS)]
@@ -239,7 +240,10 @@ def _cell(seeds: np.ndarray) -> results.Estimate:
 
 
 def _by_direction(embeddings: np.ndarray, labels: np.ndarray) -> float:
-  """Accuracy of two classes told by the sign of the main direction, whichever is called which."""
+  """Returns the accuracy of the sign of the main direction as a guess of two classes.
+
+  The sign does not say which class is which, so the better of the two assignments counts.
+  """
   rows = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
   left = np.linalg.svd(rows - rows.mean(0), full_matrices=False)[0][:, 0]
   right = np.mean((left > 0) == labels)

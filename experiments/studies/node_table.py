@@ -1,7 +1,7 @@
-"""A method on several graphs, from several initialisations each: the table of its paper.
+"""The results table of a paper: one method on several graphs, with several initialisations each.
 
-A run of runs: each data set and seed is an ordinary run in a folder of its own, which need not be
-trained again if it is there, whoever trained it.
+Each data set and seed is an ordinary run in its own folder. A run that is already in its folder is
+not trained again, also if it was started on its own.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from experiments.loop import presets, suite, training
 from experiments.report import plots, results
 from experiments.tasks import node_classification
 
-# Mean and standard deviation of BGRL, arXiv:2102.06514 (version of ICLR), in percent.
+# Mean and standard deviation of BGRL in percent, from arXiv:2102.06514 (ICLR version).
 PUBLISHED = {
   "wikics": (79.98, 0.10),
   "amazon_computers": (90.34, 0.19),
@@ -28,9 +28,9 @@ ROWS = ("features", "SGC-2", "encoder, untrained", "encoder, trained")
 
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
-  """Trains every data set from every seed, then draws all of them into one report.
+  """Trains on every data set with every seed and writes one report.
 
-  If a signal stops it, the report has what is finished.
+  If a signal stops it, the report has the finished runs.
   """
   configs = parts(config)
   _check_files(configs)
@@ -38,11 +38,11 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
 
 
 def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
-  """Returns the config of each run by its folder; the first seed of all data sets comes first."""
+  """Returns the config of each run by its folder; all data sets of the first seed come first."""
   names, num_seeds = tuple(config.data.names), config.data.num_seeds
   if not names or num_seeds < 1:
     raise ValueError(
-      f"config.data.names={names}, config.data.num_seeds={num_seeds}: give one of each, or more"
+      f"config.data.names={names} and config.data.num_seeds={num_seeds} must be at least one each"
     )
   configs = {}
   for seed in range(config.seed, config.seed + num_seeds):
@@ -55,14 +55,14 @@ def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
       configs[config.data.folders.format(name=name, seed=seed)] = sub
   if len(configs) < len(names) * num_seeds:
     raise ValueError(
-      f"config.data.folders={config.data.folders!r} gives two runs one folder: it needs {{name}} "
-      "and {seed}, and config.data.names each name once"
+      f"config.data.folders={config.data.folders!r} gives two runs one folder: it must contain "
+      "{name} and {seed}, and config.data.names must not repeat a name"
     )
   return configs
 
 
 def _check_files(configs: Mapping[str, Any]) -> None:
-  """Raises `ValueError` with all data sets that are not on disk, before anything is trained."""
+  """Raises `ValueError` that lists all missing data sets, before anything is trained."""
   missing = []
   for section in {sub.data.name: sub.data for sub in configs.values()}.values():
     if "csbm" not in section:
@@ -75,16 +75,16 @@ def _check_files(configs: Mapping[str, Any]) -> None:
 
 
 class _Run(NamedTuple):
-  """What one run came to.
+  """The results of one run.
 
-  scores: mean and standard deviation over its splits by row, percent.
+  scores: mean and standard deviation over its splits in percent, by row.
   """
 
   scores: dict[str, tuple[float, float]]
   metric: str
   steps: int
   minutes: float
-  peak: float | None  # GiB; absent where the system does not tell
+  peak: float | None  # GiB; None where the system does not measure it
 
 
 def _run_of(part: suite.Part) -> _Run:
@@ -104,7 +104,7 @@ def _run_of(part: suite.Part) -> _Run:
 
 
 def pooled(scores: list[tuple[float, float]]) -> tuple[float, float]:
-  """Returns mean and standard deviation of all splits of all runs from those of each run."""
+  """Returns mean and standard deviation over all splits of all runs, given those of each run."""
   means, deviations = np.transpose(scores)
   return float(means.mean()), float(np.sqrt((deviations**2).mean() + means.var()))
 
@@ -133,11 +133,17 @@ def _summarise(finished: Mapping[str, suite.Part]) -> suite.Summary:
       "Test score in percent, with standard deviations over splits x initialisations",
       ["data set", *(title for row in ROWS for title in (row, "+-")), "gain", "published", "+-"],
       scores,
-      caption="The gain is over the untrained encoder. Published: BGRL, arXiv:2102.06514.",
+      caption=(
+        "The gain is the difference from the untrained encoder. The published numbers are those of "
+        "BGRL, arXiv:2102.06514."
+      ),
       digits=2,
     ),
     results.Table(
-      "Cost", ["data set", "initialisations", "steps", "minutes a run", "peak GiB"], costs, digits=1
+      "Cost",
+      ["data set", "initialisations", "steps", "minutes per run", "peak GiB"],
+      costs,
+      digits=1,
     ),
   ]
   result = results.Result(metrics=numbers, tables=tables, figures=[_figure(pooled_rows)])
@@ -158,5 +164,8 @@ def _figure(pooled_rows: Mapping[str, Mapping[str, tuple[float, float]]]) -> res
   axis.set_xticks(places, [name.replace("_", "\n") for name in pooled_rows], fontsize=8)
   axis.set_ylabel("test score, percent")
   axis.legend(fontsize=7)
-  caption = "Means and standard deviations over splits and initialisations."
+  caption = (
+    "Points show the mean test score of each row, and bars the standard deviation over splits and "
+    "initialisations."
+  )
   return results.Figure("table", caption, figure)

@@ -1,4 +1,4 @@
-"""ARMAC beside NFSP, MCCFR and CFR on one game: a run for each of `methods`, and one figure."""
+"""Compares ARMAC with NFSP, MCCFR and CFR on one game: one run for each method, one figure."""
 
 import pathlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ METHODS = {
 
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
-  """Runs each method in a folder of its own, then draws all of them into one report."""
+  """Trains each method in its own folder and compares all of them in one report."""
   known = {name: text.format(preset=config.preset) for name, text in METHODS.items()}
   parts = suite.configs_of("config.methods", config.methods, known)
   for part in parts.values():
@@ -26,13 +26,13 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
 
 
 def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
-  """Returns the NashConv of every method at its end and where the shortest of them ended."""
+  """Returns the NashConv of every method at its own end and at the end of the shortest run."""
   records = {name: part.history for name, part in parts.items()}
   shortest = min(history[-1]["env_steps"] for history in records.values())
   found, rows = {}, []
   for name, history in records.items():
     last = history[-1]
-    # The last measurement that had seen no more than the shortest run.
+    # The last measurement with no more decisions than the shortest run.
     within = [row for row in history if row["env_steps"] <= shortest] or [history[0]]
     for row in (within[-1], last):
       cells = [row[key] for key in ("nash_conv", "nash_conv/low", "nash_conv/high")]
@@ -44,7 +44,7 @@ def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
       note=f"after {within[-1]['env_steps']:.3g} decisions",
     )
   columns = ["method", "decisions", "seconds", "NashConv", "best seed", "worst seed"]
-  title = "NashConv where the shortest run ends, and at the end of each run"
+  title = "NashConv after as many decisions as the shortest run has, and at the end of each run"
   table = results.Table(title, columns, rows, digits=4)
   return suite.Summary(
     results.Result(metrics=found, tables=[table]),

@@ -25,7 +25,7 @@ def test_runs_of_the_table_are_ordinary_runs():
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("names", (), r"config.data.names=\(\), config.data.num_seeds=3: give one"),
+    ("names", (), r"config.data.names=\(\) and config.data.num_seeds=3 must be"),
     ("folders", "{name}", r"config.data.folders='{name}' gives two runs one folder"),
     ("directory", "nowhere", "no graph data set 'wikics' under nowhere(.|\n)*'coauthor_physics'"),
   ],

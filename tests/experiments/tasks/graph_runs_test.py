@@ -87,8 +87,8 @@ def test_memory_of_grace_is_quadratic_and_that_of_bgrl_is_not(tmp_path):
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("over", ("tau",), "no 'tau'; there are feature_mask_prob"),
-    ("at", (0.5, 0.5), "give 2 or more, each once"),
+    ("over", ("tau",), "unknown 'tau': choose from feature_mask_prob"),
+    ("at", (0.5, 0.5), "must have 2 or more different entries"),
     ("num_seeds", 0, "num_seeds must be an integer >= 1, got 0"),
   ],
 )
