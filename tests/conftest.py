@@ -30,7 +30,7 @@ if not flags.FLAGS.is_parsed():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_samples_of_the_user(tmp_path_factory):
-  """What fixtures of modules draw is kept for this session alone."""
+  """Samples that module fixtures draw are kept for this session alone."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("BOOTSTRAX_SAMPLE_CACHE", str(tmp_path_factory.mktemp("samples")))
     yield
@@ -38,7 +38,7 @@ def _no_samples_of_the_user(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _own_samples(_no_samples_of_the_user, tmp_path, monkeypatch):
-  """Every test starts with no samples; weights and games stay where they are."""
+  """Every test starts without cached samples; weights and games stay available."""
   monkeypatch.setenv("BOOTSTRAX_SAMPLE_CACHE", str(tmp_path / "samples"))
 
 
@@ -59,10 +59,9 @@ def smollm2():
   """
   from experiments.data import pretrained
 
-  name = "smollm2-135m-instruct"
-  if not pretrained.is_available(name):
+  if not pretrained._is_complete(pretrained._smollm2_path(None)):
     reason = "weights absent: run `python -m experiments.data.pretrained` to fetch them"
     if os.environ.get("BOOTSTRAX_REQUIRE_WEIGHTS") == "1":
       pytest.fail(reason)
     pytest.skip(reason)
-  return pretrained.load(name)
+  return pretrained.load(pretrained.SMOLLM2)

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -127,24 +127,6 @@ def _tiny_random(param_dtype: Literal["float32", "bfloat16"]) -> Pretrained:
   return Pretrained(config, params, words, TINY)
 
 
-def is_available(name: str, cache: _Path | None = None) -> bool:
-  """Returns whether `load(name)` needs no download."""
-  if name == TINY:
-    return True
-  if name == SMOLLM2:
-    return _is_complete(_smollm2_path(cache))
-  path = pathlib.Path(name).expanduser()
-  if name and path.exists():
-    return path.is_file() or (path / "config.json").is_file()
-  if not _HUB_ID.fullmatch(name):
-    return False
-  try:
-    _snapshot(name, local_files_only=True)
-  except Exception:  # the hub has an error class for each kind of absence
-    return False
-  return True
-
-
 def fetch_smollm2(cache_dir: _Path | None = None) -> pathlib.Path:
   """Returns the path of SmolLM2-135M-Instruct's GGUF file; downloads it if it is absent.
 
@@ -229,7 +211,7 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
       "id such as 'HuggingFaceTB/SmolLM2-360M'"
     )
   try:
-    return _snapshot(name, local_files_only=False)
+    return _snapshot(name)
   except Exception as error:  # network, authorisation and absence each have their own classes
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     raise FetchError(
@@ -238,15 +220,15 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
     ) from error
 
 
-def _snapshot(name: str, *, local_files_only: bool) -> pathlib.Path:
+def _snapshot(name: str) -> pathlib.Path:
   import huggingface_hub  # takes half a second, and most runs do not need it
 
   repository, _, revision = name.partition("@")
   patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
-  options: dict[str, Any] = {"revision": revision or None, "local_files_only": local_files_only}
-  return pathlib.Path(
-    huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options)
+  folder = huggingface_hub.snapshot_download(
+    repository, revision=revision or None, allow_patterns=patterns
   )
+  return pathlib.Path(folder)
 
 
 def _smollm2_path(cache: _Path | None) -> pathlib.Path:

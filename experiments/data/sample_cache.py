@@ -1,9 +1,13 @@
-"""A folder of arrays that took long to make, found again by the settings they were made with.
+"""A cache on disk for arrays that take long to compute; the key is a hash of their settings.
 
-The folder is the one that a run names (`--config.data.cache=FOLDER`). Else it is
-`$BOOTSTRAX_SAMPLE_CACHE`, else the folder `samples` of `$BOOTSTRAX_CACHE`, which also holds weights
-and games, else `~/.cache/bootstrax/samples`. Tests set the first variable: they draw their own
-samples, and find weights and games where they are.
+The folder is the first of these that is set:
+* the folder that a run names, `--config.data.cache=FOLDER`;
+* `$BOOTSTRAX_SAMPLE_CACHE`;
+* the folder `samples` in `$BOOTSTRAX_CACHE`, which also holds weights and games;
+* `~/.cache/bootstrax/samples`.
+
+Tests set `$BOOTSTRAX_SAMPLE_CACHE`, so they draw their own samples but use the weights and games
+that are there.
 """
 
 import hashlib
@@ -16,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-# The version of the stored arrays, a part of every key. Raise it when their meaning changes.
+# Version of the stored arrays, part of every key. Raise it when the meaning of the arrays changes.
 _FORMAT = 2
 
 
 def cache_key(**settings: Any) -> str:
-  """Returns the hash of settings, whatever their order.
+  """Returns the hash of settings; their order does not matter.
 
   Args:
-    **settings: strings, numbers, lists, dicts, None. Pass everything that the arrays depend on:
+    **settings: strings, numbers, lists, dicts or None. Pass everything that the arrays depend on:
       fingerprints of model and tokenizer, sampling settings, seed, prompts.
 
   Returns:
@@ -64,17 +68,18 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 class SampleCache:
-  """Arrays on disk: `<key>.npz`, and beside it `<key>.json` with the settings and a checksum.
+  """Arrays on disk: `<key>.npz` holds the arrays, `<key>.json` their settings and a checksum.
 
-  Files appear whole or not at all (written under another name, then renamed; the JSON comes last),
-  so an interrupted or a second process does no harm. A damaged entry is reported and made again.
+  Each file is written under a temporary name and then renamed, the JSON last, so an interrupted or
+  a second process does no harm. If an entry is damaged, the cache warns and computes it again.
   """
 
   def __init__(self, folder: str | os.PathLike[str] | None = None):
-    """Uses `folder`, or the default of the module's docstring for None.
+    """Opens the cache in `folder`; None takes the default from the module's docstring.
 
     Raises:
-      OSError: the folder cannot be made or written; better now than after minutes of sampling.
+      OSError: the folder cannot be made or written. This is checked here, before minutes of
+        sampling.
     """
     if folder is None:
       root = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path.home() / ".cache" / "bootstrax"
@@ -95,12 +100,12 @@ class SampleCache:
 
     Args:
       settings: see `cache_key`.
-      make: returns arrays of numbers or text by name, such as tokens and mask `[N, K, T]` and
-        summed reference log-probabilities `[N, K]`. It must depend on nothing but `settings`.
+      make: computes arrays of numbers or text by name, such as tokens and mask `[N, K, T]` and
+        summed reference log-probabilities `[N, K]`. It must depend on `settings` alone.
 
     Raises:
-      OSError: the arrays cannot be stored, because the disk is full or read-only; no partial file
-        is left.
+      OSError: the disk is full or read-only, so the arrays cannot be stored. No partial file is
+        left.
       ValueError: JSON cannot represent a setting, or an array holds Python objects.
     """
     key = cache_key(**settings)
@@ -113,8 +118,8 @@ class SampleCache:
       raise ValueError(f"array {objects[0]!r} holds Python objects; store numbers or text")
     description = {"checksum": _digest(arrays), "settings": json.loads(_canonical(settings))}
     text = json.dumps(description, indent=1, ensure_ascii=False)
-    # The checksum is over the arrays, not the files: two processes may write equal arrays, and
-    # files that do not belong together are recognised when they are read.
+    # The checksum covers the arrays, not the files: two processes may write equal arrays into
+    # different files, and a read still notices files that do not belong together.
     self._write(key + ".npz", lambda file: np.savez(file, **arrays))
     self._write(key + ".json", lambda file: file.write(text.encode()))
     return arrays
@@ -122,11 +127,11 @@ class SampleCache:
   def rewards(
     self, samples: Mapping[str, np.ndarray], reward: str, score: Callable[[], np.ndarray]
   ) -> np.ndarray:
-    """Returns the rewards `[N, K]` of `samples`, which have an entry of their own in the cache.
+    """Returns the rewards `[N, K]` of `samples` from an entry of their own in the cache.
 
     Args:
       samples: the arrays to score; their contents are part of the key.
-      reward: name and version of the reward, such as `rewards.Reward.fingerprint`.
+      reward: identifies the reward and its version, such as `rewards.Reward.fingerprint`.
       score: computes the rewards.
     """
     settings = {"rewards_of": _digest(samples), "reward": reward}
@@ -142,9 +147,9 @@ class SampleCache:
       if json.loads(text_path.read_bytes())["checksum"] != _digest(arrays):
         raise ValueError("checksum differs")
       return arrays
-    except Exception as error:  # damage can make NumPy, zlib or json raise nearly anything
+    except Exception as error:  # on damaged files NumPy, zlib and json raise many kinds of error
       warnings.warn(
-        f"cached samples {arrays_path} are incomplete or damaged ({error}); making them again",
+        f"cached samples {arrays_path} are incomplete or damaged ({error}); computing them again",
         RuntimeWarning,
         stacklevel=3,
       )

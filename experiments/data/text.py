@@ -29,9 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import rows, sample_cache
-
-SampleCache = sample_cache.SampleCache  # tests redirect the cache through this name
+from experiments.data import rows
 
 _Path = str | os.PathLike[str]
 

@@ -282,8 +282,8 @@ def _curves_table(config, trained) -> results.Table:
       for value in config.algorithm[name][method.knob]:
         tag = f"{oracle}/{value:g}"
         cells = (trained[name].metrics[f"{key}/{tag}"].value for key in _CURVES)
-        rows.append([method.name, oracle, f"{method.knob} = {value:g}", *cells])
-  columns = ["method", "judge", "setting", "KL", "reward", "beats reference"]
+        rows.append([method.name, oracle, method.knob, float(value), *cells])
+  columns = ["method", "judge", "regulariser", "value", "KL", "reward", "beats reference"]
   return results.Table("Every setting, mean over seeds", columns, rows, digits=3)
 
 

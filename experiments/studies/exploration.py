@@ -155,7 +155,7 @@ def _figure(
   caption = (
     "The left panel shows the return during training, as a mean over seeds smoothed over a "
     "twentieth of the run. The right panel shows the mean over all epochs; bands reach from the "
-    "worst to the best seed. Recency 0 learns from the advantages of its whole past, the other from "
-    "those of its newest policy."
+    "worst to the best seed. Recency 0 learns from the advantages of its whole past, the other "
+    "from those of its newest policy."
   )
   return results.Figure("exploration", caption, figure)

@@ -48,9 +48,9 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   ]
   caption = (
     "The numbers are the temporary memory that the compiler plans for a step, for graphs with a "
-    f"mean degree of {config.data.mean_degree:g} and {config.data.num_features} features. The steps "
-    f"are compiled for {jax.default_backend()} and not run. Slopes are those of log bytes against "
-    f"log nodes over the largest {min(_NUM_FITTED, len(sizes))} sizes."
+    f"mean degree of {config.data.mean_degree:g} and {config.data.num_features} features. The "
+    f"steps are compiled for {jax.default_backend()} and not run. Slopes are those of log bytes "
+    f"against log nodes over the largest {min(_NUM_FITTED, len(sizes))} sizes."
   )
   result = results.Result(
     metrics={**found, "criteria_passed": statistics.fraction_passed(checks)},

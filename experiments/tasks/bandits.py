@@ -159,7 +159,7 @@ def sample_table(
     for setting in np.ndindex(*probs.shape[:-1]):
       chances = probs[setting] / probs[setting].sum()
       arms = np.array(arm_names(len(chances)))[rng.choice(len(chances), num_draws, p=chances)]
-      rows.append([name, ", ".join(map(str, setting)), " ".join(arms)])
+      rows.append([name, [*setting], " ".join(arms)])
   return results.Table("Arms drawn from the trained policies", ["method", "setting", "arms"], rows)
 
 

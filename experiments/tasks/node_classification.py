@@ -132,7 +132,7 @@ class Evaluator:
           digits=2,
         )
       )
-    notes = [[name.replace("_", " "), str(value)] for name, value in self._data.notes.items()]
+    notes = [[name.replace("_", " "), value] for name, value in self._data.notes.items()]
     shown = np.random.default_rng(0).permutation(len(trained))[:MAX_POINTS]
     return results.Result(
       metrics={**metrics, **extra()},

