@@ -15,7 +15,7 @@ import numpy as np
 
 from alignment import reward_model
 from alignment.models import scalar_head, transformer
-from experiments.data import learned_rewards, pretrained, text
+from experiments.data import learned_rewards, pretrained, sample_cache, text
 from experiments.tasks import language
 from sharding import checks
 
@@ -31,7 +31,7 @@ class Task:
   pairs: list[text.Preference]
   held_out: np.ndarray  # [N] whether a pair is for testing
   frozen: bool
-  cache: text.SampleCache
+  cache: sample_cache.SampleCache
 
   @property
   def apply_fn(self) -> reward_model.ApplyFn:
@@ -166,7 +166,7 @@ def make_task(config: Any) -> Task:
     pairs=pairs,
     held_out=held_out,
     frozen=config.network.train == "head",
-    cache=text.SampleCache(config.data.cache or None),
+    cache=sample_cache.SampleCache(config.data.cache or None),
   )
 
 

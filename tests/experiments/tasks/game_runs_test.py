@@ -12,7 +12,7 @@ from experiments import main
 from experiments.loop import presets
 from experiments.papers import cfr as cfr_wiring
 from experiments.tasks import game_runs
-from rl_theory import cfr, games, policy_files
+from rl_theory import cfr, games, policy_arrays, policy_files
 
 
 def run(config, folder, *arguments):
@@ -52,7 +52,7 @@ def test_tiny_runs_learn_and_measure(paper, tmp_path):
   records = _records(folder)
   game = games.compile_game("kuhn_poker")
   policy = policy_files.read_policy(folder / "model" / "policy.json", game)
-  games.check_policy(game, np.asarray(policy))
+  policy_arrays.check(game, np.asarray(policy))
   last = records[-1]
   assert last["nash_conv/low"] <= last["nash_conv"] <= last["nash_conv/high"]
   assert (
@@ -82,7 +82,7 @@ def test_a_single_agent_keeps_what_it_has_found(tmp_path, capsys):
   assert run("exploration:tiny", other, "--config.environment.sizes=(2,0)") == 2
   assert run("exploration:tiny", other, "--config.algorithm.recency=(1.0,)") == 2
   errors = capsys.readouterr().err
-  assert "sizes: give integers of at least 1" in errors and "give two numbers" in errors
+  assert "sizes must be an integer >= 1" in errors and "give two numbers" in errors
 
 
 @pytest.mark.slow

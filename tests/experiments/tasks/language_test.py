@@ -29,14 +29,6 @@ from experiments.studies import frontier as frontier_paper
 from experiments.tasks import language_offline, language_online, revision
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-  """Samples of a test are its own."""
-  monkeypatch.setattr(
-    language_offline.text.SampleCache.__init__, "__defaults__", (tmp_path / "samples",)
-  )
-
-
 def tiny(paper, **changes):
   config = presets.resolve(f"{paper}:tiny")
   return presets.override(

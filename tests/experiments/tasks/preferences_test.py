@@ -12,7 +12,7 @@ import pytest
 from alignment import reward_model
 from alignment.models import scalar_head, transformer
 from experiments import main
-from experiments.data import learned_rewards, rewards, text
+from experiments.data import learned_rewards, rewards
 from experiments.loop import presets
 from experiments.tasks import language, language_offline, preferences
 
@@ -21,11 +21,6 @@ SHORT = (
   "--config.eval.num_prompts=32",
   "--config.checkpoint.every=2",
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-  monkeypatch.setattr(text.SampleCache.__init__, "__defaults__", (tmp_path / "samples",))
 
 
 def _pairs_file(path, num_prompts=48):
