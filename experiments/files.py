@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the JSON in them."""
+"""Files that are replaced as a whole, so that no reader ever sees half of one; JSON."""
 
 import contextlib
 import json
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def write_file(path: pathlib.Path, data: str | bytes) -> None:
-  """Writes a file whole or not at all: a full disk or a kill leaves the old one.
+  """Replaces a file as a whole: a full disk or a killed process leaves the old contents.
 
   Raises:
-    OSError: if it cannot be written; the message names the file and the remedy.
+    OSError: the file cannot be written; the message names it and the remedy.
   """
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
@@ -25,20 +25,20 @@ def write_file(path: pathlib.Path, data: str | bytes) -> None:
 
 
 def write_error(path: pathlib.Path, error: OSError) -> OSError:
-  """Returns the error that says which file could not be written, and what to do."""
+  """Returns an error whose message names the file that could not be written and the remedy."""
   return OSError(
-    f"cannot write {path}: {error.strerror or error}. What was there before is untouched: free "
+    f"cannot write {path}: {error.strerror or error}. The earlier contents are untouched. Free "
     "some space or make the folder writable, then run the same command to continue."
   )
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
-  """Writes JSON whole or not at all."""
+  """Replaces a JSON file as a whole; errors are those of `write_file`."""
   write_file(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """Returns the JSON in a file, or None where there is none or it cannot be read."""
+  """Returns the contents of a JSON file; None if it is absent or damaged."""
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError):
@@ -46,7 +46,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns the fields of a nested config by dotted name.
+  """Returns the fields of a nested config under their dotted names.
 
   Example:
     >>> flatten({"seed": 0, "train": {"num_steps": 5}})

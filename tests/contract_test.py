@@ -27,7 +27,7 @@ from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from representation import bgrl, graphs
 from representation.baselines import grace
-from representation.networks import gcn
+from representation.networks import adapters, gcn, mlp
 from rl_theory import armac
 from rl_theory.baselines import nfsp
 
@@ -330,7 +330,7 @@ def _graph():
 
 def _bgrl() -> Case:
   graph = _graph()
-  encoder, predictor = gcn.Encoder(gcn.GCN((4,))), gcn.Predictor(gcn.MLP(6, 4))
+  encoder, predictor = adapters.Encoder(gcn.GCN((4,))), adapters.Predictor(mlp.MLP(6, 4))
   keys = jax.random.split(jax.random.key(0), 3)
   (params, online), (target_params, target) = (encoder.init(key, graph) for key in keys[:2])
   params = bgrl.Params(params, predictor.init(keys[2], jnp.zeros((1, 4))))
@@ -343,7 +343,8 @@ def _bgrl() -> Case:
 
 def _grace(*, num_negatives: int = 0) -> Case:
   graph = _graph()
-  encoder, projector = gcn.Encoder(gcn.GCN((4,))), gcn.Predictor(gcn.MLP(6, 4, jax.nn.elu))
+  encoder = adapters.Encoder(gcn.GCN((4,)))
+  projector = adapters.Predictor(mlp.MLP(6, 4, jax.nn.elu))
   params, network_state = encoder.init(jax.random.key(0), graph)
   params = grace.Params(params, projector.init(jax.random.key(1), jnp.zeros((1, 4))))
   return Case(

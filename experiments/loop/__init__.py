@@ -1,1 +1,1 @@
-"""The training loop and what a run needs around it: config, folder, checkpoints, signals."""
+"""The training loop, with the config, folder, checkpoints and signals of a run."""

@@ -1,11 +1,14 @@
-"""Checkpoints: a thin layer on Orbax that trusts nothing it has not verified.
+"""Checkpoints: a thin layer over Orbax that verifies every state it saves or restores.
 
-A checkpoint of step s is the folder `<directory>/s`: the state after s updates, and a JSON record
-(data position, run key, config, and for each leaf its dtype, shape and checksum). Orbax writes in
-the background, into a temporary folder that it renames at the end: a killed save leaves no
-half checkpoint. What this layer adds: leaves must be finite to be saved; dtypes and shapes are
-compared before a restore (Orbax casts silently) and checksums after it; an unreadable
-checkpoint is put aside for the one before; the best and the last ones are kept.
+The checkpoint of step s is the folder `<directory>/s`. It holds the state after s updates and a
+JSON record: data position, key of the run, config, and dtype, shape and checksum of each leaf.
+Orbax writes in the background into a temporary folder, which it renames at the end, so that a
+killed save leaves no partial checkpoint.
+
+This layer adds four rules. A state with a leaf that is not finite is not saved. Before a restore,
+dtypes and shapes are compared, because Orbax casts silently. After it, checksums are compared. A
+checkpoint that cannot be read is renamed, and the one before it is read. The last checkpoints and
+the best one are kept.
 """
 
 import os
@@ -16,20 +19,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-import sharding
+from experiments.loop import leaves
 
 
 class CheckpointError(OSError):
-  """A checkpoint could not be written or read; the message says where, why and what to do."""
+  """A checkpoint cannot be written or read; the message gives the place, reason and remedy."""
 
 
 class NotFiniteError(ArithmeticError):
-  """A leaf of the state holds NaN or Inf, so it was not saved; `leaves` are their paths."""
+  """The state was not saved because leaves hold NaN or Inf; `leaves` are their paths."""
 
   def __init__(self, leaves: list[str]):
     super().__init__(f"not finite: {', '.join(leaves[:3])}{' ...' if len(leaves) > 3 else ''}")
@@ -37,7 +38,10 @@ class NotFiniteError(ArithmeticError):
 
 
 class Restored(NamedTuple):
-  """state: on the mesh asked for. step: updates it has seen. record: the saved JSON."""
+  """A checkpoint that was read.
+
+  state: the state, on the mesh of the target.  step: updates it has seen.  record: its JSON record.
+  """
 
   state: Any
   step: int
@@ -45,7 +49,7 @@ class Restored(NamedTuple):
 
 
 class _KeepBestAndLast:
-  """Orbax preservation policy: the last `keep` checkpoints and the best one."""
+  """Keeps the last `keep` checkpoints and the best one: a preservation policy of Orbax."""
 
   def __init__(self, keep: int, best: Callable[[list[int]], int | None]):
     self._keep, self._best = keep, best
@@ -72,34 +76,34 @@ class Checkpointer:
     """Opens a folder of checkpoints.
 
     Args:
-      directory: made on the first save.
-      keep: how many of the last checkpoints stay, at least 1; the best stays as well.
-      scores: step to headline metric, read whenever something is to be deleted: the loop may add
-        the score of a checkpoint after it was saved.
+      directory: the folder, which the first save creates.
+      keep: number of last checkpoints that are kept, at least 1. The best one is kept as well.
+      scores: maps step to headline metric. It is read whenever checkpoints are deleted, so the loop
+        may add the score of a checkpoint after the save.
       maximise: whether a higher score is better.
-      read_only: for evaluation: nothing is created, moved or deleted.
+      read_only: creates, moves and deletes nothing; for evaluation.
 
     Raises:
-      ValueError: if `keep` is below 1.
+      ValueError: `keep` is below 1.
     """
     if keep < 1:
-      raise ValueError(f"checkpoint.keep={keep}: at least the last checkpoint must stay")
+      raise ValueError(f"checkpoint.keep={keep}: keep at least 1, the last checkpoint")
     self._directory = pathlib.Path(directory).absolute()
     self._scores = {} if scores is None else scores
     self._keep, self._maximise, self._read_only = keep, maximise, read_only
     self._manager: Any = None
     self._writing = 0
 
-  # --- what there is ----------------------------------------------------------------------------
+  # --- steps --------------------------------------------------------------------------------------
 
   def steps(self) -> list[int]:
-    """Returns the steps of all complete checkpoints, ascending; half-written ones are not seen."""
+    """Returns the steps of all complete checkpoints in ascending order."""
     if not self._directory.is_dir():
       return []
     return sorted(int(entry.name) for entry in self._directory.iterdir() if entry.name.isdigit())
 
   def best_step(self, steps: list[int] | None = None) -> int | None:
-    """Returns the step with the best score (the later one of equals); None if none has one."""
+    """Returns the step with the best score, the last one of equals; None without scores."""
     steps = self.steps() if steps is None else steps
     scored = [step for step in steps if step in self._scores]
     sign = 1 if self._maximise else -1
@@ -111,28 +115,28 @@ class Checkpointer:
     """Starts to write a checkpoint; returns once the state may be changed or donated.
 
     Args:
-      step: updates that the state has seen; above every earlier checkpoint's.
+      step: updates that the state has seen, more than in every earlier checkpoint.
       state: pytree of arrays, all finite.
-      record: JSON saved beside it.
+      record: JSON to save with the state.
 
     Raises:
-      NotFiniteError: if a leaf holds NaN or Inf; nothing is written.
-      CheckpointError: if this write, or the one before in the background, failed.
+      NotFiniteError: a leaf holds NaN or Inf; nothing is written.
+      CheckpointError: this write failed, or the earlier one that ran in the background.
     """
-    leaves = _describe(state)
-    bad = [path for path, leaf in leaves.items() if not leaf["finite"]]
+    described = leaves.describe(state)
+    bad = [path for path, leaf in described.items() if not leaf["finite"]]
     if bad:
       raise NotFiniteError(bad)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      record=ocp.args.JsonSave({**record, "step": step, "leaves": leaves}),
+      record=ocp.args.JsonSave({**record, "step": step, "leaves": described}),
     )
-    self.wait()  # an error of the write before belongs to its own step
+    self.wait()  # so that an error of the earlier write names the earlier step
     self._writing = step
     try:
-      # Orbax answers False, without an error, for a step that is not newer than the last.
+      # For a step that is not after the last one, Orbax returns False and raises no error.
       if not self._open().save(step, args=args):
-        raise ValueError(f"a checkpoint of step {step} or later exists already")
+        raise ValueError(f"a checkpoint of step {step} or a later one exists already")
     except Exception as error:
       raise self._write_error(error) from error
 
@@ -147,7 +151,7 @@ class Checkpointer:
       raise self._write_error(error) from error
 
   def close(self) -> None:
-    """Waits, then frees Orbax's threads; safe to call twice."""
+    """Waits for the write, then frees Orbax's threads; may be called twice."""
     manager, self._manager = self._manager, None
     if manager is not None:
       try:
@@ -183,12 +187,12 @@ class Checkpointer:
 
     Args:
       step: one of `steps()`.
-      target: pytree of `jax.ShapeDtypeStruct` with shardings: it decides the mesh, which need
-        not be the one that the state was saved from.
+      target: pytree of `jax.ShapeDtypeStruct` with shardings. Its mesh may differ from the one that
+        the state was saved from.
 
     Raises:
-      ValueError: if the saved leaves differ from the target in path, shape or dtype.
-      CheckpointError: if the files cannot be read or are not what was written.
+      ValueError: the saved leaves differ from the target in path, shape or dtype.
+      CheckpointError: the files cannot be read, or a checksum differs.
     """
     try:
       record = self._open().restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
@@ -204,24 +208,24 @@ class Checkpointer:
       )["state"]
       changed = [
         path
-        for path, leaf in _describe(state).items()
+        for path, leaf in leaves.describe(state).items()
         if leaf["checksum"] != saved[path]["checksum"]
       ]
     except Exception as error:
       raise self._read_error(step, error) from error
     if changed:
-      raise self._read_error(step, ValueError(f"{changed[0]} is not what was saved (checksum)"))
+      raise self._read_error(step, ValueError(f"the checksum of {changed[0]} differs"))
     return Restored(state, step, record)
 
   def restore_last(self, target: Any) -> Restored | None:
-    """Reads the last readable checkpoint; None where there is no checkpoint at all.
+    """Reads the last readable checkpoint; returns None if there is no checkpoint.
 
-    An unreadable one is renamed to `<step>.unreadable`, with a warning, and the one before it
-    is tried: the run repeats the steps in between and then writes its own.
+    A checkpoint that cannot be read is renamed to `<step>.unreadable` with a warning, and the one
+    before it is read. The run then repeats the steps in between.
 
     Raises:
       ValueError: as `restore`.
-      CheckpointError: if there are checkpoints and none can be read.
+      CheckpointError: there are checkpoints, but none can be read.
     """
     errors = []
     for step in reversed(self.steps()):
@@ -244,7 +248,7 @@ class Checkpointer:
   def _put_aside(self, steps: list[int]) -> None:
     if self._read_only or not steps or jax.process_index():
       return
-    self.close()  # Orbax would go on counting them as checkpoints
+    self.close()  # an open manager of Orbax would still list the renamed folders
     for step in steps:
       source, number = self._directory / str(step), 0
       while (aside := self._directory / f"{step}.unreadable{number or ''}").exists():
@@ -252,7 +256,7 @@ class Checkpointer:
       source.rename(aside)
 
   def _check_leaves(self, step: int, saved: Mapping[str, Any], target: Any) -> None:
-    wanted = _layout(target)
+    wanted = leaves.layout(target)
     for path in sorted(saved.keys() | wanted.keys()):
       old, new = saved.get(path), wanted.get(path)
       old = None if old is None else (old["dtype"], tuple(old["shape"]))
@@ -260,7 +264,7 @@ class Checkpointer:
         raise ValueError(
           f"checkpoint {step} in {self._directory} does not fit this experiment: leaf {path!r} is "
           f"{_words(old)} in the checkpoint and {_words(new)} here. Use the code and config that "
-          "wrote it, or a new --workdir."
+          "wrote it, or name a new --workdir."
         )
 
   def _read_error(self, step: int, error: Exception) -> CheckpointError:
@@ -270,7 +274,7 @@ class Checkpointer:
 
 
 def _reason(error: Exception) -> str:
-  """Returns the one line of an error that a person needs; TensorStore nests file names."""
+  """Returns one line that gives the reason of an error; TensorStore's messages are long."""
   text = str(error).strip() or type(error).__name__
   code = re.search(r"os_error_code='(\d+)'", text)
   return os.strerror(int(code.group(1))) if code else text.splitlines()[0][:300]
@@ -278,55 +282,3 @@ def _reason(error: Exception) -> str:
 
 def _words(leaf: tuple[str, tuple[int, ...]] | None) -> str:
   return "absent" if leaf is None else f"{leaf[0]}{list(leaf[1])}"
-
-
-def _layout(tree: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-  paths, leaves = sharding.tree_paths(tree), jax.tree.leaves(tree)
-  return {
-    path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in zip(paths, leaves, strict=True)
-  }
-
-
-def _describe(state: Any) -> dict[str, dict[str, Any]]:
-  """Returns dtype, shape, checksum and finiteness of each leaf by path."""
-  checks = jax.device_get(_inspect(jax.tree.leaves(state)))
-  return {
-    path: {
-      "dtype": dtype,
-      "shape": list(shape),
-      "checksum": int(checksum),
-      "finite": bool(finite),
-    }
-    for (path, (dtype, shape)), (checksum, finite) in zip(
-      _layout(state).items(), checks, strict=True
-    )
-  }
-
-
-@jax.jit
-def _inspect(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-  """Returns (checksum, all finite) of each leaf.
-
-  The checksum is the sum of the leaf's bits as unsigned integers, modulo 2^32: the same for every
-  sharding, since integer addition is exact in any order.
-  """
-  return [(_checksum(leaf), _is_finite(leaf)) for leaf in leaves]
-
-
-def _is_finite(leaf: jax.Array) -> jax.Array:
-  if jnp.issubdtype(leaf.dtype, jnp.inexact):
-    return jnp.isfinite(leaf).all()
-  return jnp.array(True)
-
-
-def _checksum(leaf: jax.Array) -> jax.Array:
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-    return _checksum(leaf.real) + 3 * _checksum(leaf.imag)
-  if leaf.dtype == jnp.bool_:
-    leaf = leaf.astype(jnp.uint8)
-  size = np.dtype(leaf.dtype).itemsize
-  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)  # 8 bytes become two words
-  bits = jax.lax.bitcast_convert_type(leaf, unsigned)
-  return jnp.sum(bits, dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""A request to stop, heard between two steps."""
+"""Signals that ask a run to stop between two steps."""
 
 import os
 import signal
@@ -8,19 +8,23 @@ import jax
 
 
 class Listener:
-  """Turns the first SIGTERM or SIGINT into a request to stop; a second one kills at once."""
+  """A context in which the first SIGTERM or SIGINT requests a stop; a second one kills at once.
+
+  Attributes:
+    received: the number of the signal; 0 before one arrives.
+  """
 
   def __init__(self):
-    self.received = 0  # the signal's number
+    self.received = 0
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> "Listener":
     if jax.process_count() > 1:
-      return self  # JAX's own service listens, so that all hosts stop at the same step
+      return self  # JAX's preemption service listens, so that all hosts stop at the same step
     try:
       for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._receive)
-    except ValueError:  # not the main thread: whoever runs it decides when to stop
+    except ValueError:  # only the main thread may set handlers; elsewhere the caller stops the run
       pass
     return self
 
@@ -33,10 +37,10 @@ class Listener:
     self.received = number
     for other in (signal.SIGTERM, signal.SIGINT):
       signal.signal(other, signal.SIG_DFL)
-    os.write(2, b"\nstopping after this step; once more kills at once\n")
+    os.write(2, b"\nstopping after this step; a second signal kills at once\n")
 
   def stop(self, step: int) -> bool:
-    """Whether to stop before this step; hosts of one run agree on the step."""
+    """Returns whether to stop before `step`; the hosts of a run agree on the step."""
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
 

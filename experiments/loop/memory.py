@@ -1,4 +1,4 @@
-"""How much memory there is, how much a run has needed, and whether malloc keeps what is freed."""
+"""Memory of a run: what is available, the peak so far, and how malloc treats freed blocks."""
 
 import ctypes
 import pathlib
@@ -9,10 +9,10 @@ GIBIBYTE = 2**30
 
 
 def available(devices: Any) -> int | None:
-  """Returns the bytes that arrays on these devices can still take, or None where nothing says it.
+  """Returns the bytes that new arrays on `devices` can take; None if they are unknown.
 
-  Of accelerators what their allocators may hand out together; of CPUs the free memory of the host,
-  or of the container if that is less.
+  For accelerators this is the free memory of their allocators, summed over the devices. For CPUs it
+  is the free memory of the host, or of the container if that is less.
   """
   free = [_free_on(device) for device in devices if device.platform != "cpu"]
   if free:
@@ -30,7 +30,7 @@ def _free_on(device: Any) -> int | None:
 
 
 def reset_peak() -> None:
-  """Begins `peak` anew; where the system forbids it, that of the process goes on."""
+  """Sets `peak` back to the present use; does nothing where the system forbids it."""
   try:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
   except OSError:
@@ -38,24 +38,25 @@ def reset_peak() -> None:
 
 
 def peak() -> int | None:
-  """Returns the largest resident memory of this process in bytes, or None where none is told."""
+  """Returns the peak resident memory of this process in bytes; None outside Linux."""
   return _field(pathlib.Path("/proc/self/status"), "VmHWM")
 
 
 def keep_freed(*, all_of_it: bool = False) -> None:
-  """Lets malloc keep what a step frees for the next step; does nothing without glibc.
+  """Makes glibc's malloc keep freed memory for the next step; does nothing with another malloc.
 
-  A step's temporaries are hundreds of megabytes in one piece, which glibc hands back to the system
-  and gets anew: 60,000 page faults a step of BGRL. Kept pieces are cut into by what is allocated
-  between two steps, so that up to three of them can lie side by side.
+  The temporaries of a step are single blocks of hundreds of megabytes. By default glibc returns
+  them to the system after each step and requests them again, which costs BGRL 60,000 page faults a
+  step. The price is fragmentation: allocations between two steps split the blocks that were kept,
+  so that the process can hold up to three times the memory of one step.
 
   Args:
-    all_of_it: also where 2 GiB and more are free, which pieces of a gigabyte soon are; for those
-      who know that three times what they need is there.
+    all_of_it: whether to keep free memory beyond 2 GiB too. Blocks of a gigabyte reach that limit
+      soon. Set it only where three times the memory of a step is available.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
   if mallopt is not None:
-    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX, since the arenas of threads return memory.
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX: the arenas of other threads return memory.
     for option, value in ((-4, 0), (-1, -1 if all_of_it else 2**31 - 1), (-8, 1)):
       mallopt(option, value)
 
@@ -65,7 +66,7 @@ def _meminfo(name: str) -> int | None:
 
 
 def _field(path: pathlib.Path, name: str) -> int | None:
-  """Reads `name:  123 kB` of a file of the Linux kernel."""
+  """Returns the bytes of a line `name:  123 kB` in a file of the Linux kernel, or None."""
   try:
     lines = path.read_text().splitlines()
   except OSError:
@@ -77,14 +78,14 @@ def _field(path: pathlib.Path, name: str) -> int | None:
 def _container(
   group: pathlib.Path | None = None, root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")
 ) -> int | None:
-  """What the control group of this process and those around it leave free; None without a limit."""
+  """Returns the bytes that the control groups of this process leave free; None without a limit."""
   if group is None:
     try:
       lines = pathlib.Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
       return None
     paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
-    group = root.joinpath(*paths)  # as a job of a cluster has one; a container sees its own as root
+    group = root.joinpath(*paths)  # the job of a cluster; inside a container it is the root
   around = [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
   free = [size for size in map(_left_by_group, around) if size is not None]
   return min(free, default=None)
@@ -97,7 +98,7 @@ def _left_by_group(folder: pathlib.Path) -> int | None:
     )
   except OSError:
     return None
-  # Files that were read and lie idle count as used, until someone needs their place.
+  # The kernel counts cached files as used, but drops inactive ones when memory is needed.
   idle = next(
     (line.split()[1] for line in stat.splitlines() if line.startswith("inactive_file")), 0
   )

@@ -1,8 +1,9 @@
-"""From `--config=<paper>:<preset>` and `--config.x.y=VALUE` to a checked `ConfigDict`.
+"""Configs of runs: presets found by name, overrides from the command line, and checks.
 
-A config module has `PRESETS`, name to (description, expected time, expected result), and
-`get_config(preset) -> ConfigDict`. Packaged ones lie in `experiments/configs`; a file elsewhere
-needs only `get_config`. Nothing here imports JAX.
+A config module defines `get_config(preset) -> ConfigDict` and `PRESETS`, a dictionary from the name
+of a preset to (description, expected time, expected result). The modules of `experiments/configs`
+are found by the name of their paper. A file of the user's own needs only `get_config`. Importing
+this module does not import JAX, so that `--help` and `--list` answer at once.
 """
 
 import ast
@@ -20,7 +21,7 @@ import ml_collections
 from experiments import configs, files
 from experiments.loop import run_folder
 
-# Fields that the loop reads, with the least value; 0 for an interval means never.
+# The least value of the integer fields that the loop reads. An interval of 0 steps means never.
 _LEAST = {
   "train.num_steps": 1,
   "train.log_every": 1,
@@ -32,7 +33,7 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def papers() -> dict[str, Any]:
-  """Returns the packaged config modules by paper."""
+  """Returns the modules of `experiments/configs` that have presets, by the name of their paper."""
   found = {}
   for info in pkgutil.iter_modules(configs.__path__):
     module = importlib.import_module(f"{configs.__name__}.{info.name}")
@@ -53,17 +54,18 @@ def listing() -> str:
 
 
 def resolve(text: str) -> ml_collections.ConfigDict:
-  """Returns the config that `--config` names.
+  """Returns the config that the value of `--config` names.
 
   Args:
     text: `paper`, `paper:preset`, `path.py` or `path.py:preset`.
 
   Raises:
-    ValueError: if there is no such paper or preset; the message names those there are.
-    FileNotFoundError: if there is no such file.
+    ValueError: the paper or preset is unknown (the message lists the known ones), or `get_config`
+      does not return a config.
+    FileNotFoundError: the file does not exist.
   """
   path, colon, preset = text.rpartition(":")
-  # A Windows path has a colon too, after its drive.
+  # The drive of a Windows path is followed by a colon, which separates no preset.
   if not colon or preset.endswith(".py"):
     path, preset = text, ""
   if path.endswith(".py"):
@@ -88,7 +90,7 @@ def resolve(text: str) -> ml_collections.ConfigDict:
 
 def _load_file(path: pathlib.Path) -> Any:
   if not path.is_file():
-    raise FileNotFoundError(f"--config={path}: there is no such file")
+    raise FileNotFoundError(f"--config={path}: the file does not exist")
   spec = importlib.util.spec_from_file_location(f"bootstrax_config_{path.stem}", path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
@@ -99,7 +101,7 @@ def _load_file(path: pathlib.Path) -> Any:
 
 
 def from_workdir(folder: str) -> ml_collections.ConfigDict:
-  """Returns the config of an earlier run."""
+  """Returns the config of the run in `folder`; errors are those of `run_folder.read_config`."""
   return run_folder.read_config(pathlib.Path(folder))
 
 
@@ -128,8 +130,8 @@ def module_of(config: Any) -> Any:
 def build(config: Any, workdir: pathlib.Path) -> Any:
   """Returns the `training.Experiment` of a config.
 
-  Its module defines `build(config)`, or `build_in(config, workdir)` where a run reads other runs
-  that lie beside its own folder.
+  Its module defines `build(config)`. A module whose runs read other runs beside their own folder
+  defines `build_in(config, workdir)` instead.
   """
   module = module_of(config)
   if hasattr(module, "build_in"):
@@ -138,29 +140,32 @@ def build(config: Any, workdir: pathlib.Path) -> Any:
 
 
 def check(config: Any) -> None:
-  """Raises ValueError for what every run needs and this config lacks, or has out of range."""
+  """Raises `ValueError` if a field that every run needs is missing or out of range."""
+  from sharding import checks  # imports JAX, which --help and --list must not
+
   fields = files.flatten(config.to_dict())
   required = ["seed", *_LEAST]
   missing = [name for name in required if name not in fields]
   if missing or not any(name.startswith("sharding.mesh.") for name in fields):
     raise ValueError(
-      f"the config lacks {', '.join(missing or ['sharding.mesh'])}: every config has seed, "
+      f"the config lacks {', '.join(missing or ['sharding.mesh'])}: every config needs seed, "
       f"sharding.mesh and {', '.join(_LEAST)}"
     )
   for name, least in _LEAST.items():
-    value = fields[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-      raise ValueError(f"config.{name}={value!r}: give an integer of at least {least}")
+    checks.count(f"config.{name}", fields[name], least)
 
 
 def as_arguments(config: ml_collections.ConfigDict) -> str:
-  """Returns every field as the argument that would set it."""
+  """Returns one line `--config.x.y=VALUE` for each field of the config."""
   fields = files.flatten(config.to_dict())
   return "\n".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def split_overrides(argv: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
-  """Splits arguments into overrides `(x.y, VALUE)` and the rest, in order.
+  """Splits arguments into overrides (field, value) and all others; both keep their order.
+
+  Raises:
+    ValueError: the value of an override is missing.
 
   Example:
     >>> split_overrides(["--config=a:b", "--config.seed=1", "--config.train.num_steps", "5"])
@@ -185,11 +190,15 @@ def split_overrides(argv: Iterable[str]) -> tuple[list[tuple[str, str]], list[st
 def override(
   config: ml_collections.ConfigDict, overrides: Iterable[tuple[str, str]]
 ) -> ml_collections.ConfigDict:
-  """Returns the config with fields replaced; each value gets the type of the one it replaces.
+  """Returns a copy of the config with fields replaced; each value takes the old value's type.
+
+  Args:
+    config: the config, which stays as it is.
+    overrides: pairs (dotted name of a field, text of its value).
 
   Raises:
-    ValueError: if a field does not exist (the closest one is named), is a section, or cannot hold
-      the value.
+    ValueError: a field does not exist (the message names the closest one), is a section, or does
+      not accept the value.
   """
   config = config.copy_and_resolve_references()
   fields = files.flatten(config.to_dict())
@@ -208,10 +217,10 @@ def override(
 def _unknown_field(name: str, fields: dict[str, Any]) -> str:
   children = [field for field in fields if field.startswith(name + ".")]
   if children:
-    return f"--config.{name} is a section; its fields are {', '.join(children)}"
+    return f"--config.{name} is a section: set one of its fields, {', '.join(children)}"
   by_last_part = [field for field in fields if field.rpartition(".")[2] == name.rpartition(".")[2]]
   close = by_last_part[:1] or difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-  hint = f"did you mean --config.{close[0]}?" if close else f"there are {', '.join(fields)}"
+  hint = f"did you mean --config.{close[0]}?" if close else f"its fields are {', '.join(fields)}"
   return f"--config.{name}: the config has no such field; {hint}"
 
 
@@ -224,7 +233,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
 
 
 def _cast(text: str, old: Any) -> Any:
-  """Returns the text as a value of the type of `old`; raises ValueError."""
+  """Returns the text as a value of the type of `old`; raises `ValueError` if it is none."""
   if isinstance(old, bool):
     if text.lower() not in _TRUE + _FALSE:
       raise ValueError(text)
@@ -233,7 +242,7 @@ def _cast(text: str, old: Any) -> Any:
     try:
       return int(text)
     except ValueError:
-      if not float(text).is_integer():  # 1e6 is a fine number of steps; inf and 0.5 are not
+      if not float(text).is_integer():  # 1e6 is accepted as an integer; inf and 0.5 are not
         raise
       return int(float(text))
   if isinstance(old, float):
@@ -258,4 +267,4 @@ def _choices(wrong: str, known: Iterable[str]) -> str:
   known = list(known)
   close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
   hint = f"did you mean {close[0]!r}? " if close else ""
-  return f"{hint}there are {', '.join(known)}"
+  return f"{hint}the choices are {', '.join(known)}"

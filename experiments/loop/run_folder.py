@@ -1,8 +1,8 @@
-"""The folder of one run: whose it is, with which config, on which machine.
+"""The folder of a run: which config owns it, and on which machine it ran.
 
-config.json        the config, written first        checkpoints/   Orbax
-environment.json   versions, devices, command       results.json   the final numbers: run finished
-metrics.jsonl      every record                     figures/, report.html, model/, tensorboard/
+config.json        the config, written first        checkpoints/   states, written by Orbax
+environment.json   versions, devices, command       results.json   final numbers of a finished run
+metrics.jsonl      all records of the run           figures/, report.html, model/, tensorboard/
 """
 
 import datetime
@@ -20,8 +20,8 @@ import ml_collections
 
 from experiments import files
 
-# Fields that a later command may change: where arrays lie, which changes no result.
-PLACEMENT = ("sharding.",)
+# A later command may change these fields: they place arrays on devices and change no result.
+_PLACEMENT = ("sharding.",)
 
 _PACKAGES = (
   "bootstrax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy", "grain",
@@ -30,16 +30,19 @@ _PACKAGES = (
 
 
 def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
-  """Makes a folder ours for this config, or says why it cannot be.
+  """Claims a folder for the run of a config.
+
+  A new folder is made and gets `config.json`. A folder with the same config is used as it is. If
+  its config differs but no step was recorded yet, nothing can be lost, and the new config replaces
+  the old one.
 
   Returns:
-    The folder. A new one is made and gets `config.json`; one of the same config is taken up.
-    One whose run never recorded a step takes the new config: there is nothing to lose.
+    The folder.
 
   Raises:
-    ValueError: if it holds a run of a different config (the differences are shown), or things that
-      are not a run.
-    OSError: if it cannot be written.
+    ValueError: the folder holds a run of a different config (the message lists the differences), or
+      files that do not belong to a run.
+    OSError: the folder cannot be written.
   """
   folder = pathlib.Path(folder)
   path = folder / "config.json"
@@ -49,15 +52,15 @@ def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Pa
   if not path.exists():
     if folder.exists() and any(folder.iterdir()):
       raise ValueError(
-        f"--workdir={folder} is not empty and holds no run (no config.json): name a new or an "
-        "empty folder. Nothing was changed."
+        f"--workdir={folder} is not empty and holds no run (no config.json): name a new or empty "
+        "folder. Nothing was changed."
       )
     try:
       folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise OSError(
-        f"cannot make --workdir={folder}: {error.strerror or error}. Name a folder on a disk with "
-        "space, where you may write."
+        f"cannot make --workdir={folder}: {error.strerror or error}. Name a folder that you may "
+        "write, on a disk with free space."
       ) from error
     files.write_file(path, text)
     return folder
@@ -65,13 +68,13 @@ def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Pa
   differences = [
     f"  {name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
     for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name) and not name.startswith(PLACEMENT)
+    if old.get(name) != new.get(name) and not name.startswith(_PLACEMENT)
   ]
   if differences and (_holds(folder, "metrics.jsonl") or _holds(folder, "checkpoints")):
     raise ValueError(
-      f"--workdir={folder} holds a run of a different config (there -> here):\n"
+      f"--workdir={folder} holds a run of a different config (its value -> yours):\n"
       + "\n".join(differences)
-      + "\nRepeat the command that started it to continue, or name a new folder. "
+      + "\nTo continue that run, repeat its command. To start another, name a new folder. "
       "Nothing was changed."
     )
   if old != new:
@@ -80,7 +83,12 @@ def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Pa
 
 
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
-  """Returns the config of the run in a folder; raises `FileNotFoundError` if it holds none."""
+  """Returns the config of the run in a folder.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+    ValueError: the file is not JSON.
+  """
   path = pathlib.Path(folder) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"--workdir={folder} holds no run: there is no {path}")
@@ -92,7 +100,7 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def environment() -> dict[str, Any]:
-  """Returns what a reader needs to judge or repeat a run."""
+  """Returns time, command, versions, devices, host and commit, so that a run can be repeated."""
   import jax
 
   versions = {"python": platform.python_version()}
@@ -117,10 +125,10 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-  """Returns the git commit of this source tree, with `+` if it has changes; empty if unknown."""
-  root = pathlib.Path(__file__).resolve().parent.parent
+  """Returns the git commit of the source, followed by `+` if files differ; empty if unknown."""
+  root = pathlib.Path(__file__).resolve().parents[2]
   if not (root / ".git").exists():
-    return ""  # an installed wheel, perhaps inside somebody else's repository
+    return ""  # an installed wheel, which may lie inside another project's repository
   commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
   try:
     head, changes = (

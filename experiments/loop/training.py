@@ -1,10 +1,10 @@
-"""One loop for all papers, resumable to the bit.
+"""The training loop of all papers. A resumed run equals an uninterrupted one bit for bit.
 
-The loop never waits for the device except where it must: the metrics of step n - 1 are fetched
-after step n has been dispatched, and state is read only to save or to evaluate it. The key of a
-step is `fold_in(run_key, state.step)`, drawn inside the compiled step, so a resumed run draws the
-same numbers. A checkpoint is written only after the metrics of its own last step have been seen
-and every leaf has been found finite.
+The loop waits for the device as little as possible: it dispatches step n, then fetches the metrics
+of step n - 1, and it reads the state only to save or evaluate it. The key of a step is
+`fold_in(run_key, state.step)`, computed inside the compiled step, so a resumed run draws the same
+random numbers. Before a checkpoint is written, the loss of its last step and all leaves of the
+state are checked to be finite.
 """
 
 import base64
@@ -30,25 +30,26 @@ from experiments.report import records, results
 
 
 class RunError(RuntimeError):
-  """A run that had to stop; the message says where, why and what to do."""
+  """The run had to stop; the message gives the step, the reason and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The seam between a paper and the loop: what `papers/<paper>.py` builds.
+  """What the loop needs to train a paper; `build` in `papers/<paper>.py` returns one.
 
   Attributes:
-    init: `init(key, *init_args) -> State`, pure; `State` has a field `step` that counts updates.
-    update: `update(state, batch, key) -> (State, Metrics)`, everything else already bound.
-    batches: makes the data iterator: `__next__` gives (ids `[B]`, batch of NumPy arrays),
-      `get_state()` a JSON value or bytes, `set_state()` takes it back.
-    headline: the metric on the progress bar, first in the report, and by which `best` is meant.
-    maximise: whether more of it is better.
-    rules: how the state is split over the mesh.
+    init: `init(key, *init_args) -> State`, pure. `State` has a field `step` that counts updates.
+    update: `update(state, batch, key) -> (State, Metrics)`, pure, with all other arguments bound.
+    batches: returns a new data iterator. `__next__` returns (ids `[B]`, batch of NumPy arrays),
+      `get_state()` a JSON value or bytes, and `set_state()` accepts that value.
+    headline: the main metric. The progress bar shows it, the report puts it first, and it decides
+      which checkpoint is best.
+    maximise: whether a higher headline is better.
+    rules: how the state is sharded over the mesh.
     init_args: arrays passed to `init`, such as pretrained weights.
-    evaluate: `evaluate(state) -> Result`, every `eval.every` steps and at the end.
+    evaluate: `evaluate(state) -> Result`, called every `eval.every` steps and at the end.
     sample: `sample(state) -> results.Table`, for `--mode=sample`.
-    export: `export(state, folder)`, once at the end, into `workdir/model`.
+    export: `export(state, folder)`, called once at the end with `workdir/model`.
     figures: `figures(history, result) -> list[results.Figure]`; `history.evals` holds the periodic
       evaluations.
   """
@@ -67,10 +68,11 @@ class Experiment:
 
 
 class Outcome(NamedTuple):
-  """How a call of `train` ended.
+  """The outcome of `train`.
 
-  status: `finished` or `interrupted`.  step: updates done.  history: training records.
-  result: the final evaluation, None if interrupted.  signal: what interrupted the run, or 0.
+  status: "finished" or "interrupted".  step: number of updates done.  history: training records.
+  result: the final evaluation; None if the run was interrupted.
+  signal: number of the signal that interrupted the run; 0 if none did.
   """
 
   status: str
@@ -81,6 +83,8 @@ class Outcome(NamedTuple):
 
 
 class _Pending(NamedTuple):
+  """A step that was dispatched and whose metrics were not fetched yet."""
+
   step: int
   ids: np.ndarray
   metrics: Any
@@ -89,22 +93,21 @@ class _Pending(NamedTuple):
 def train(
   experiment: Experiment, config: Any, workdir: pathlib.Path, *, wandb: str = ""
 ) -> Outcome:
-  """Trains to `config.train.num_steps`, from the last checkpoint of `workdir` if there is one.
+  """Trains up to step `config.train.num_steps`, starting from the last checkpoint if there is one.
 
   Args:
-    experiment: what to train.
+    experiment: the paper's functions.
     config: a `ConfigDict` with `seed` and the sections `train`, `eval`, `checkpoint`, `sharding`.
     workdir: the folder of the run; see `run_folder`.
-    wandb: a Weights & Biases project to write to as well; empty for none.
+    wandb: a Weights & Biases project to log to as well; empty for none.
 
   Returns:
-    The outcome. A workdir that is finished already is not trained again: only its report is
-    made anew.
+    The outcome. A finished run is not trained again; only its report is rewritten.
 
   Raises:
-    ValueError: if a setting is out of range, or `workdir` is not this run's.
-    RunError: if a loss or a leaf is not finite, or the data ran out.
-    CheckpointError: if a checkpoint cannot be written, or none can be read.
+    ValueError: a setting is out of range, or `workdir` belongs to another run.
+    RunError: a loss or a leaf of the state is not finite, or the data ended.
+    CheckpointError: a checkpoint cannot be written, or none can be read.
   """
   presets.check(config)
   workdir = run_folder.claim(config, workdir)
@@ -113,7 +116,7 @@ def train(
   if done is not None and done["step"] == config.train.num_steps:
     history = run.records.read()
     result = results.Result.from_json(done["result"])
-    print(f"{workdir} is finished: making its report again", file=sys.stderr)
+    print(f"{workdir} is finished: rewriting its report", file=sys.stderr)
     run.report(history, result)
     return Outcome("finished", done["step"], history, result)
   files.write_json(workdir / "environment.json", run_folder.environment())
@@ -133,34 +136,34 @@ def train(
 
 
 def _failed_on_host(text: str) -> str | None:
-  """What host code under a compiled step (a reward, a judge) raised, out of JAX's tracebacks."""
+  """Extracts the error of a reward or judge on the host from the text of JAX's error, or None."""
   found = list(re.finditer(r"(?m)^[\w.]*(Error|Exception): ", text))
   if "allback" not in text or not found:
     return None
   reason = text[found[-1].start() :].split("\n-----")[0].strip()
-  return f"a function on the host failed inside a step, {reason} (--debug shows where)"
+  return f"a function on the host failed inside a step: {reason} (--debug shows the traceback)"
 
 
 def restore(
   experiment: Experiment, config: Any, workdir: pathlib.Path, which: str = "last"
 ) -> checkpointing.Restored:
-  """Returns a saved state of a run on this machine's mesh, for evaluation; writes nothing.
+  """Reads a saved state of a run onto this machine's mesh, for evaluation; writes nothing.
 
   Args:
     experiment: the experiment that was trained.
-    config: its config.
-    workdir: its folder.
-    which: `last`, `best` (by the headline metric) or a step.
+    config: the config of the run.
+    workdir: the folder of the run.
+    which: "last", "best" (by the headline metric) or a step.
 
   Raises:
-    FileNotFoundError: if there is no such checkpoint.
+    FileNotFoundError: the checkpoint does not exist.
     ValueError, CheckpointError: as `checkpointing.Checkpointer.restore`.
   """
   run = _Run(experiment, config, pathlib.Path(workdir), read_only=True)
   run.load_scores(run.records.read())
   steps = run.checkpoints.steps()
   if not steps:
-    raise FileNotFoundError(f"--workdir={workdir} has no checkpoint yet: train it first")
+    raise FileNotFoundError(f"--workdir={workdir} has no checkpoint yet: train the run first")
   if which == "last":
     restored = run.checkpoints.restore_last(run.target())
     assert restored is not None
@@ -174,7 +177,14 @@ def restore(
 
 
 def make_mesh(axes: Any) -> jax.sharding.Mesh:
-  """Returns the mesh of a config; sizes that divide the devices without -1 use the first ones."""
+  """Returns the mesh of a config.
+
+  Where the sizes multiply to a proper divisor of the number of devices, the mesh uses the first
+  devices and leaves the others idle.
+
+  Raises:
+    ValueError: the devices cannot form a mesh of these sizes.
+  """
   sizes = {name: int(size) for name, size in axes.items()}
   devices, wanted = jax.devices(), math.prod(sizes.values())
   if 0 < wanted < len(devices) and len(devices) % wanted == 0 and jax.process_count() == 1:
@@ -183,6 +193,8 @@ def make_mesh(axes: Any) -> jax.sharding.Mesh:
 
 
 class _Run:
+  """A run of the loop: the state that `train` and `restore` share."""
+
   """One run: the experiment, its folder, and the steps between them."""
 
   def __init__(
@@ -210,19 +222,20 @@ class _Run:
   # --- the loop -----------------------------------------------------------------------------------
 
   def train(self, wandb: str) -> Outcome:
+    """Runs the loop from the last checkpoint to the last step, or until a signal."""
     num_steps = self.config.train.num_steps
     self.iterator = self.experiment.batches()
     state, start = self._start()
-    # The evaluation of the last step is repeated: the report needs its tables.
+    # The final evaluation is done again, because the report needs its tables.
     history = self.records.truncate(start, keep_eval=start < num_steps, write=self.primary)
     self.load_scores(history)
-    if history:  # the time before an interruption counts too
+    if history:  # the clock includes the time before an interruption
       self.start_time -= history[-1]["seconds"]
     if self.primary:
       self.writers.append(writers.TensorBoard(self.folder / "tensorboard", purge_step=start))
       if wandb:
         self.writers.append(writers.Wandb(wandb, self.config.to_dict(), self.folder))
-    stream = None if self.primary else io.StringIO()  # one host speaks
+    stream = None if self.primary else io.StringIO()  # only one host prints
     self.progress = writers.Progress(start, num_steps, self.experiment.headline, stream)
     if start:
       self.progress.say(f"resuming {self.folder} at step {start} of {num_steps}")
@@ -231,7 +244,8 @@ class _Run:
     )
     step, pending = start, None
     with interruption.Listener() as signals:
-      self._evaluate_if_due(state, step, history)  # a resumed run may owe one
+      # A run that was interrupted before an evaluation does it now.
+      self._evaluate_if_due(state, step, history)
       while step < num_steps and not signals.stop(step):
         ids, batch = self._next_batch(step)
         state, step_metrics = step_fn(state, batch, self.key)
@@ -267,7 +281,10 @@ class _Run:
       return sharding.init_sharded(self.experiment.init, self.mesh, self.experiment.rules, *args), 0
     record = restored.record
     if int(restored.state.step) != restored.step:
-      raise RunError(f"checkpoint {restored.step} holds a state of step {restored.state.step}")
+      raise RunError(
+        f"checkpoint {restored.step} holds a state of step {restored.state.step}: restore the "
+        "folder from a backup, or start again in a new --workdir"
+      )
     self.key = jax.random.wrap_key_data(
       jnp.asarray(record["key"]["data"], jnp.uint32), impl=record["key"]["impl"]
     )
@@ -276,7 +293,7 @@ class _Run:
     return restored.state, restored.step
 
   def target(self) -> Any:
-    """Returns shapes, dtypes and shardings of the state."""
+    """Returns the state as a pytree of `jax.ShapeDtypeStruct` with shardings."""
     shapes = jax.eval_shape(self.experiment.init, self.key, *self.experiment.init_args)
     shardings = sharding.infer_shardings(shapes, self.experiment.rules, self.mesh)
     return jax.tree.map(
@@ -301,7 +318,7 @@ class _Run:
     return last or self._is_due("checkpoint", step) or self._is_due("eval", step)
 
   def _log(self, pending: _Pending, history: records.History) -> None:
-    """Waits for the metrics of one step, checks and records them."""
+    """Waits for the metrics of one step, checks that the loss is finite, and records them."""
     step = pending.step
     scalars = {name: float(x) for name, x in jax.device_get(pending.metrics).items()}
     bad = [name for name, x in scalars.items() if is_loss(name) and not math.isfinite(x)]
@@ -345,7 +362,7 @@ class _Run:
     self.checkpoints.wait()
     steps = self.checkpoints.steps()
     if not steps:
-      return "No checkpoint had been written before."
+      return "No checkpoint was written before."
     return f"The last good checkpoint is step {steps[-1]} in {self.folder / 'checkpoints'}."
 
   def _evaluate_if_due(self, state: Any, step: int, history: records.History) -> None:
@@ -383,17 +400,18 @@ class _Run:
     result = self._evaluate(state, step, history)
     if self.experiment.export is not None:
       self.experiment.export(state, self.folder / "model")
-    # The figures of an evaluation cannot be drawn again without it: files first, then the mark.
+    # `results.json` marks the run as finished, so it is written last: the figures of an evaluation
+    # cannot be drawn without the evaluation.
     self.report(history, result)
     if self.primary:
       files.write_json(self.folder / "results.json", {"step": step, "result": result.to_json()})
     return result
 
   def report(self, history: records.History, result: results.Result, warning: str = "") -> None:
-    """Draws the figures and writes `report.html`."""
+    """Draws the figures and writes `report.html`; `warning` says why the run had to stop."""
     if not self.primary:
       return
-    from experiments.report import report  # imports Matplotlib, which a run needs only here
+    from experiments.report import report  # imports Matplotlib, which only reports need
 
     draw = self.experiment.figures
     report.write_run(
@@ -407,7 +425,7 @@ class _Run:
     )
 
   def load_scores(self, history: records.History) -> None:
-    """Reads the headline metric of every state from the record."""
+    """Reads the headline metric of every state from the records of the run."""
     name = self.experiment.headline
     for rows, offset in ((history, 1), (history.evals, 0)):
       for record in rows:
@@ -415,7 +433,7 @@ class _Run:
           self.scores[record["step"] + offset] = record[name]
 
   def close(self) -> None:
-    """Frees what the run holds; an error on the way out must not hide the first one."""
+    """Closes all files; an error in closing must not hide the error that ended the run."""
     failing = sys.exc_info()[0] is not None
     if self.progress is not None:
       self.progress.close()
@@ -430,11 +448,13 @@ class _Run:
 
 
 def is_loss(name: str) -> bool:
-  """Whether a metric is a loss, whose NaN or Inf stops the run: `loss`, `x/loss`, `x_loss`."""
+  """Returns whether a metric is a loss (`loss`, `x/loss`, `x_loss`), which must stay finite."""
   return name.rsplit("/", 1)[-1].endswith("loss")
 
 
 def _with_step_key(update: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `update` with the key of the run folded with the step."""
+
   def update_at_step(state, batch, key):
     return update(state, batch, jax.random.fold_in(key, state.step))
 
@@ -442,6 +462,7 @@ def _with_step_key(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _encode(state: Any) -> Any:
+  """Returns the position of a data iterator as a JSON value."""
   return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
 
 

@@ -1,4 +1,4 @@
-"""Live views of a run: TensorBoard, Weights & Biases, a progress bar."""
+"""Writers that show a run while it trains: TensorBoard, Weights & Biases, a progress bar."""
 
 import hashlib
 import math
@@ -12,15 +12,17 @@ from experiments.report import records
 
 
 class Writer(Protocol):
-  """Where records go besides `metrics.jsonl`."""
+  """A second destination of the records, besides `metrics.jsonl`."""
 
-  def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None: ...
+  def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
+    """Writes the metrics of a step; `kind` is "train" or "eval"."""
 
-  def close(self) -> None: ...
+  def close(self) -> None:
+    """Flushes and closes the destination."""
 
 
 class TensorBoard:
-  """Event files for TensorBoard; `purge_step` hides events of a future that is repeated."""
+  """Writes event files; TensorBoard hides earlier events from `purge_step` on."""
 
   def __init__(self, directory: pathlib.Path, purge_step: int = 0):
     import tensorboardX
@@ -29,7 +31,7 @@ class TensorBoard:
 
   def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
     for name, value in scalars.items():
-      if math.isfinite(value):  # tensorboardX warns about others on every step
+      if math.isfinite(value):  # tensorboardX warns at every step about other values
         self._writer.add_scalar(f"{kind}/{name}", value, step)
 
   def close(self) -> None:
@@ -37,12 +39,12 @@ class TensorBoard:
 
 
 class Wandb:
-  """Weights & Biases; needs `pip install wandb` and is imported only here."""
+  """Logs to Weights & Biases; needs `pip install wandb`, which is imported only here."""
 
   def __init__(self, project: str, config: Mapping[str, Any], workdir: pathlib.Path):
     import wandb
 
-    # The same id for the same folder, so that a resumed run continues its own charts.
+    # The id is a hash of the folder, so that a resumed run continues its charts.
     name = hashlib.sha256(str(pathlib.Path(workdir).absolute()).encode()).hexdigest()[:12]
     self._run = wandb.init(
       project=project, config=dict(config), dir=str(workdir), id=name, resume="allow"
@@ -56,13 +58,13 @@ class Wandb:
 
 
 class Progress:
-  """A bar with rate, time left and the headline metric; plain lines where there is no terminal."""
+  """Shows rate, time left and headline metric: a bar in a terminal, plain lines elsewhere."""
 
   def __init__(self, start: int, total: int, headline: str, stream: TextIO | None = None):
     self._stream = sys.stderr if stream is None else stream
     self._total, self._headline, self._done = total, headline, start
-    self.evaluated: Mapping[str, float] = {}  # where the headline is found if not in training
-    self._first: tuple[int, float] | None = None  # after the compile, which would spoil the rate
+    self.evaluated: Mapping[str, float] = {}  # metrics of the last evaluation
+    self._first: tuple[int, float] | None = None  # the rate excludes compilation
     self._last_print = -math.inf
     self._bar: Any = None
     if self._stream.isatty():
@@ -73,7 +75,7 @@ class Progress:
       )
 
   def update(self, done: int, scalars: Mapping[str, float]) -> None:
-    """Shows that `done` steps are complete, with the metrics of the last."""
+    """Shows that `done` steps are complete, and the metrics of the last one."""
     known = {**self.evaluated, **scalars}
     shown = {name: known[name] for name in ("loss", self._headline) if name in known}
     if self._bar is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from experiments.loop import training
 from experiments.tasks import graph_runs
 from representation import bgrl
-from representation.networks import gcn
+from representation.networks import adapters, mlp
 
 
 def build(config: Any) -> training.Experiment:
@@ -17,7 +17,7 @@ def build(config: Any) -> training.Experiment:
   algorithm = bgrl.Config(**config.algorithm, num_steps=config.train.num_steps)
   optimizer = graph_runs.make_optimizer(config)
   encoder, width = graph_runs.make_encoder(config), config.network.widths[-1]
-  predictor = gcn.Predictor(gcn.MLP(config.network.predictor_width, width))
+  predictor = adapters.Predictor(mlp.MLP(config.network.predictor_width, width))
   apply_fn = bgrl.Networks(encoder, predictor)
 
   def init(key, graph):

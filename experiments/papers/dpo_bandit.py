@@ -67,7 +67,7 @@ def build(config: Any) -> training.Experiment:
     "ipo": method("IPO, cycles", ipo, "tau", cyclic, uneven, ipo_ends),
   }
 
-  def judge(sweep, ends):
+  def findings(sweep, ends):
     del sweep
     checks, rows = [], []
     reachable = np.exp([ipo_ends(tau) for tau in np.geomspace(1e-3, 1e3, 400)])
@@ -87,7 +87,7 @@ def build(config: Any) -> training.Experiment:
     return checks, [results.Table(title, columns, rows)]
 
   return bandit_grid.build(
-    config, methods, betas, symbol="beta", optimizer=bandits.cosine_adam(config), judge=judge
+    config, methods, betas, symbol="beta", optimizer=bandits.cosine_adam(config), findings=findings
   )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from experiments.loop import training
 from experiments.tasks import graph_runs
 from representation.baselines import grace
-from representation.networks import gcn
+from representation.networks import adapters, mlp
 
 
 def build(config: Any) -> training.Experiment:
@@ -17,7 +17,7 @@ def build(config: Any) -> training.Experiment:
   algorithm = grace.Config(**config.algorithm)
   optimizer = graph_runs.make_optimizer(config)
   encoder, width = graph_runs.make_encoder(config), config.network.widths[-1]
-  projector = gcn.Predictor(gcn.MLP(config.network.predictor_width, width, jax.nn.elu))
+  projector = adapters.Predictor(mlp.MLP(config.network.predictor_width, width, jax.nn.elu))
   apply_fn = grace.Networks(encoder, projector)
 
   def init(key, graph):

@@ -146,7 +146,7 @@ def build(config: Any) -> training.Experiment:
     "policy": method("KTO, z = KL", True, own_kl, 0.02),
   }
 
-  def judge(sweep, ends):
+  def findings(sweep, ends):
     del sweep
     checks, table = [], []
     least = -np.log(np.where(gains > 0, np.exp(ref_logps), 0).sum(1))
@@ -176,7 +176,7 @@ def build(config: Any) -> training.Experiment:
     return checks, [results.Table(title, [*columns, "least KL without bad arms"], table)]
 
   return bandit_grid.build(
-    config, methods, betas, symbol="beta", optimizer=bandits.cosine_adam(config), judge=judge
+    config, methods, betas, symbol="beta", optimizer=bandits.cosine_adam(config), findings=findings
   )
 
 

@@ -71,7 +71,7 @@ def build(config: Any) -> training.Experiment:
     "offline": method("IPO on the reference's pairs", 1.0),
   }
 
-  def judge(sweep, ends):
+  def findings(sweep, ends):
     del sweep
     checks, rows = [], []
     for i, tau in enumerate(taus):
@@ -89,5 +89,5 @@ def build(config: Any) -> training.Experiment:
     return checks, [results.Table("Exploitability, mean over the problems", columns, rows)]
 
   return bandit_grid.build(
-    config, methods, taus, symbol="tau", optimizer=bandits.cosine_adam(config), judge=judge
+    config, methods, taus, symbol="tau", optimizer=bandits.cosine_adam(config), findings=findings
   )

@@ -10,7 +10,7 @@ import numpy as np
 import sharding
 from alignment import reward_model
 from alignment.models import scalar_head
-from experiments.data import learned_rewards, text
+from experiments.data import batching, learned_rewards, text
 from experiments.loop import training
 from experiments.papers import reward_model_bandit
 from experiments.report import results
@@ -34,7 +34,9 @@ def build(config: Any) -> training.Experiment:
     return reward_model.init(params, optimizer=optimizer, config=algorithm)
 
   def batches():
-    return text.batches(task.train_batch(), batch_size=config.train.batch_size, seed=config.seed)
+    return batching.batches(
+      task.train_batch(), batch_size=config.train.batch_size, seed=config.seed
+    )
 
   logits = jax.jit(functools.partial(reward_model.preference_logits, **bound))
 
@@ -47,7 +49,9 @@ def build(config: Any) -> training.Experiment:
 
   def evaluate(state):
     found = log_odds(state.params)
-    return preference_accuracy.judge(found, task.test_pairs, length_coefficient=length_coefficient)
+    return preference_accuracy.evaluate(
+      found, task.test_pairs, length_coefficient=length_coefficient
+    )
 
   def export(state, folder):
     accuracy = evaluate(state).metrics["accuracy"]

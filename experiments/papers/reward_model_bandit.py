@@ -88,7 +88,7 @@ def build(config: Any) -> training.Experiment:
     ),
   }
 
-  def judge(sweep, ends):
+  def findings(sweep, ends):
     del sweep
     checks, rows = [], []
     truth = grid.rewards - grid.rewards.mean(1, keepdims=True)
@@ -121,7 +121,7 @@ def build(config: Any) -> training.Experiment:
     cycles,
     symbol="cycle",
     optimizer=bandits.cosine_adam(config),
-    judge=judge,
+    findings=findings,
     sample=lambda sweep: _fitted(sweep, methods, cycles, preferences),
   )
 

@@ -94,7 +94,7 @@ def build(config: Any) -> training.Experiment:
       for beta, row in zip(betas, rows, strict=True)
     }
 
-  def judge(sweep, ends):
+  def findings(sweep, ends):
     start = jnp.broadcast_to(problems[0], (len(betas), *ref_logps.shape))
     # Both at the policy that RLOO ends at, and both at the reference.
     places = {"reference": start, "end of RLOO": sweep.runs["leave_one_out"].params}
@@ -128,7 +128,7 @@ def build(config: Any) -> training.Experiment:
     betas,
     symbol="beta",
     optimizer=optax.sgd(config.optimizer.learning_rate),
-    judge=judge,
+    findings=findings,
     observe=observe,
     figures=lambda history: [_figure(history, betas, config.train.inner_steps)],
   )

@@ -1,1 +1,1 @@
-"""What a run leaves for its reader: records, results with intervals, figures, one HTML page."""
+"""The output of a run: records, results with confidence intervals, figures and an HTML page."""

@@ -1,4 +1,4 @@
-"""The HTML of a report: one page that loads nothing, in light and dark, wide and narrow."""
+"""The HTML of a report: one file that loads nothing, for light, dark, wide and narrow screens."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from typing import Any
 from experiments import files
 from experiments.report import records, results
 
-# Metrics that live in [0, 1] are drawn on that scale.
+# Cards draw the intervals of these metrics on the scale [0, 1].
 _PROPORTION = re.compile("rate|accuracy|fraction|passed|share")
 _ACRONYMS = {"kl": "KL", "ipo": "IPO", "copg": "CoPG", "dpo": "DPO"}
 
@@ -25,9 +25,20 @@ def render(
   environment: Mapping[str, Any],
   warning: str = "",
 ) -> str:
-  """Returns the whole page; every text in it is escaped."""
+  """Returns the HTML of the page, in which every text is escaped.
+
+  Args:
+    title: the heading.
+    result: the final evaluation.
+    headline: the metric that comes first.
+    history: the training records.
+    figures: (name, caption, SVG) of each figure.
+    config: fields by dotted name.
+    environment: as `run_folder.environment` returns it; may be empty.
+    warning: a text in red above the numbers; empty for none.
+  """
   estimates = dict(result.metrics)
-  # The last training record stands in for what the evaluation does not measure.
+  # A metric that the evaluation lacks is taken from the last training record.
   wanted = [headline] if estimates else [headline, "loss"]
   for name in wanted:
     if name not in estimates and history and name in history[-1]:
@@ -61,7 +72,7 @@ def render(
 
 
 def _durations(history: records.History) -> list[float]:
-  """Returns the length of each sitting: the clock of the records restarts when a run resumes."""
+  """Returns the seconds of each part of a run: the clock may restart when the run is resumed."""
   clocks = [record.get("seconds", 0.0) for record in history]
   ends = [a for a, b in zip(clocks, [*clocks[1:], -1.0], strict=False) if b < a]
   return ends
@@ -84,7 +95,7 @@ def _card(name: str, estimate: results.Estimate, first: bool) -> str:
     lines.append(f"n = {estimate.n:,}")
   if estimate.note:
     lines.append(estimate.note)
-  small = " · ".join(html.escape(line) for line in lines)
+  small = " · ".join(f"<span>{html.escape(line)}</span>" for line in lines)
   return (
     f'<div class="card{" first" if first else ""}"><h3>{html.escape(label)}</h3>'
     f"<p class=value>{results.number(estimate.value)}</p>{bar}<p class=small>{small}</p></div>"
@@ -95,8 +106,8 @@ def _image(name: str, caption: str, svg: bytes) -> str:
   data = base64.b64encode(svg).decode()
   text = html.escape(caption)
   return (
-    f'<figure id="{html.escape(name)}"><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-    f"<figcaption>{text}</figcaption></figure>"
+    f'<figure id="{html.escape(name)}"><div class=panels><img alt="{text}" '
+    f'src="data:image/svg+xml;base64,{data}"></div><figcaption>{text}</figcaption></figure>'
   )
 
 
@@ -121,7 +132,7 @@ def _cell(text: str) -> str:
 
 
 def _align(texts: list[str]) -> str:
-  """Returns the class of a column, or of a cell, that holds nothing but numbers."""
+  """Returns the class attribute of cells that all hold numbers; empty for other cells."""
   numbers = [re.fullmatch(r"[+\-−]?[\d.,]+(e[+\-]?\d+)?%?( \[.*\])?", text) for text in texts]
   return " class=number" if texts and all(numbers) else ""
 
@@ -170,6 +181,7 @@ h2 { margin: 56px 0 16px; font-size: 21px; letter-spacing: -.01em; }
   font-variant-numeric: tabular-nums; }
 .card.first .value { color: var(--accent); }
 .small { margin: 6px 0 0; color: var(--soft); font-size: 13.5px; }
+.card .small span { display: inline-block; }
 .track { position: relative; display: block; height: 6px; margin: 6px 0 10px; border-radius: 3px;
   background: var(--line); }
 .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; opacity: .5;
@@ -183,6 +195,7 @@ h2 { margin: 56px 0 16px; font-size: 21px; letter-spacing: -.01em; }
 figure { margin: 0 0 24px; padding: 22px 22px 16px;
   border: 1px solid var(--line); border-radius: 14px; background: var(--card); }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.panels { overflow-x: auto; }
 figcaption { margin-top: 12px; color: var(--soft); font-size: 14px; }
 .scroll { overflow-x: auto; border: 1px solid var(--line);
   border-radius: 14px; background: var(--card); }
@@ -200,6 +213,15 @@ summary { cursor: pointer; font-size: 17px; font-weight: 600; margin-bottom: 12p
 details td:first-child { color: var(--soft); width: 34%; }
 details tr:first-child td { border-top: 0; }
 code { font: 13.5px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media (max-width: 640px) {  /* figures and tables scroll rather than shrink below legibility */
+  main { padding: 32px 16px 64px; }
+  h1 { font-size: 30px; }
+  .cards { grid-template-columns: 1fr 1fr; gap: 10px; }
+  .card { padding: 14px 14px 10px; }
+  .value { font-size: 25px; }
+  figure { padding: 16px 14px 12px; }
+  figure img { max-width: max(100%, 720px); }
+  td:not(.number) { min-width: 10em; } }
 @media print { details { display: none; } body { background: #fff; } }
 </style></head><body><main>
 $BODY

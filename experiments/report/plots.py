@@ -1,6 +1,6 @@
-"""The style of every figure, the learning curves of a run, and figures as PNG and SVG files.
+"""Figures: their common style, the learning curves of a run, and files in PNG and SVG.
 
-Figures use Matplotlib's objects (`Figure()`), never `pyplot`: no global state, no display.
+Figures are made with `Figure()` and never with `pyplot`, which keeps global state.
 """
 
 import io
@@ -28,10 +28,11 @@ def subplots(
   """Returns a figure and its axes `[rows, columns]` in the style of the report.
 
   Args:
-    rows: of panels.
-    columns: of panels.
-    size: width and height of one panel in inches; a single panel is made half as wide again.
-    **options: of `Figure.subplots`, such as `sharex=True`.
+    rows: number of rows of panels.
+    columns: number of columns of panels.
+    size: width and height of a panel in inches. The panels of a single column are 1.5 times as
+      wide.
+    **options: arguments of `Figure.subplots`, such as `sharex=True`.
   """
   width = size[0] * columns * (1.5 if columns == 1 else 1)
   figure = mpl_figure.Figure(figsize=(width, size[1] * rows), layout=_layout())
@@ -47,7 +48,7 @@ def subplots(
 
 
 def legend_below(figure: mpl_figure.Figure, axis: Any) -> None:
-  """Puts the legend of `axis` under all panels, where it hides nothing."""
+  """Puts the legend of `axis` below all panels, where it covers no curve."""
   figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
 
 
@@ -56,7 +57,12 @@ def _layout() -> layout_engine.LayoutEngine:
 
 
 def learning_curves(history: records.History, headline: str) -> results.Figure | None:
-  """Draws loss, headline and a few other metrics over the steps; None without records."""
+  """Draws loss, headline and up to four other metrics over the steps; None without records.
+
+  A curve of more than 40 points is drawn thin, with its running mean thick over it. Periodic
+  evaluations of the headline have a panel of their own, with intervals where there are some. The
+  caption describes only what is drawn.
+  """
   panels = _panels(history, headline)
   if not panels:
     return None
@@ -64,6 +70,7 @@ def learning_curves(history: records.History, headline: str) -> results.Figure |
   figure, axes = subplots(math.ceil(len(panels) / columns), columns, size=(3.7, 2.5))
   for axis in axes.flat[len(panels) :]:
     axis.set_visible(False)
+  has_mean, has_bands = False, False
   for axis, (name, rows, kind) in zip(axes.flat, panels, strict=False):
     rows = [row for row in rows if name in row]
     kept = rows[:: max(1, math.ceil(len(rows) / _MAX_POINTS))]
@@ -74,21 +81,28 @@ def learning_curves(history: records.History, headline: str) -> results.Figure |
       steps, values, alpha=0.35 if dense else 1, marker="o" if len(values) < 20 else None, ms=3
     )
     if dense:
+      has_mean = True
       axis.plot(steps, _smooth(values), color=line.get_color(), linewidth=1.8)
     if kind == "eval" and f"{name}_low" in kept[0]:
+      has_bands = True
       low, high = (np.array([r[f"{name}_{end}"] for r in kept]) for end in ("low", "high"))
       axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     axis.set_title(f"{name} (held out)" if kind == "eval" else name)
     axis.set_xlabel("step")
-  caption = "Metrics over training; thin: every record, thick: running mean, bands: 95 % intervals."
-  return results.Figure("learning_curves", caption, figure)
+  sentences = ["Each panel shows a metric over the training steps."]
+  if has_mean:
+    sentences.append("Thin lines show single records, thick lines their running mean.")
+  if has_bands:
+    sentences.append("Bands show 95 % confidence intervals.")
+  return results.Figure("learning_curves", " ".join(sentences), figure)
 
 
 def _panels(history: records.History, headline: str) -> list[tuple[str, list, str]]:
+  """Returns (metric, records, "train" or "eval") of each panel."""
   skipped = {"kind", "step", "seconds", "ids"}
   names = [] if not history else [n for n in history[-1] if n not in skipped]
   order = {"loss": 0, headline: 1}
-  # A metric "x" with its spread "x_sd" belongs to a figure of the paper's own.
+  # Spreads and intervals get no panel: the figures of a paper draw "x_sd" with its metric "x".
   names = [n for n in names if not n.endswith(("_sd", "_low", "_high"))]
   names.sort(key=lambda name: (order.get(name, 3 if "/" in name else 2), name == "grad_norm"))
   panels = [(name, list(history), "train") for name in names]
@@ -107,9 +121,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def save_figure(figure: results.Figure, folder: pathlib.Path) -> None:
-  """Writes `<name>.png` and `<name>.svg`; raises ValueError for a name that is no file name."""
+  """Writes `<name>.png` and `<name>.svg`; raises `ValueError` for a name unfit for a file."""
   if not re.fullmatch(r"[\w\-]+", figure.name):
-    raise ValueError(f"figure name {figure.name!r}: use letters, digits, _ and - only")
+    raise ValueError(
+      f"the name of a figure must consist of letters, digits, _ and -, got {figure.name!r}"
+    )
   for axis in figure.figure.axes:
     axis.title.set(fontsize=10.5, color=_INK)
     for label in (axis.xaxis.label, axis.yaxis.label):
@@ -119,10 +135,10 @@ def save_figure(figure: results.Figure, folder: pathlib.Path) -> None:
       for text in legend.get_texts():
         text.set(fontsize=9, color=_INK)
   folder.mkdir(parents=True, exist_ok=True)
-  # A fixed salt and no date: the same data give the same file.
+  # With a fixed salt and no date, equal data give equal files.
   with matplotlib.rc_context({"svg.hashsalt": "bootstrax"}):
     for kind, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
       buffer = io.BytesIO()
-      transparent = kind == "svg"  # the page's own colour shows through
+      transparent = kind == "svg"  # so that the page sets the background
       figure.figure.savefig(buffer, format=kind, transparent=transparent, **options)
       files.write_file(folder / f"{figure.name}.{kind}", buffer.getvalue())

@@ -1,8 +1,8 @@
-"""The records of a run, `metrics.jsonl`, from which reports and figures are made.
+"""The records of a run in `metrics.jsonl`; reports and figures are made from them.
 
 A training record is `{"kind": "train", "step": n, "ids": ..., "seconds": ..., metric: value, ...}`,
-where n is the number of updates before this one. An evaluation record has kind `eval`, and n is the
-number of updates that the evaluated state has seen.
+where n is the number of updates before this one. An evaluation record has the kind `eval`, and n is
+the number of updates that the evaluated state has seen.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ class History(list):
 
 
 class JsonLines:
-  """`metrics.jsonl`: one record a line, flushed at once."""
+  """The file `metrics.jsonl`. Each line is one record and is flushed at once."""
 
   def __init__(self, path: pathlib.Path):
     self._path = pathlib.Path(path)
     self._file: TextIO | None = None
 
   def append(self, record: Mapping[str, Any]) -> None:
-    """Writes one record; NaN and Inf, which JSON lacks, become null."""
+    """Writes one record; NaN and Inf become null, because JSON has neither."""
     try:
       if self._file is None:
         self._file = self._path.open("a", encoding="utf-8")
@@ -46,7 +46,7 @@ class JsonLines:
       raise files.write_error(self._path, error) from error
 
   def read(self) -> History:
-    """Returns all records; a line that a killed process left unfinished is skipped."""
+    """Returns all records; skips an incomplete line, as a killed process may leave one."""
     if not self._path.exists():
       return History()
     records = []
@@ -62,14 +62,15 @@ class JsonLines:
     )
 
   def truncate(self, step: int, *, keep_eval: bool = True, write: bool = True) -> History:
-    """Drops the records of a future that a run resumed at `step` will repeat; returns the rest.
+    """Drops the records that a run resumed at `step` will write again; returns the others.
 
     Args:
       step: updates that the restored state has seen.
-      keep_eval: whether an evaluation of that very state stays.
-      write: False leaves the file to the process that owns it.
+      keep_eval: whether to keep an evaluation of the restored state.
+      write: whether to change the file; only one process of a run does.
 
-    The file is replaced as a whole: a full disk leaves the old one as it was.
+    Raises:
+      OSError: the file cannot be replaced; the old one is untouched.
     """
     history = self.read()
     kept = History(
@@ -84,14 +85,15 @@ class JsonLines:
     return kept
 
   def close(self) -> None:
+    """Closes the file; `append` opens it again."""
     file, self._file = self._file, None
     if file is not None:
-      with contextlib.suppress(OSError):  # what a full disk refused before, it refuses again
+      with contextlib.suppress(OSError):  # `append` has already raised the error of a full disk
         file.close()
 
 
 def clock(seconds: float) -> str:
-  """Returns a duration as people write it.
+  """Returns a duration as h:mm:ss, or m:ss below an hour.
 
   Example:
     >>> clock(59.6), clock(192), clock(7384)
@@ -103,7 +105,7 @@ def clock(seconds: float) -> str:
 
 
 def id_record(ids: np.ndarray) -> Any:
-  """Returns the sample ids of a batch for the record: all of them, or a hash of many."""
+  """Returns the example ids of a batch as JSON: a list, or a hash of more than 256 ids."""
   ids = np.asarray(ids)
   if ids.size <= _MAX_IDS:
     return ids.tolist()

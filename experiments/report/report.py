@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, with its figures beside it."""
+"""The report of a run: one HTML file that loads nothing, and the figures as files."""
 
 import pathlib
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ def write_run(
   history: records.History | None = None,
   warning: str = "",
 ) -> pathlib.Path:
-  """Writes `figures/` and `report.html` of a run and returns the report's path.
+  """Writes `figures/` and `report.html` of a run; returns the path of the report.
 
   Args:
-    folder: the run's folder.
-    config: the run's config.
-    result: the final evaluation. Figures do not survive `results.json`: those that an earlier call
-      saved in `folder` are shown again.
-    headline: the metric that stands first.
-    figures: shown after those of `result`.
+    folder: the folder of the run.
+    config: the config of the run.
+    result: the final evaluation. A result that was read from `results.json` has no figures; the
+      report then shows those that an earlier call saved in `folder`.
+    headline: the metric that comes first.
+    figures: figures to show after those of `result`.
     history: training records and periodic evaluations, drawn as learning curves.
-    warning: shown in red at the top, for a run that had to stop.
+    warning: why the run had to stop; shown in red at the top.
   """
   history = records.History() if history is None else history
   curves = plots.learning_curves(history, headline)

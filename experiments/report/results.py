@@ -1,8 +1,8 @@
-"""What an evaluation returns: numbers with intervals, tables, figures, notes.
+"""The results of an evaluation: numbers with confidence intervals, tables, figures and notes.
 
-A `Result` survives a round trip through JSON, so that a report can be made again without the model.
-Tables hold raw numbers. They are rounded only where they are shown, so that a later report can read
-them from `results.json`.
+A `Result` can be saved as JSON and read back, so that a report can be rewritten without the model.
+Tables hold raw numbers, which are rounded only for display: a later report can read them from
+`results.json`.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ class Table:
   """A table of the report.
 
   Attributes:
-    title: what it shows.
-    columns: their names.
-    rows: cells: text, numbers, lists of numbers, an `Estimate` with its interval, or "pass" and
+    title: the heading.
+    columns: names of the columns.
+    rows: rows of cells. A cell is a text, a number, a list of numbers, an `Estimate`, "pass" or
       "fail".
     caption: one or two sentences above the table.
-    digits: decimals of the numbers that are shown; None chooses by their size.
+    digits: number of decimals to show; None chooses it by the size of each number.
   """
 
   title: str
@@ -33,7 +33,7 @@ class Table:
   digits: int | None = None
 
   def text(self, cell: Any) -> str:
-    """Returns a cell as the report shows it."""
+    """Returns the text that the report shows for a cell."""
     if isinstance(cell, Estimate):
       value = number(cell.value, self.digits)
       if cell.low is None or cell.high is None:
@@ -45,7 +45,7 @@ class Table:
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> "Table":
-    """Returns the table that `Result.to_json` wrote; estimates in its cells become estimates."""
+    """Returns the table that `Result.to_json` wrote, with the estimates in its cells."""
     rows = [
       [Estimate(**cell) if isinstance(cell, Mapping) else cell for cell in row]
       for row in data["rows"]
@@ -58,9 +58,10 @@ class Figure:
   """A figure of the report.
 
   Attributes:
-    name: its file name: letters, digits, `_` and `-`.
-    caption: what it shows.
-    figure: a `matplotlib.figure.Figure`; not its type, so that results load without Matplotlib.
+    name: the name of its files: letters, digits, `_` and `-`.
+    caption: a sentence or two on what it shows.
+    figure: a `matplotlib.figure.Figure`. It is typed `Any` so that this module loads without
+      Matplotlib.
   """
 
   name: str
@@ -72,20 +73,20 @@ CHECKS = ["criterion", "result"]  # the columns of a table of pass criteria
 
 
 def checks_table(title: str, checks: Sequence[tuple[str, bool]]) -> Table:
-  """Returns criteria as a table of pass and fail."""
+  """Returns a table of criteria; each has the result "pass" or "fail"."""
   return Table(title, CHECKS, [[n, "pass" if ok else "fail"] for n, ok in checks])
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A number and how well it is known.
+  """A number with its confidence interval.
 
   Attributes:
     value: the point estimate.
-    low: lower end of the confidence interval; None where there is none.
-    high: upper end.
-    n: observations behind the value; None where the word means nothing.
-    note: a few words shown beside the number, such as a count of ties.
+    low: lower end of the confidence interval; None without an interval.
+    high: upper end of the confidence interval; None without an interval.
+    n: number of observations; None where it has no meaning.
+    note: a few words to show with the number, such as the number of ties.
   """
 
   value: float
@@ -105,13 +106,13 @@ class Estimate:
 
 @dataclasses.dataclass
 class Result:
-  """What one evaluation found.
+  """The result of one evaluation.
 
   Attributes:
-    metrics: name to `Estimate` (a plain number becomes one), the most important first.
-    tables: tables: samples, pass criteria.
-    figures: those that only the evaluation can draw.
-    notes: paragraphs that the report prints above the numbers.
+    metrics: name to `Estimate`, the most important first. A plain number becomes an `Estimate`.
+    tables: tables, such as samples or pass criteria.
+    figures: figures that only the evaluation can draw.
+    notes: paragraphs that the report shows below the numbers.
     arrays: name to array, kept for `Experiment.figures`; thousands of numbers, not millions.
   """
 
@@ -131,7 +132,7 @@ class Result:
     return "\n".join(f"{name:24} {estimate}" for name, estimate in self.metrics.items())
 
   def scalars(self) -> dict[str, float]:
-    """Returns the metrics as flat numbers, `name`, `name_low` and `name_high`."""
+    """Returns the metrics as plain numbers: `name`, and `name_low`, `name_high` with intervals."""
     flat = {}
     for name, estimate in self.metrics.items():
       flat[name] = estimate.value
@@ -140,7 +141,7 @@ class Result:
     return flat
 
   def to_json(self) -> dict[str, Any]:
-    """Returns plain JSON; figures are left out, they live as files."""
+    """Returns JSON values; figures are left out, because they are saved as files."""
     return {
       "metrics": {name: dataclasses.asdict(value) for name, value in self.metrics.items()},
       "tables": [dataclasses.asdict(table) for table in self.tables],
@@ -165,7 +166,7 @@ class Result:
 
 
 def number(value: float, digits: int | None = None) -> str:
-  """Returns a number as people write it, with so many decimals or as many as its size asks for.
+  """Returns the text of a number with `digits` decimals; None chooses them by its size.
 
   Example:
     >>> number(0.79668), number(1234.5678), number(2e-5), number(20.0), number(93.2687, 2)
@@ -183,7 +184,7 @@ def number(value: float, digits: int | None = None) -> str:
 
 
 def as_text(table: Table) -> str:
-  """Returns a table for a terminal: one block a row, so that long texts stay readable."""
+  """Returns a table as text for a terminal: a block of lines for each row, for long texts."""
   blocks = [
     "\n".join(
       f"{column}: {table.text(value)}" for column, value in zip(table.columns, row, strict=True)

@@ -1,4 +1,4 @@
-"""Estimates with confidence intervals, from plain counts or NumPy arrays."""
+"""Estimates with confidence intervals, from counts or arrays."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ from experiments.report import results
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> results.Estimate:
-  """Returns k/n with its exact binomial interval, which never covers less than `confidence`.
+  """Returns k/n with its exact binomial interval, whose coverage is at least `confidence`.
 
   Args:
-    k: successes, 0 to n.
-    n: trials. With none the value is 0.5 and the interval is all of [0, 1].
-    confidence: two-sided, between 0 and 1.
+    k: number of successes, 0 to n.
+    n: number of trials. Without trials the value is 0.5 and the interval is [0, 1].
+    confidence: two-sided level, between 0 and 1.
 
   Raises:
-    ValueError: if k is outside 0..n or `confidence` outside (0, 1).
+    ValueError: k lies outside 0..n, or `confidence` outside (0, 1).
 
   Example:
     >>> print(clopper_pearson(8, 10))
@@ -30,7 +30,7 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> results.Estimat
   """
   _check_confidence(confidence)
   if not 0 <= k <= n:
-    raise ValueError(f"k={k} successes of n={n} trials: k must lie in 0..n")
+    raise ValueError(f"k must lie in 0..n, got k={k} successes of n={n} trials")
   if n == 0:
     return results.Estimate(0.5, 0.0, 1.0, 0)
   tail = (1 - confidence) / 2
@@ -42,8 +42,7 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> results.Estimat
 def win_rate(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) -> results.Estimate:
   """Returns wins / (wins + losses) with its Clopper-Pearson interval.
 
-  Ties decide nothing and stand beside the interval, in `note`; `n` counts decided comparisons.
-  Where ties are common, report `win_rate_half_ties` too.
+  Ties are left out of the rate and counted in `note`; `n` is the number of decided comparisons.
 
   Example:
     >>> print(win_rate(150, 50, ties=56))
@@ -51,35 +50,29 @@ def win_rate(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) ->
   """
   for name, count in (("wins", wins), ("losses", losses), ("ties", ties)):
     if count < 0:
-      raise ValueError(f"{name}={count}: counts are not negative")
+      raise ValueError(f"{name} must not be negative, got {count}")
   rate = clopper_pearson(wins, wins + losses, confidence)
   return dataclasses.replace(rate, note=f"{ties} tie{'' if ties == 1 else 's'}")
-
-
-def win_rate_half_ties(
-  wins: int, losses: int, ties: int, confidence: float = 0.95
-) -> results.Estimate:
-  """Returns (wins + ties / 2) / n with a t interval over the scores 1, 1/2 and 0."""
-  scores = np.repeat([1.0, 0.0, 0.5], [wins, losses, ties])
-  return dataclasses.replace(mean_interval(scores, confidence), note="a tie counts as half")
 
 
 def mean_interval(
   values: Any, confidence: float = 0.95, *, method: str = "t", num_resamples: int = 2000
 ) -> results.Estimate:
-  """Returns the mean of independent observations with its interval.
+  """Returns the mean of independent observations with its confidence interval.
 
   Args:
-    values: `[N]` numbers.
-    confidence: two-sided, between 0 and 1.
-    method: `"t"` (Student) or `"bootstrap"` (percentile; for skewed values).
-    num_resamples: of the bootstrap, which is seeded: same values, same interval.
+    values: `[N]` observations.
+    confidence: two-sided level, between 0 and 1.
+    method: "t" for Student's interval, or "bootstrap" for the percentile interval, which suits
+      skewed values.
+    num_resamples: number of bootstrap samples. Their seed is fixed, so equal values give equal
+      intervals.
 
   Returns:
-    The estimate; a single observation has no interval.
+    The estimate, without an interval if N = 1.
 
   Raises:
-    ValueError: if there are no values, or `method` is unknown.
+    ValueError: there are no values, `method` is unknown, or `confidence` lies outside (0, 1).
 
   Example:
     >>> print(mean_interval([1.0, 2.0, 3.0]))
@@ -90,7 +83,7 @@ def mean_interval(
   if not values.size:
     raise ValueError("values is empty: a mean needs at least one observation")
   if method not in ("t", "bootstrap"):
-    raise ValueError(f"method={method!r}: choose 't' or 'bootstrap'")
+    raise ValueError(f"method must be 't' or 'bootstrap', got {method!r}")
   mean, n = float(values.mean()), values.size
   if n == 1:
     return results.Estimate(mean, n=1)
@@ -105,16 +98,20 @@ def mean_interval(
 
 
 def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> results.Estimate:
-  """Returns the share of distinct n-grams among all n-grams of a set of texts.
+  """Returns the fraction of distinct n-grams among all n-grams of a set of texts.
 
-  Compare only sets of equally many, equally long texts: the share falls as text grows.
+  The fraction falls as the amount of text grows, so compare only sets of the same number of texts
+  of the same length.
 
   Args:
-    token_lists: one list of tokens a text, padding removed.
+    token_lists: a list of tokens for each text, without padding.
     n: length of the n-grams, at least 1.
 
   Returns:
-    Distinct over total; `n` is the total; 0 where no text has n tokens.
+    The fraction, or 0 if no text has n tokens. The `n` of the estimate is the number of n-grams.
+
+  Raises:
+    ValueError: `n` is below 1.
 
   Example:
     >>> print(distinct_n([[1, 2, 1, 2]], 2))
@@ -123,25 +120,25 @@ def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> results.Est
   Reference: Li et al. 2016, https://arxiv.org/abs/1510.03055.
   """
   if n < 1:
-    raise ValueError(f"n={n}: n-grams have at least one token")
+    raise ValueError(f"n must be at least 1, got {n}")
   grams = [tuple(tokens[i : i + n]) for tokens in token_lists for i in range(len(tokens) - n + 1)]
   return results.Estimate(len(set(grams)) / len(grams) if grams else 0.0, n=len(grams))
 
 
 def calibration_error(confidences: Any, correct: Any, *, num_bins: int = 10) -> results.Estimate:
-  """Returns the expected calibration error of choices between two.
+  """Returns the expected calibration error of binary choices.
 
-  Choices are sorted into bins of equal width by the probability that was given to them; the error
-  is the mean of |share of right choices - mean probability| over bins, weighted by their size. It
-  is biased upwards by about 1 / sqrt(n / num_bins), so compare it only at equal n.
+  The choices are sorted by the model's probability of them into bins of equal width. The error is
+  the mean over bins of |fraction of correct choices - mean probability|, weighted by the size of
+  the bins. Its upward bias is about 1 / sqrt(n / num_bins), so compare errors only at equal n.
 
   Args:
-    confidences: `[N]` probabilities of the choices made, in [0.5, 1].
-    correct: `[N]` whether each was right.
-    num_bins: between 0.5 and 1.
+    confidences: `[N]` probabilities of the choices that were made, in [0.5, 1].
+    correct: `[N]` whether each choice was correct.
+    num_bins: number of bins, which divide [0.5, 1].
 
   Raises:
-    ValueError: if there are no choices or a probability is outside [0.5, 1].
+    ValueError: there are no choices, or a probability lies outside [0.5, 1].
 
   Example:
     >>> print(calibration_error([0.9, 0.9, 0.6, 0.6], [True, True, True, False]))
@@ -151,22 +148,25 @@ def calibration_error(confidences: Any, correct: Any, *, num_bins: int = 10) -> 
   """
   confidences, correct = np.asarray(confidences, np.float64), np.asarray(correct, bool)
   if not confidences.size or confidences.min() < 0.5 or confidences.max() > 1:
-    raise ValueError(
-      f"confidences has {confidences.size} values; give probabilities of choices, in [0.5, 1]"
-    )
+    found = f"{confidences.min()} to {confidences.max()}" if confidences.size else "none"
+    raise ValueError(f"confidences must be probabilities of the choices, in [0.5, 1], got {found}")
   bins = np.minimum(((confidences - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
   gaps = np.bincount(bins, correct - confidences, minlength=num_bins)
   return results.Estimate(float(np.abs(gaps).sum() / confidences.size), n=confidences.size)
 
 
 def fraction_passed(checks: Sequence[tuple[str, bool]]) -> results.Estimate:
-  """Returns the share of criteria that hold; `n` counts the criteria."""
+  """Returns the fraction of criteria that hold; `n` is the number of criteria.
+
+  Raises:
+    ValueError: there are no criteria.
+  """
   if not checks:
-    raise ValueError("checks is empty: nothing was checked")
+    raise ValueError("checks is empty: give at least one criterion")
   passed = sum(bool(ok) for _, ok in checks)
   return results.Estimate(passed / len(checks), n=len(checks), note=f"{passed} of {len(checks)}")
 
 
 def _check_confidence(confidence: float) -> None:
   if not 0 < confidence < 1:
-    raise ValueError(f"confidence={confidence}: give a number between 0 and 1, such as 0.95")
+    raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")

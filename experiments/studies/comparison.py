@@ -155,7 +155,7 @@ def reference_players(config: Any, world: runs.World) -> list[Player]:
 
 
 def _player(name: str, kl: float, rows: sequences.Sequences) -> Player:
-  quality = digits.judge(jax.tree.map(np.asarray, rows))
+  quality = digits.quality(jax.tree.map(np.asarray, rows))
   return Player(name, kl, np.asarray(quality.rewards), np.asarray(quality.styles))
 
 

@@ -115,7 +115,7 @@ def _reference(config: Any) -> training.Experiment:
     lines = digits.text(*map(np.asarray, samples[:2]))
     prompts = digits.text(*map(np.asarray, samples[2:]))
     return results.Result(
-      metrics={"reward": statistics.mean_interval(digits.judge(samples).rewards)},
+      metrics={"reward": statistics.mean_interval(digits.quality(samples).rewards)},
       tables=[
         results.Table(
           "Samples", ["prompt", "answer"], list(map(list, zip(prompts[:8], lines[:8], strict=True)))
@@ -167,7 +167,7 @@ def _reward_model(config: Any, world: World) -> training.Experiment:
     first, second = (
       digit_language.sample_rows(network, ref_params, config, name) for name in ("one", "two")
     )
-    truth = digits.preferences(digits.judge(first), digits.judge(second), True)
+    truth = digits.preferences(digits.quality(first), digits.quality(second), True)
     margin = apply_fn(state.params, first) - apply_fn(state.params, second)
     decided = np.asarray(truth != 0.5)
     right = np.asarray((margin > 0) == (truth > 0.5))[decided]
@@ -275,7 +275,7 @@ def _measure(config, network, params, ref_params, values) -> results.Result:
   """
   sample_fn, apply_fn = digit_language.generate_fn(network), transformer.make_apply_fn(network)
   prompts = digit_language.test_prompts(config)
-  reference = digits.judge(digit_language.sample_rows(network, ref_params, config, "sft"))
+  reference = digits.quality(digit_language.sample_rows(network, ref_params, config, "sft"))
   shape = jax.tree.leaves(params)[0].shape[:3]
   seed = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(config.method.encode()))
   keys = jax.random.split(seed, shape)
@@ -285,8 +285,8 @@ def _measure(config, network, params, ref_params, values) -> results.Result:
     first = answers[0]
     logps = apply_fn(params, first) - apply_fn(ref_params, first)
     log_ratios = sequences.sequence_logps(logps, first.mask, reduction="sum")
-    quality = digits.judge(first)
-    wins = [digits.preferences(digits.judge(a), reference, intransitive).mean() for a in answers]
+    quality = digits.quality(first)
+    wins = [digits.preferences(digits.quality(a), reference, intransitive).mean() for a in answers]
     return quality.rewards, quality.styles, log_ratios, jnp.stack(wins)
 
   found = []

@@ -16,6 +16,7 @@ from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits
 from rl_theory import armac, armac_tables, games, regret_matching
+from sharding import checks
 
 
 class Runs(NamedTuple):
@@ -34,9 +35,11 @@ class Runs(NamedTuple):
 def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
   sizes, num_seeds = config.environment.sizes, config.environment.num_seeds
-  for name, values in (("sizes", sizes), ("num_seeds", [num_seeds])):
-    if not values or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values):
-      raise ValueError(f"config.environment.{name}: give integers of at least 1, got {values!r}")
+  if not sizes:
+    raise ValueError("config.environment.sizes is empty: give one or more, such as (3, 5)")
+  for size in sizes:
+    checks.count("config.environment.sizes", size)
+  checks.count("config.environment.num_seeds", num_seeds)
   algorithm = config.algorithm.to_dict()
   recencies = tuple(float(value) for value in algorithm.pop("recency"))
   if len(recencies) != 2 or recencies[0] >= recencies[1]:
@@ -101,7 +104,7 @@ def _result(
 ) -> results.Result:
   """Judges the mean return over all epochs: what would have been earned by playing pi^t."""
   names, step = _names(recencies), max(int(runs.step), 1)
-  rows, checks, found, arrays = [], [], {}, {}
+  rows, criteria, found, arrays = [], [], {}, {}
   for size, game in solved.items():
     means = np.asarray(runs.returns[size], float) / step  # [2, seeds]
     uniform = games.uniform_policy(game)
@@ -114,12 +117,14 @@ def _result(
     rows.append([size, decisions, best, chance, *cells])
     gap = means[0] - means[1]
     found[f"gain/{size}"] = statistics.mean_interval(gap)
-    checks.append((f"size {size}: the whole past earns more with every seed", bool(gap.min() > 0)))
+    criteria.append(
+      (f"size {size}: the whole past earns more with every seed", bool(gap.min() > 0))
+    )
   columns = ["size", "decisions", "best", "uniform play", *names]
   title = "Return of the current policy, mean over epochs; mean of seeds [worst, best]"
   return results.Result(
-    metrics={"criteria_passed": statistics.fraction_passed(checks), **found},
-    tables=[results.checks_table("Pass criteria", checks), results.Table(title, columns, rows)],
+    metrics={"criteria_passed": statistics.fraction_passed(criteria), **found},
+    tables=[results.checks_table("Pass criteria", criteria), results.Table(title, columns, rows)],
     arrays=arrays,
   )
 

@@ -22,7 +22,8 @@ from experiments.report import results, statistics
 from experiments.tasks import bandits, graph_runs, graph_sweeps, node_classification
 from representation import bgrl, collapse
 from representation.baselines import grace
-from representation.networks import gcn
+from representation.networks import adapters
+from sharding import checks
 
 _METHODS = {"bgrl": (bgrl_paper, bgrl), "grace": (grace_paper, grace)}
 
@@ -133,8 +134,7 @@ def build(config: Any) -> training.Experiment:
 
 def _num_seeds(config: Any) -> int:
   num_seeds = config.sweep.num_seeds
-  if isinstance(num_seeds, bool) or not isinstance(num_seeds, int) or num_seeds < 1:
-    raise ValueError(f"config.sweep.num_seeds={num_seeds!r}: give an integer of at least 1")
+  checks.count("config.sweep.num_seeds", num_seeds)
   return num_seeds
 
 
@@ -158,7 +158,7 @@ def _program(config: Any, over: str, values: tuple[float, ...]) -> _Program:
   networks = update.keywords["apply_fn"]
   if over == "predictor_norm" and values[0]:
     mlp = dataclasses.replace(networks.predictor.module, activation=_batch_normalised)
-    networks = networks._replace(predictor=gcn.Predictor(mlp))
+    networks = networks._replace(predictor=adapters.Predictor(mlp))
     update = functools.partial(update, apply_fn=networks)
   data = graph_runs.load(method)
   judge = node_classification.Evaluator(
@@ -204,7 +204,7 @@ def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> results
     f"{over}/{row}": np.array(cells) for over, rows in found.items() for row, cells in rows.items()
   }
   values = np.array(config.sweep.at, float)
-  checks = [
+  criteria = [
     check
     for over in found
     for check in graph_sweeps.CRITERIA[over](
@@ -223,9 +223,9 @@ def _evaluate(config: Any, programs: dict[str, _Program], runs: Runs) -> results
     for over in found
   ]
   return results.Result(
-    metrics={"criteria_passed": statistics.fraction_passed(checks)} if checks else {},
+    metrics={"criteria_passed": statistics.fraction_passed(criteria)} if criteria else {},
     tables=[
-      *([results.checks_table("Expected before the run", checks)] if checks else []),
+      *([results.checks_table("Expected before the run", criteria)] if criteria else []),
       *tables,
     ],
     arrays=arrays,

@@ -104,7 +104,7 @@ def build(
   *,
   symbol: str,
   optimizer: optax.GradientTransformation,
-  judge: Callable[[bandits.Sweep, dict[str, np.ndarray]], tuple[Checks, list[results.Table]]],
+  findings: Callable[[bandits.Sweep, dict[str, np.ndarray]], tuple[Checks, list[results.Table]]],
   observe: Callable[[bandits.Sweep, Any], dict[str, jax.Array]] = lambda sweep, key: {},
   figures: Callable[[Any], list[results.Figure]] = lambda history: [],
   sample: Callable[[bandits.Sweep], results.Table] | None = None,
@@ -117,7 +117,7 @@ def build(
     settings: the S values of the regulariser.
     symbol: what the settings are values of, in tables and figures.
     optimizer: for all methods.
-    judge: from the sweep and what each method ended at, `[S, P, ...]`, to criteria beside the
+    findings: from the sweep and what each method ended at, `[S, P, ...]`, to criteria beside the
       shared one, and tables.
     observe: further metrics, after each scan: of the sweep and a key.
     figures: beside the shared one, from the history.
@@ -180,7 +180,7 @@ def build(
         for setting, error in zip(settings, errors, strict=True):
           text = f"{method.label}, {symbol} {setting}: within {method.tolerance} of its exact end"
           checks.append((text, bool(error < method.tolerance)))
-    more, tables = judge(sweep, ends)
+    more, tables = findings(sweep, ends)
     checks += more
     columns = ["method", *(f"{symbol} {setting}" for setting in settings)]
     return results.Result(

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignment import checks, sequences
+from alignment import sequences
 from experiments.report import results
+from sharding import checks
 
 
 class Sweep(NamedTuple):
@@ -128,8 +129,7 @@ def check_counts(config: Any, **least: int) -> None:
   sizes = {"train.inner_steps": (config.train.inner_steps, 1)}
   sizes |= {f"data.{name}": (config.data[name], bound) for name, bound in least.items()}
   for name, (value, bound) in sizes.items():
-    if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-      raise ValueError(f"config.{name}={value!r}: give an integer of at least {bound}")
+    checks.count(f"config.{name}", value, least=bound)
 
 
 def cosine_adam(config: Any) -> optax.GradientTransformation:

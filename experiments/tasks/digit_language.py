@@ -95,7 +95,7 @@ def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods
     if reward_params is not None:
       score_fn = scalar_head.make_apply_fn(network)
       fitted = jnp.stack([score_fn(reward_params, rows) for rows in (first, second)], axis=1)
-    return six, mismatched[:, 0], fitted, digits.judge(first), digits.judge(second)
+    return six, mismatched[:, 0], fitted, digits.quality(first), digits.quality(second)
 
   following = (jnp.roll(samples.tokens[:, 0], -1, axis=0), jnp.roll(samples.mask[:, 0], -1, axis=0))
   six, mismatched, fitted, first, second = in_chunks(

@@ -66,12 +66,12 @@ class Draw(NamedTuple):
   def scores(self, rows: sequences.Sequences) -> jax.Array:
     """Rewards `[B]` of fresh completions: the judge's own, or the reward model's."""
     fitted = self.score_fn(self.data.reward_params, rows)
-    return jnp.where(self.data.judged.intransitive, fitted, digits.judge(rows).rewards)
+    return jnp.where(self.data.judged.intransitive, fitted, digits.quality(rows).rewards)
 
   def preferences(self, first: sequences.Sequences, second: sequences.Sequences) -> jax.Array:
     """The judge's P(first beats second) `[B]`."""
     intransitive = self.data.judged.intransitive
-    return digits.preferences(digits.judge(first), digits.judge(second), intransitive)
+    return digits.preferences(digits.quality(first), digits.quality(second), intransitive)
 
   def ref_token_logps(self, rows: sequences.Sequences) -> jax.Array:
     return self.apply_fn(self.data.ref_params, rows)

@@ -18,6 +18,7 @@ from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits, game_figures
 from rl_theory import games, policy_files
+from sharding import checks
 
 _MAX_ROWS = 40  # of a heat map
 
@@ -55,9 +56,7 @@ def compile_game(config: Any) -> games.Game:
   Raises:
     ValueError: if `environment` has a bad field.
   """
-  seeds = config.environment.num_seeds
-  if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-    raise ValueError(f"config.environment.num_seeds={seeds!r}: give an integer of at least 1")
+  checks.count("config.environment.num_seeds", config.environment.num_seeds)
   return games.compile_game(config.environment.game, max_nodes=config.environment.max_nodes)
 
 
@@ -128,9 +127,9 @@ def _result(
   ]
   bar = float(config.environment.bar)
   if bar:
-    checks = [(f"NashConv of every seed below {bar:g}", bool(np.all(distances < bar)))]
-    tables.insert(0, results.checks_table("Pass criteria", checks))
-    metrics["criteria_passed"] = statistics.fraction_passed(checks)
+    criteria = [(f"NashConv of every seed below {bar:g}", bool(np.all(distances < bar)))]
+    tables.insert(0, results.checks_table("Pass criteria", criteria))
+    metrics["criteria_passed"] = statistics.fraction_passed(criteria)
   return results.Result(metrics=metrics, tables=tables, arrays={"policy": np.asarray(policies[0])})
 
 

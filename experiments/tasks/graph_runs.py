@@ -20,7 +20,7 @@ from experiments.loop import memory, training
 from experiments.report import plots, results
 from experiments.tasks import bandits, node_classification
 from representation import collapse, graphs, neighbour_sampling
-from representation.networks import gcn
+from representation.networks import adapters, gcn
 
 ENCODERS = ("gcn", "mean_pooling", "gat")
 
@@ -28,7 +28,7 @@ ENCODERS = ("gcn", "mean_pooling", "gat")
 def build(
   config: Any,
   *,
-  encoder: gcn.Encoder,
+  encoder: adapters.Encoder,
   init: Callable[..., Any],
   update: Callable[..., Any],
   embed: Callable[..., jax.Array],
@@ -231,7 +231,7 @@ def _stored(features: Any) -> int:
   return 25 * features.nnz if _is_sparse(features) else 4 * int(np.prod(features.shape))
 
 
-def make_encoder(config: Any) -> gcn.Encoder:
+def make_encoder(config: Any) -> adapters.Encoder:
   """Returns the encoder of a config; its embeddings are as wide as the last of `network.widths`."""
   section = config.network
   if section.encoder not in ENCODERS:
@@ -239,12 +239,12 @@ def make_encoder(config: Any) -> gcn.Encoder:
     raise ValueError(f"config.network.encoder={section.encoder!r}: give one of {listed}")
   widths = tuple(section.widths)
   if section.encoder == "gcn":
-    return gcn.Encoder(
+    return adapters.Encoder(
       gcn.GCN(widths, section.norm, section.batch_norm_decay, section.standardise_weights)
     )
   if section.encoder == "mean_pooling":
-    return gcn.Encoder(gcn.MeanPooling(widths[-1]))
-  return gcn.Encoder(gcn.GAT(width=widths[-1]))
+    return adapters.Encoder(gcn.MeanPooling(widths[-1]))
+  return adapters.Encoder(gcn.GAT(width=widths[-1]))
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:

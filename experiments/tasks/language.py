@@ -18,7 +18,7 @@ import sharding
 from alignment import copg, sequences
 from alignment.baselines import sft
 from alignment.models import huggingface, transformer
-from experiments.data import text
+from experiments.data import batching, text
 from experiments.loop import training
 from experiments.report import results
 from experiments.tasks import language_offline, language_report
@@ -212,7 +212,9 @@ def experiment(
     init=init,
     init_args=(task.model.params,),
     update=update,
-    batches=lambda: text.batches(arrays(), batch_size=config.train.batch_size, seed=config.seed),
+    batches=lambda: batching.batches(
+      arrays(), batch_size=config.train.batch_size, seed=config.seed
+    ),
     headline="win_rate",
     rules=(*rules, *sharding.REPLICATED),
     evaluate=evaluate,

@@ -19,7 +19,7 @@ import tqdm
 
 from alignment import checks, sequences
 from alignment.models import sampling, transformer
-from experiments.data import pretrained, rewards, templates, text
+from experiments.data import encoding, pretrained, rewards, sample_cache, templates, text
 
 OWN_DATA = ("scored", "preferences", "demonstrations")
 
@@ -61,7 +61,7 @@ class Task:
   reward_fn: rewards.Reward
   train_prompts: list[str]
   test_prompts: list[str]
-  cache: text.SampleCache
+  cache: sample_cache.SampleCache
 
   # --- reference log-probabilities and samples ------------------------------------------------
 
@@ -70,7 +70,7 @@ class Task:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens and mask `[N, P]`, P the longest prompt (in its template) rounded up."""
     data = self.config.data
-    return text.encode_prompts(
+    return encoding.encode_prompts(
       self.model.tokenizer,
       self._filled(prompts),
       max_length=data.prompt_length,
@@ -239,7 +239,7 @@ class Task:
       prompts, where = _places(pairs)
     shape = (*scores.shape, data.completion_length)
     encoded = self.encode_prompts(prompts, [f"{place}: prompt" for place in where])
-    tokens, mask = text.encode_completions(
+    tokens, mask = encoding.encode_completions(
       self.model.tokenizer,
       [completion for group in completions for completion in group],
       max_length=data.completion_length,
@@ -360,5 +360,5 @@ def make_task(config: Any) -> Task:
     reward_fn=rewards.resolve(config.reward),
     train_prompts=train[: config.data.num_prompts],
     test_prompts=test,
-    cache=text.SampleCache(config.data.cache or None),
+    cache=sample_cache.SampleCache(config.data.cache or None),
   )

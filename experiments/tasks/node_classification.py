@@ -19,7 +19,8 @@ from scipy import sparse
 
 from experiments.data import graphs, node_splits
 from experiments.report import plots, results
-from representation import probes
+from representation import adamw_probes, probes
+from sharding import checks
 
 PROTOCOLS = ("", "softmax")
 MAX_COLUMNS = 1024  # wider features are judged by their main directions
@@ -71,12 +72,14 @@ class Evaluator:
 
   def _multilabel(self, embeddings: jnp.ndarray) -> Any:
     labels = jnp.asarray(self._data.labels)
-    return [probes.evaluate_multilabel(embeddings, labels, *rows).score for rows in self._rows()]
+    return [
+      adamw_probes.evaluate_multilabel(embeddings, labels, *rows).score for rows in self._rows()
+    ]
 
   def _softmax(self, embeddings: jnp.ndarray, *, num_steps: int | None) -> Any:
     labels = self._data.labels
     return [
-      probes.evaluate_softmax(
+      adamw_probes.evaluate_softmax(
         embeddings, np.maximum(labels, 0), *rows, num_classes=int(labels.max()) + 1,
         num_steps=num_steps,
       ).score
@@ -153,8 +156,7 @@ def _make_splits(data: graphs.Graph, num_splits: int, split_seed: int) -> probes
       _rows_of(data.splits[name], data.name, name) for name in ("train", "val", "test")
     )
     return probes.Splits(train, test, train[:, None], validation[:, None])
-  if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 1:
-    raise ValueError(f"num_splits must be an integer >= 1, got {num_splits!r}")
+  checks.count("num_splits", num_splits)
   drawn = [
     node_splits.random_split(data.labels, seed=split_seed, split=k) for k in range(num_splits)
   ]

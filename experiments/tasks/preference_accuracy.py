@@ -39,7 +39,7 @@ def cross_entropy(log_odds: np.ndarray, probs: np.ndarray) -> np.ndarray:
   return -probs * special.log_expit(log_odds) - (1 - probs) * special.log_expit(-log_odds)
 
 
-def judge(
+def evaluate(
   log_odds: np.ndarray, pairs: Sequence[text.Preference], *, length_coefficient: float
 ) -> results.Result:
   """Compares a model with the rules that read no word, on the same held-out pairs.

@@ -15,7 +15,7 @@ import numpy as np
 
 from alignment import checks, reward_model
 from alignment.models import scalar_head, transformer
-from experiments.data import learned_rewards, pretrained, text
+from experiments.data import learned_rewards, pretrained, sample_cache, text
 from experiments.tasks import language
 
 
@@ -30,7 +30,7 @@ class Task:
   pairs: list[text.Preference]
   held_out: np.ndarray  # [N] whether a pair is for testing
   frozen: bool
-  cache: text.SampleCache
+  cache: sample_cache.SampleCache
 
   @property
   def apply_fn(self) -> reward_model.ApplyFn:
@@ -165,7 +165,7 @@ def make_task(config: Any) -> Task:
     pairs=pairs,
     held_out=held_out,
     frozen=config.network.train == "head",
-    cache=text.SampleCache(config.data.cache or None),
+    cache=sample_cache.SampleCache(config.data.cache or None),
   )
 
 

@@ -122,7 +122,7 @@ def test_sigterm_outside_of_the_loop_is_said_and_has_its_exit_code():
     [sys.executable, "-c", script], capture_output=True, text=True, env=_environment(), timeout=60
   )
   assert done.returncode == 143
-  assert "the same command continues from the last checkpoint" in done.stderr
+  assert "repeat the command to continue from the last checkpoint" in done.stderr
   assert "Traceback" not in done.stderr
 
 
@@ -144,7 +144,7 @@ def test_the_default_folder_is_named_after_the_config(tmp_path, monkeypatch):
   [
     (["--config=copg:sentimen"], ["no preset 'sentimen'", "did you mean 'sentiment'", "bandit"]),
     (["--config=cpog:tiny"], ["no paper 'cpog'", "did you mean 'copg'", "ipo"]),
-    (["--config=gone.py"], ["gone.py", "no such file"]),
+    (["--config=gone.py"], ["gone.py", "does not exist"]),
     (
       ["--config=copg:tiny", "--config.optimiser.learning_rate=1"],
       ["config.optimizer.learning_rate"],
@@ -200,7 +200,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(tmp_path, monkeypatch):
-  def build(config, workdir):
+  def build(config):
     raise TypeError("a bug")
 
   monkeypatch.setattr(fake_paper, "build", build)

@@ -1,4 +1,4 @@
-"""Tests of loop.checkpointing: what is saved comes back, and what is broken is noticed."""
+"""Tests of loop.checkpointing: states are restored as saved, and damage is detected."""
 
 import pathlib
 import shutil
@@ -177,21 +177,21 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(tmp_path, how):
     restored = checkpointer.restore_last(_target())
   assert restored.step == 1
   assert _bits(restored.state) == _bits(_state(seed=1))
-  assert (tmp_path / "2.unreadable").is_dir()  # kept for whoever wants to look
+  assert (tmp_path / "2.unreadable").is_dir()  # kept for inspection
   checkpointer.save(2, _state(seed=5), {})
   checkpointer.wait()
   assert _bits(checkpointer.restore_last(_target()).state) == _bits(_state(seed=5))
 
 
 def test_a_changed_number_in_a_readable_file_is_noticed(tmp_path):
-  """As a flipped bit that the file format does not check, or a write that mixed two states."""
+  """Stands for a flipped bit that the file format does not check, or a write that mixed states."""
   checkpointer = _save(tmp_path, 1, 2, keep=2)
   changed = _state(seed=2)
   changed = changed._replace(step=changed.step + 1)
   with ocp.StandardCheckpointer() as writer:
     shutil.rmtree(tmp_path / "2" / "state")
     writer.save(tmp_path / "2" / "state", changed)
-  with pytest.warns(UserWarning, match=r"step is not what was saved \(checksum\)"):
+  with pytest.warns(UserWarning, match=r"the checksum of step differs"):
     assert checkpointer.restore_last(_target()).step == 1
 
 
@@ -236,7 +236,7 @@ def test_a_read_only_disk_is_a_clear_error(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
-  """A limit on file size stands for the full disk: as root nothing else stops a write."""
+  """A limit on file size stands for a full disk: nothing else stops a write by root."""
   script = textwrap.dedent(
     f"""
     import resource, jax, jax.numpy as jnp

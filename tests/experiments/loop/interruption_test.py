@@ -1,4 +1,4 @@
-"""Tests of experiments.interruption in a process of its own."""
+"""Tests of loop.interruption in a separate process."""
 
 import pathlib
 import signal
@@ -28,4 +28,4 @@ with interruption.Listener() as signals:
   )
   assert done.stdout.split() == [str(int(signal.SIGINT)), "True"], done.stderr
   assert done.returncode == -signal.SIGTERM
-  assert "once more kills at once" in done.stderr
+  assert "a second signal kills at once" in done.stderr

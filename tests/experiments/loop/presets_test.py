@@ -1,4 +1,4 @@
-"""Tests of loop.presets: names to configs, arguments to fields of the right type."""
+"""Tests of loop.presets: configs by name, and overrides that keep the types of the fields."""
 
 import pathlib
 
@@ -60,12 +60,12 @@ def test_values_take_the_type_of_the_field(argument, expected):
     ("optimizer.learning_rate=fast", "expected float"),
     ("algorithm.flag=maybe", "expected bool"),
     ("algorithm.taus=x", "expected a tuple like"),
-    ("train=5", "is a section; its fields are train."),
+    ("train=5", "is a section: set one of its fields, train."),
     ("optimizer.learning_rat=1", "did you mean --config.optimizer.learning_rate?"),
     ("learning_rate=1", "did you mean --config.optimizer.learning_rate?"),
     ("optim.learning_rate=1", "did you mean --config.optimizer.learning_rate?"),
     ("sed=1", "did you mean --config.seed?"),
-    ("xyzzy=1", "there are algorithm."),
+    ("xyzzy=1", "its fields are algorithm."),
   ],
 )
 def test_bad_overrides_name_the_remedy(argument, words):
@@ -125,7 +125,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
 def test_check_names_field_and_value():
   config = ml_collections.ConfigDict(_config())
   config.train.num_steps = 0
-  with pytest.raises(ValueError, match=r"config\.train\.num_steps=0: give an integer"):
+  with pytest.raises(ValueError, match=r"config\.train\.num_steps must be an integer >= 1, got 0"):
     presets.check(config)
 
 

@@ -1,4 +1,7 @@
-"""Tests of loop.run_folder: whose a folder is, and that nothing of others is touched."""
+"""Tests of loop.run_folder: which run owns a folder, and that other files are not touched."""
+
+import pathlib
+import re
 
 import fake_paper
 import ml_collections
@@ -53,3 +56,11 @@ def test_a_broken_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match=r"config\.json is not JSON"):
     run_folder.read_config(tmp_path)
+
+
+def test_the_environment_names_the_commit_of_a_checkout():
+  root = pathlib.Path(run_folder.__file__).parents[2]
+  if not (root / ".git").exists():
+    pytest.skip("the source is no git checkout")
+  commit = run_folder.environment()["commit"]
+  assert re.fullmatch(r"[0-9a-f]{40}\+?", commit), commit

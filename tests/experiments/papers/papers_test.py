@@ -252,7 +252,7 @@ def test_bandits_follow_the_published_protocol():
   config = presets.resolve("ipo:bandit")
   metrics = _run_loop(ipo_paper.build(config), 10)
   want = _adam(over_pairs(lambda margin: 2 * (margin - 1 / (2 * 0.1))), 1000, 0.01)
-  # Seeds spread by 0.002, and the noise of nine pairs a step costs Adam as much; DPO has half of it.
+  # Seeds spread by 0.002 and the noise of nine pairs a step costs Adam as much; DPO has half that.
   for arm, value in zip("abc", want, strict=True):
     assert abs(metrics[f"ipo/D1/0.1/{arm}"] - value) < 0.01
   for tau in (0.1, 0.5, 1.0):
@@ -313,9 +313,10 @@ def test_untrained_bandits_fail_their_criteria_and_can_be_sampled(paper):
     assert "fail" in {row[1] for row in checks}
   else:
     assert {row[1] for row in checks} == {"fail"}
-  rows = experiment.sample(state).rows
+  table = experiment.sample(state)
   drawn = 1 if paper is reward_model_paper else 20  # a probability, or arms
-  assert rows and all(len(row[2].split()) == drawn for row in rows)
+  assert table.rows
+  assert all(len(table.text(row[2]).split()) == drawn for row in table.rows)
 
 
 def test_win_rates_of_revisions_are_those_of_the_closed_forms():
@@ -403,7 +404,7 @@ def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
 @pytest.mark.parametrize(
   ("paper", "changes", "match"),
   [
-    ("dpo", {"data.num_arms": 2}, "config.data.num_arms=2: give an integer of at least 3"),
+    ("dpo", {"data.num_arms": 2}, "config.data.num_arms must be an integer >= 3, got 2"),
     ("kto", {"algorithm.beta": "(2.0,)"}, "beta must lie in"),
     ("online_ipo", {"data.mixture_beta": 1.0}, "config.data.mixture_beta=1.0"),
     ("reward_model", {"data.cycles": "(1.0, 2.0)"}, "config.data.cycles"),

@@ -1,4 +1,4 @@
-"""Tests of records, the files under them, and the writers that show them."""
+"""Tests of report.records, files and loop.writers."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Tests of experiments.report and experiments.page: complete, escaped, self-contained."""
+"""Tests of report.report, page and plots: complete, escaped, self-contained."""
 
 import math
 import random
@@ -67,7 +67,7 @@ def test_the_report_holds_everything_a_reader_needs(folder):
   html = (folder / "report.html").read_text()
   for text in (
     "fake_paper:tiny", "0.500", "0.400 to 0.600", "n = 64", "optimizer.learning_rate",
-    "versions.jax", "The loss.", "Metrics over training", "50 steps in 1:38", "gameable",
+    "versions.jax", "The loss.", "a metric over the training steps", "50 steps in 1:38", "gameable",
   ):  # fmt: skip
     assert text in html, text
   assert html.count("data:image/svg+xml;base64,") == 3
@@ -137,6 +137,29 @@ def test_learning_curves_show_held_out_headline_then_loss():
   assert titles[:3] == ["error (held out)", "loss", "aux"]
   assert len(drawn.figure.axes[0].collections) == 1  # the band
   assert plots.learning_curves(records.History(), "error") is None
+
+
+@pytest.mark.parametrize(
+  ("num_steps", "with_evals", "has_mean", "has_bands"),
+  [
+    (5, False, False, False),
+    (5, True, False, True),
+    (50, False, True, False),
+    (50, True, True, True),
+  ],
+)
+def test_the_caption_of_learning_curves_names_what_they_show(
+  num_steps, with_evals, has_mean, has_bands
+):
+  history = _history(num_steps)
+  if not with_evals:
+    history.evals = []
+  drawn = plots.learning_curves(history, "error")
+  axes = drawn.figure.axes
+  assert any(len(axis.lines) == 2 for axis in axes) == has_mean
+  assert any(len(axis.collections) == 1 for axis in axes) == has_bands
+  assert ("running mean" in drawn.caption) == has_mean
+  assert ("confidence intervals" in drawn.caption) == has_bands
 
 
 def test_learning_curves_stay_small_for_long_runs():

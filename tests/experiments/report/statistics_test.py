@@ -44,14 +44,11 @@ def test_impossible_counts_are_refused(k, n):
     statistics.clopper_pearson(k, n)
 
 
-def test_ties_stand_beside_the_win_rate_and_not_in_it():
+def test_ties_are_counted_in_the_note_and_left_out_of_the_rate():
   found = statistics.win_rate(30, 10, ties=60)
   assert (found.value, found.n, found.note) == (0.75, 40, "60 ties")
   assert found == statistics.dataclasses.replace(statistics.clopper_pearson(30, 40), note="60 ties")
-  half = statistics.win_rate_half_ties(30, 10, 60)
-  assert (half.value, half.n) == (0.6, 100)
-  assert half.low < 0.6 < half.high
-  with pytest.raises(ValueError, match="losses=-1"):
+  with pytest.raises(ValueError, match="losses must not be negative, got -1"):
     statistics.win_rate(1, -1)
 
 
@@ -76,9 +73,9 @@ def test_one_observation_has_no_interval_and_none_is_an_error():
   assert statistics.mean_interval([2.0]) == results.Estimate(2.0, n=1)
   with pytest.raises(ValueError, match="values is empty"):
     statistics.mean_interval([])
-  with pytest.raises(ValueError, match="method='magic'"):
+  with pytest.raises(ValueError, match="'bootstrap', got 'magic'"):
     statistics.mean_interval([1.0, 2.0], method="magic")
-  with pytest.raises(ValueError, match="confidence=95"):
+  with pytest.raises(ValueError, match=r"between 0 and 1, such as 0\.95, got 95"):
     statistics.mean_interval([1.0, 2.0], 95)
 
 
@@ -87,8 +84,14 @@ def test_distinct_n_counts_over_the_set_and_not_across_texts():
   assert statistics.distinct_n(texts, 1).value == pytest.approx(4 / 6)
   assert statistics.distinct_n(texts, 2) == results.Estimate(2 / 3, n=3)
   assert statistics.distinct_n(texts, 4) == results.Estimate(0.0, n=0)
-  with pytest.raises(ValueError, match="n=0"):
+  with pytest.raises(ValueError, match="n must be at least 1, got 0"):
     statistics.distinct_n(texts, 0)
+
+
+@pytest.mark.parametrize(("confidences", "found"), [([0.4, 0.9], "0.4 to 0.9"), ([], "none")])
+def test_calibration_takes_probabilities_of_the_choices_made(confidences, found):
+  with pytest.raises(ValueError, match=rf"in \[0.5, 1\], got {found}"):
+    statistics.calibration_error(confidences, [True] * len(confidences))
 
 
 def test_fraction_passed():

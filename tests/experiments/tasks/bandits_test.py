@@ -54,7 +54,7 @@ def test_settings_are_named_as_the_command_line_has_them():
     bandits.positives(config, "algorithm.tau")
   with pytest.raises(ValueError, match=r"config.algorithm.beta must be positive"):
     bandits.positives(config, "algorithm.beta")
-  with pytest.raises(ValueError, match=r"config.data.num_seeds=1: give an integer of at least 2"):
+  with pytest.raises(ValueError, match=r"config.data.num_seeds must be an integer >= 2, got 1"):
     bandits.check_counts(config, num_seeds=2)
 
 

@@ -82,7 +82,7 @@ def test_a_single_agent_keeps_what_it_has_found(tmp_path, capsys):
   assert run("exploration:tiny", other, "--config.environment.sizes=(2,0)") == 2
   assert run("exploration:tiny", other, "--config.algorithm.recency=(1.0,)") == 2
   errors = capsys.readouterr().err
-  assert "sizes: give integers of at least 1" in errors and "give two numbers" in errors
+  assert "sizes must be an integer >= 1" in errors and "give two numbers" in errors
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_memory_of_grace_is_quadratic_and_that_of_bgrl_is_not(tmp_path):
   [
     ("over", ("tau",), "no 'tau'; there are feature_mask_prob"),
     ("at", (0.5, 0.5), "give 2 or more, each once"),
-    ("num_seeds", 0, "num_seeds=0: give an integer of at least 1"),
+    ("num_seeds", 0, "num_seeds must be an integer >= 1, got 0"),
   ],
 )
 def test_a_sweep_over_what_is_not_there_is_refused(tmp_path, field, value, message):

@@ -15,7 +15,7 @@ def _pair(chosen, rejected, prompt="p", chosen_prob=1.0):
 def test_hand_numbers():
   pairs = [_pair(3, 1), _pair(1, 3), _pair(2, 2), _pair(1, 2, "q", 0.25), _pair(1, 2, "q", 0.5)]
   z = np.array([2.0, -1.0, 0.5, -0.5, 3.0])
-  found = preference_accuracy.judge(z, pairs, length_coefficient=100.0)
+  found = preference_accuracy.evaluate(z, pairs, length_coefficient=100.0)
   values = found.metrics
   # Right, wrong, right, right (the label says that rejected wins); the last label is a tie.
   assert (values["accuracy"].value, values["accuracy"].n) == (3 / 4, 4)
@@ -34,7 +34,7 @@ def test_length_is_fitted_with_its_sign_and_stays_finite():
   shorter = [_pair(100, 250)] * 30 + [_pair(250, 100)] * 10
   coefficient = preference_accuracy.fit_length(shorter)
   np.testing.assert_allclose(coefficient, -np.log(3) / 1.5, rtol=1e-3)  # P(shorter) = 3/4
-  found = preference_accuracy.judge(np.ones(40), shorter, length_coefficient=coefficient).metrics
+  found = preference_accuracy.evaluate(np.ones(40), shorter, length_coefficient=coefficient).metrics
   assert found["accuracy_longer_wins"].value == 0.25
   assert found["accuracy_length_fit"].value == 0.75
   assert np.isfinite(preference_accuracy.fit_length([_pair(9, 1)]))
@@ -53,14 +53,14 @@ def test_calibration_is_zero_for_a_model_that_knows_how_often_it_is_right():
 def test_the_figure_is_drawn_from_what_json_keeps():
   pairs = [_pair(3, 1), _pair(1, 3)] * 30
   z = np.linspace(-2, 2, 60)
-  found = preference_accuracy.judge(z, pairs, length_coefficient=0.0)
+  found = preference_accuracy.evaluate(z, pairs, length_coefficient=0.0)
   again = results.Result.from_json(found.to_json())
   (drawn,) = preference_accuracy.figures(None, again)
   # 60 pairs in groups of at least 25: two points with their bars.
   points = [bars[0].get_xydata()[0] for bars in drawn.figure.axes[0].containers]
   confidence = np.sort(1 / (1 + np.exp(-np.abs(z))))
   np.testing.assert_allclose([x for x, _ in points], confidence.reshape(2, 30).mean(1))
-  ties = preference_accuracy.judge(np.zeros(60), pairs, length_coefficient=0.0)
+  ties = preference_accuracy.evaluate(np.zeros(60), pairs, length_coefficient=0.0)
   assert "calibration_error" not in ties.metrics
   (drawn,) = preference_accuracy.figures(None, ties)
   assert not drawn.figure.axes[0].containers  # no choices, no points
