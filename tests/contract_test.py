@@ -275,7 +275,9 @@ def _values(params, observations):
   return (jnp.tanh(flat @ params["kernel"]) @ params["head"]).reshape(-1, 2, 3)
 
 
-def _armac(*, actor: bool = False) -> Case:
+def _armac(network: str) -> Case:
+  """The critic's or the actor's loss and update, which share all the rest."""
+  pair = {name: getattr(armac, f"{name}_{network}") for name in ("loss", "update")}
   rng = np.random.default_rng(8)
 
   def normal(*shape):
@@ -288,7 +290,7 @@ def _armac(*, actor: bool = False) -> Case:
     normal(8, 4, 2, 5), jnp.asarray(rng.integers(0, 2, (8, 4))), jnp.ones((8, 4, 3), bool),
     jnp.asarray(rng.integers(0, 3, (8, 4))), jnp.asarray(rng.random((8, 4)) < 0.8),
     jnp.asarray(rng.integers(0, 2, 8)), jnp.zeros(8, jnp.int32), past_policies, policies,
-    normal(8, 2), normal(8, 4, 3) if actor else None,
+    normal(8, 2), normal(8, 4, 3) if network == "actor" else None,
   )  # fmt: skip
   params = armac.Params(
     {"kernel": normal(5, 6), "regrets": normal(6, 3), "policy": normal(6, 3)},
@@ -296,8 +298,9 @@ def _armac(*, actor: bool = False) -> Case:
   )
   past = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
   return Case(
-    armac, params, batch, armac.Networks(_act, _values), armac.Config(trace_decay=0.9, capacity=2),
-    None if actor else ("trace_decay", 0.2), trees={"past": past},
+    types.SimpleNamespace(**vars(armac) | pair), params, batch, armac.Networks(_act, _values),
+    armac.Config(trace_decay=0.9, capacity=2),
+    None if network == "actor" else ("trace_decay", 0.2), trees={"past": past},
   )  # fmt: skip
 
 
@@ -355,7 +358,8 @@ def _grace(*, num_negatives: int = 0) -> Case:
 
 
 BUILDERS: dict[str, Callable[[], Case]] = {
-  "armac": _armac, "armac_actor": functools.partial(_armac, actor=True), "bgrl": _bgrl,
+  "armac_actor": functools.partial(_armac, "actor"),
+  "armac_critic": functools.partial(_armac, "critic"), "bgrl": _bgrl,
   "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
   "grace_negatives": functools.partial(_grace, num_negatives=3), "ipo": _ipo, "kto": _kto,
   "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model,

@@ -7,7 +7,8 @@ import optax
 
 from experiments.loop import training
 from experiments.tasks import game_runs
-from rl_theory import armac, games, networks
+from rl_theory import armac, armac_epochs, armac_play, games
+from rl_theory.networks import actor_critic
 
 
 def build(config: Any) -> training.Experiment:
@@ -26,8 +27,8 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
   if recurrent:
     observations = games.observation_histories(game, observations)
   sizes = (config.network.width, config.network.block_width, recurrent)
-  actor = networks.Actor(game.layout.num_actions, *sizes)
-  critic = networks.Critic(game.num_players, game.layout.num_actions, *sizes)
+  actor = actor_critic.Actor(game.layout.num_actions, *sizes)
+  critic = actor_critic.Critic(game.num_players, game.layout.num_actions, *sizes)
   apply_fn = armac.Networks(actor.apply, critic.apply)
   scale = config.optimizer.final_scale
   num_steps = config.train.num_steps * hyperparameters.num_actor_steps
@@ -48,7 +49,7 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
     return armac.init(params, optimizer=optimizer, config=hyperparameters)
 
   def update(state, key):
-    return armac.epoch(
+    return armac_epochs.epoch(
       state, game, observations, key, apply_fn=apply_fn, optimizer=optimizer,
       config=hyperparameters,
     )  # fmt: skip
@@ -56,6 +57,8 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
   return game_runs.Solver(
     init=init,
     update=update,
-    mean_policy=lambda state: armac.policy(state.params, game, observations, apply_fn=apply_fn),
+    mean_policy=lambda state: armac_play.mean_policy(
+      state.params, game, observations, apply_fn=apply_fn
+    ),
     env_steps=lambda state: state.env_steps,
   )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import nash_md, oracles
+from alignment import nash_md, oracles, preference_games
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits
@@ -52,7 +52,10 @@ def build(config: Any) -> training.Experiment:
       f"{max(STEP_SIZES)}, and eta * tau may not exceed 1"
     )
   fixed_points = np.exp(
-    [oracles.nash_md_pg_fixed_point(FOUR_ACTIONS, FOUR_REFERENCE, tau, beta) for beta in BETAS]
+    [
+      preference_games.nash_md_pg_fixed_point(FOUR_ACTIONS, FOUR_REFERENCE, tau, beta)
+      for beta in BETAS
+    ]
   )
 
   def init(key):
@@ -156,7 +159,7 @@ def distances(game: str, tau: float, eta: float | None, opponent: str, average=F
   if average:
     counts = np.arange(1, len(logps) + 1)[:, None]
     logps = np.log(np.cumsum(np.exp(logps), axis=0) / counts)
-  return oracles.kl(oracles.regularised_nash(GAMES[game], REFERENCE, tau), logps)
+  return oracles.kl(preference_games.regularised_nash(GAMES[game], REFERENCE, tau), logps)
 
 
 def bound(tau: float) -> np.ndarray:
@@ -165,7 +168,7 @@ def bound(tau: float) -> np.ndarray:
 
 
 def _exploitability(logps: Any, tau: float) -> Any:
-  return oracles.regularised_exploitability(logps, FOUR_ACTIONS, FOUR_REFERENCE, tau)
+  return preference_games.regularised_exploitability(logps, FOUR_ACTIONS, FOUR_REFERENCE, tau)
 
 
 def _result(sweep: bandits.Sweep, tau: float, fixed_points: np.ndarray) -> results.Result:

@@ -8,8 +8,9 @@ import optax
 
 from experiments.loop import training
 from experiments.tasks import game_runs
-from rl_theory import games, networks
-from rl_theory.baselines import nfsp
+from rl_theory import games
+from rl_theory.baselines import nfsp, nfsp_epochs
+from rl_theory.networks import mlp
 
 
 def build(config: Any) -> training.Experiment:
@@ -22,7 +23,7 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns NFSP with networks of the config's sizes."""
   hyperparameters = nfsp.Config(**config.algorithm)
   observations = games.information_state_tensors(game)
-  network = networks.MLP(game.layout.num_actions, tuple(config.network.widths))
+  network = mlp.MLP(game.layout.num_actions, tuple(config.network.widths))
   apply_fn = nfsp.Networks(network.apply, network.apply)
   rates = config.optimizer
   optimizer = optax.multi_transform(
@@ -38,7 +39,7 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
 
   def update(state, key):
     def body(state, key):
-      return nfsp.epoch(
+      return nfsp_epochs.epoch(
         state, game, observations, key, apply_fn=apply_fn, optimizer=optimizer,
         config=hyperparameters,
       )  # fmt: skip
@@ -49,6 +50,8 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
   return game_runs.Solver(
     init=init,
     update=update,
-    mean_policy=lambda state: nfsp.policy(state.params, game, observations, apply_fn=apply_fn),
+    mean_policy=lambda state: nfsp_epochs.average_policy(
+      state.params, game, observations, apply_fn=apply_fn
+    ),
     env_steps=lambda state: state.env_steps,
   )

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import nash_md, oracles
+from alignment import nash_md, preference_games
 from alignment.baselines import online_ipo
 from experiments.loop import training
 from experiments.report import results, statistics
@@ -51,7 +51,9 @@ def build(config: Any) -> training.Experiment:
       )
 
     def end(index, tau):
-      return oracles.nash_md_pg_fixed_point(preferences[index], ref_logps[index], tau, beta)
+      return preference_games.nash_md_pg_fixed_point(
+        preferences[index], ref_logps[index], tau, beta
+      )
 
     places = range(len(ref_logps))
     return bandit_grid.Method(
@@ -76,14 +78,16 @@ def build(config: Any) -> training.Experiment:
     checks, rows = [], []
     for i, tau in enumerate(taus):
       exploited = [
-        oracles.regularised_exploitability(np.log(ends[name][i]), preferences, ref_logps, tau)
+        preference_games.regularised_exploitability(
+          np.log(ends[name][i]), preferences, ref_logps, tau
+        )
         for name in methods
       ]
       means = [x.mean() for x in exploited]
       # A drawn gradient leaves 1e-5 or less.
       rising = bool(means[0] < 1e-4 and means[0] < means[1] < means[2])
       checks.append((f"tau {tau}: exploitability below 1e-4 online, then rising", rising))
-      start = oracles.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
+      start = preference_games.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
       rows.append([tau, *(statistics.mean_interval(x) for x in (*exploited, start))])
     columns = ["tau", *(method.label for method in methods.values()), "reference"]
     return checks, [results.Table("Exploitability, mean over the problems", columns, rows)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignment import ipo, oracles, sequences, srpo
+from alignment import ipo, oracles, preference_games, sequences, srpo
 from alignment.baselines import dpo
 from experiments.loop import training
 from experiments.report import plots, results, statistics
@@ -159,7 +159,7 @@ def _srpo_batch(pairs: _Data) -> srpo.Batch:
 
 def _exact(algorithm: Any) -> dict[str, np.ndarray]:
   """The closed forms, `[behaviours, 3]`; DPO has none on preferences that are not Bradley-Terry."""
-  robust, _ = oracles.srpo_optimum(PREFERENCES, UNIFORM[0], UNIFORM, float(algorithm.beta))
+  robust, _ = preference_games.srpo_optimum(PREFERENCES, UNIFORM[0], UNIFORM, float(algorithm.beta))
   averaging = [
     oracles.psi_po_optimum(PREFERENCES, np.array(mu), UNIFORM[0], float(algorithm.ipo_tau))
     for mu in BEHAVIOURS.values()
@@ -182,7 +182,7 @@ def revision_win_rates(beta: float) -> dict[str, np.ndarray]:
 
   reference, gold = normalise(-((arms - 2) ** 2) / 4), normalise(-((arms - 6) ** 2) / 4)
   near = normalise(-(((arms[None] - arms[:, None]) / 1.5) ** 2) / 2)
-  answer, rewrite = oracles.srpo_optimum(preferences, reference, near, beta)
+  answer, rewrite = preference_games.srpo_optimum(preferences, reference, near, beta)
   policies = [np.exp(answer)]
   for _ in range(NUM_REVISIONS):
     policies.append(policies[-1] @ np.exp(rewrite))

@@ -19,13 +19,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from alignment import checks, sequences
+from alignment import sequences
 from alignment.models import sampling
 from experiments.data import digits
 from experiments.loop import suite, training
 from experiments.report import plots, results, statistics
 from experiments.studies import digits as runs
 from experiments.tasks import digit_language, digit_methods
+from sharding import checks
 
 _CYCLE = digits.ORACLES.index("intransitive")
 

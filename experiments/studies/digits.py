@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import checks, dro, reward_model, sequences, srpo
+from alignment import dro, reward_model, sequences, srpo
 from alignment.baselines import sft
 from alignment.models import scalar_head, transformer
 from experiments.data import digits
 from experiments.loop import training
 from experiments.report import results, statistics
 from experiments.tasks import bandits, digit_language, digit_methods, language
+from sharding import checks
 
 
 class World:

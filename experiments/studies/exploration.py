@@ -15,7 +15,7 @@ import numpy as np
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits
-from rl_theory import armac, armac_tables, games, regret_matching
+from rl_theory import armac, armac_tables, games, policy_arrays, regret_matching
 from sharding import checks
 
 
@@ -107,7 +107,7 @@ def _result(
   rows, criteria, found, arrays = [], [], {}, {}
   for size, game in solved.items():
     means = np.asarray(runs.returns[size], float) / step  # [2, seeds]
-    uniform = games.uniform_policy(game)
+    uniform = policy_arrays.uniform(game)
     best = float(games.best_response_values(game, uniform)[0])
     chance = float(games.expected_values(game, uniform)[0])
     arrays[f"returns/{size}"] = means

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report import plots, results
-from rl_theory import games
+from rl_theory import games, policy_arrays
 
 _MAX_STATES = 60  # rows that a page still shows legibly
 
@@ -33,7 +33,7 @@ def policy_heat_map(
   Raises:
     ValueError: if the policy is none, a state is no row, or there are more than 60 of them.
   """
-  games.check_policy(game, policy)
+  policy_arrays.check(game, policy)
   chosen = np.arange(len(game.state_strings)) if states is None else np.asarray(states)
   if not np.issubdtype(chosen.dtype, np.integer) or chosen.ndim != 1 or not chosen.size:
     raise ValueError(f"states must be a list of row numbers, got {states!r}")
@@ -67,7 +67,7 @@ def policy_heat_map(
 
 def _action_labels(game: games.Game) -> list[str]:
   found: list[set[str]] = [set() for _ in range(game.layout.num_actions)]
-  for names in games.action_names(game):
+  for names in policy_arrays.action_names(game):
     for action, label in names.items():
       found[action].add(label)
   return [labels.pop() if len(labels) == 1 else str(action) for action, labels in enumerate(found)]

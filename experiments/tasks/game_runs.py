@@ -17,7 +17,7 @@ import numpy as np
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits, game_figures
-from rl_theory import games, policy_files
+from rl_theory import games, policy_arrays, policy_files
 from sharding import checks
 
 _MAX_ROWS = 40  # of a heat map
@@ -102,7 +102,7 @@ def _result(
 ) -> results.Result:
   distances = np.asarray(jax.vmap(functools.partial(games.nash_conv, game))(policies))
   values = np.asarray(jax.vmap(functools.partial(games.expected_values, game))(policies))
-  uniform = float(games.nash_conv(game, games.uniform_policy(game)))
+  uniform = float(games.nash_conv(game, policy_arrays.uniform(game)))
   steps = int(np.mean(np.asarray(jax.vmap(solver.env_steps)(runs.learners))))
   metrics = {
     "nash_conv": results.Estimate(

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import tqdm
 
-from alignment import checks, sequences
+from alignment import sequences
 from alignment.models import sampling, transformer
 from experiments.data import encoding, pretrained, rewards, sample_cache, templates, text
+from sharding import checks
 
 OWN_DATA = ("scored", "preferences", "demonstrations")
 

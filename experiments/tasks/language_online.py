@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import checks, nash_md, sequences
+from alignment import nash_md, sequences
 from alignment.models import sampling
 from experiments.data import rewards
 from experiments.loop import training
 from experiments.tasks import language, language_offline
+from sharding import checks
 
 
 class State(NamedTuple):

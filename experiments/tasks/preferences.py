@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignment import checks, reward_model
+from alignment import reward_model
 from alignment.models import scalar_head, transformer
 from experiments.data import learned_rewards, pretrained, sample_cache, text
 from experiments.tasks import language
+from sharding import checks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignment import checks, srpo
+from alignment import srpo
 from experiments.data import templates
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import language, language_offline, language_report
+from sharding import checks
 
 
 class Reviser:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.tasks import game_figures
-from rl_theory import games
+from rl_theory import policy_arrays
 
 
 def test_rows_are_states_and_colours_probabilities(tmp_path):
@@ -27,14 +27,14 @@ def test_rows_are_states_and_colours_probabilities(tmp_path):
 def test_illegal_actions_are_blank_and_unclear_names_numbers():
   game = compiled_games.compile_game(compiled_games.TIES3)
   row = int(np.flatnonzero(np.asarray(game.legal).sum(1) == 2)[0])
-  found = game_figures.policy_heat_map(game, games.uniform_policy(game), states=[row])
+  found = game_figures.policy_heat_map(game, policy_arrays.uniform(game), states=[row])
   shown = np.ma.masked_invalid(found.figure.axes[0].images[0].get_array())
   np.testing.assert_array_equal(np.ma.getmaskarray(shown)[0], ~np.asarray(game.legal)[row])
 
 
 def test_bad_input_is_refused():
   game = compiled_games.compile_game(compiled_games.KUHN)
-  policy = games.uniform_policy(game)
+  policy = policy_arrays.uniform(game)
   for states in ([], [0.5], [[0]], "ab"):
     with pytest.raises(ValueError, match="states must be a list of row numbers"):
       game_figures.policy_heat_map(game, policy, states=states)

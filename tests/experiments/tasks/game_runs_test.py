@@ -12,7 +12,7 @@ from experiments import main
 from experiments.loop import presets
 from experiments.papers import cfr as cfr_wiring
 from experiments.tasks import game_runs
-from rl_theory import cfr, games, policy_files
+from rl_theory import cfr, games, policy_arrays, policy_files
 
 
 def run(config, folder, *arguments):
@@ -52,7 +52,7 @@ def test_tiny_runs_learn_and_measure(paper, tmp_path):
   records = _records(folder)
   game = games.compile_game("kuhn_poker")
   policy = policy_files.read_policy(folder / "model" / "policy.json", game)
-  games.check_policy(game, np.asarray(policy))
+  policy_arrays.check(game, np.asarray(policy))
   last = records[-1]
   assert last["nash_conv/low"] <= last["nash_conv"] <= last["nash_conv/high"]
   assert (
