@@ -776,7 +776,7 @@ _ALWAYS = {
   "a moving target": "nash_md",
   "a loss that couples examples": "kto",
   "two networks with a state of their own, and a target": "bgrl",
-  "two networks that are trained in turn, and their past": "armac",
+  "two networks that are trained in turn, and their past": "armac_critic",
 }
 _case = functools.cache(lambda name: BUILDERS[name]())
 

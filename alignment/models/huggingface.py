@@ -85,7 +85,7 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
 
   def integer(name: str) -> int:
     value: Any = fields.get(name)
-    checks.count(f"{name} in config.json", value)
+    checks.count(name, value)
     return value
 
   num_heads, width = integer("num_attention_heads"), integer("hidden_size")
