@@ -93,9 +93,8 @@ def _temp_bytes(config: Any, paper: Any, algorithm: dict[str, Any], num_nodes: i
 
 def _figure(sizes: tuple[int, ...], curves: dict[str, np.ndarray], caption: str) -> results.Figure:
   figure, axes = plots.subplots(1, 1)
-  for (label, curve), style in zip(
-    curves.items(), ("-", "-", "--"), strict=True
-  ):  # two curves coincide
+  styles = ("-", "-", "--")  # two curves coincide
+  for (label, curve), style in zip(curves.items(), styles, strict=True):
     axes[0][0].plot(sizes, curve / _MEBIBYTE, style, marker="o", ms=3, label=label)
   axes[0][0].set(xscale="log", yscale="log", xlabel="nodes", ylabel="temporary memory, MiB")
   axes[0][0].legend(fontsize=8)

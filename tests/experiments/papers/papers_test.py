@@ -1,4 +1,4 @@
-"""The wiring of every paper: presets build, tiny runs end to end, own data arrives as given."""
+"""Tests of the wiring of every paper: presets build, tiny runs finish, own data stays as given."""
 
 import importlib
 import json
@@ -49,7 +49,7 @@ def test_every_preset_has_every_section(paper):
 
 @pytest.mark.parametrize(
   "paper",
-  # One run of each kind of wiring; the others share theirs.
+  # One run of each kind of wiring; the other papers share it.
   ["copg", "srpo", "nash_md"]
   + [
     pytest.param(name, marks=pytest.mark.slow)
@@ -81,11 +81,11 @@ def test_sft_needs_demonstrations(tmp_path, capsys):
   assert "--config.data.demonstrations=FILE" in capsys.readouterr().err
 
 
-@pytest.mark.slow  # a third tiny run; the shape is that of copg's
+@pytest.mark.slow  # a third tiny run, with the wiring of copg
 def test_tiny_sft_imitates_its_demonstrations(tmp_path):
   assert run("sft:tiny", tmp_path / "run") == 0
   results = json.loads((tmp_path / "run" / "results.json").read_text())["result"]["metrics"]
-  # The demonstrations have more vowels than random text: so does the tuned model.
+  # The demonstrations have more vowels than random text, so the tuned model must have them too.
   assert results["reward"]["low"] > results["reward_reference"]["value"]
   config, _ = huggingface.load(tmp_path / "run" / "model")
   assert config.num_layers == 2
@@ -133,7 +133,7 @@ def test_a_row_of_own_data_that_is_too_long_is_named_by_its_line(tmp_path):
 
 
 def test_policy_and_reference_draw_independently():
-  """The same weights on both sides: no more equal texts than two draws of one model have."""
+  """With equal weights on both sides, texts agree no more often than two draws of one model."""
   task = language_offline.make_task(_tiny())
   found = task.compare(task.model.params)
   equal = sum(a == b for a, b in zip(found.texts, found.ref_texts, strict=True))
@@ -237,7 +237,7 @@ def test_bad_input_is_named_before_any_training(changes, match, tmp_path, capsys
 
 @pytest.mark.slow  # and the criteria at full length are below
 def test_bandits_follow_the_published_protocol():
-  """Ten loop steps of each bandit, against Adam in NumPy on gradients without noise.
+  """Compares ten loop steps of each bandit with Adam in NumPy on gradients without noise.
 
   The protocols are those of arXiv:2310.12036 (1,000 steps of rate 0.01 on its data set D1) and
   arXiv:2406.19185 (10 epochs of 19 steps of rate 0.001 on pairs of mu1 and mu2).
@@ -320,7 +320,7 @@ def test_untrained_bandits_fail_their_criteria_and_can_be_sampled(paper):
 
 
 def test_win_rates_of_revisions_are_those_of_the_closed_forms():
-  """The optima of arXiv:2406.01660, section 3, arm by arm; rewrites by adding up all ways."""
+  """Computes the optima of arXiv:2406.01660, section 3, arm by arm, and sums over all rewrites."""
   beta, arms = 0.1, range(10)
 
   def bell(centre, width):
@@ -359,7 +359,7 @@ def test_win_rates_of_revisions_are_those_of_the_closed_forms():
 
 def test_short_training_of_dro_finds_the_value_that_others_lack():
   metrics = _run_loop(dro_paper.build(presets.resolve("dro:bandit")), 10)
-  # 2,000 full-batch steps; Adam at its full rate still trembles by a few 1e-4.
+  # 2,000 full-batch steps; Adam at a constant rate still fluctuates by a few 1e-4.
   assert metrics["dro_v/1.0/error"] < 5e-3
   assert metrics["shared/1.0/error"] > 0.3 and metrics["no_value/1.0/error"] > 0.2
 
@@ -379,7 +379,7 @@ def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
   # For beta to 0: in proportion to the gains. The next term is of order beta.
   small = kto_bandit.population_optimum(gains, ref_logps, 1e-4, np.zeros(3))
   np.testing.assert_allclose(small, shares, atol=1e-3)
-  # A far point of reference: sigmoid(x) is exp(x), and gains ref^-beta pi^(beta - 1) is constant.
+  # A far reference point: sigmoid(x) is exp(x), and gains ref^-beta pi^(beta - 1) is constant.
   far = kto_bandit.population_optimum(gains, ref_logps, 0.5, np.full(3, 60.0))
   want = np.maximum(gains, 0) ** 2 * np.exp(-ref_logps)
   np.testing.assert_allclose(far, want / want.sum(1, keepdims=True), atol=1e-9)
@@ -393,7 +393,7 @@ def test_the_optimum_of_kto_has_its_limits_and_no_better_policy():
   own = kto_bandit.self_consistent_optimum(gains, ref_logps, beta)
   with np.errstate(divide="ignore"):
     kl = oracles.kl(np.log(own), np.broadcast_to(ref_logps, own.shape))
-  # The best policy where its own KL is held is itself; 25 bisections of the KL end at 1e-7.
+  # At the optimum's own KL the best policy is the optimum; 25 bisections of the KL end at 1e-7.
   best = kto_bandit.population_optimum(gains, ref_logps, beta, kl)
   np.testing.assert_allclose(best, own, atol=1e-6)
   assert np.all(value(others, beta, kl) < value(own, beta, kl))

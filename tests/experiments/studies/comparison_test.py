@@ -1,4 +1,4 @@
-"""The comparison of methods: interpolation to one KL, the tournament, and every method's batch."""
+"""Tests of the comparison: interpolation to one KL, the tournament, and every method's batch."""
 
 import functools
 
@@ -72,7 +72,7 @@ def test_the_tournament_is_antisymmetric_and_its_intervals_are_binomial():
 
 @functools.cache
 def _problem():
-  """Abstract parameters and data: what tracing needs, and nothing is computed."""
+  """Returns abstract parameters and data, enough to trace without computing."""
   config = presets.resolve("comparison:tiny")
   network = digit_language.network_of(config)
   params = jax.eval_shape(lambda: transformer.init_params(network, jax.random.key(0)))
@@ -144,7 +144,7 @@ def test_the_tiny_comparison_runs_and_resumes(tmp_path, capsys):
   again = comparison.run(config, tmp_path)  # nothing is trained twice
   assert capsys.readouterr().err.count("is finished") == 4
   assert again.result.metrics == outcome.result.metrics
-  # One of its runs is a run like any other.
+  # Each of its runs can be used like any other run.
   sub = comparison.sub_config(config, "srpo")
   experiment = runs.build_in(sub, tmp_path / "srpo")
   state = training.restore(experiment, sub, tmp_path / "srpo").state

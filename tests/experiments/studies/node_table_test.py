@@ -1,4 +1,4 @@
-"""The table of a paper: which runs it is made of, what it makes of them."""
+"""Tests of the table of a paper: its runs, and how it pools their scores."""
 
 import json
 
@@ -66,5 +66,5 @@ def test_the_table_takes_up_runs_that_are_there(tmp_path):
   np.testing.assert_allclose(row[7], 100 * np.mean(trained), rtol=1e-12)
   assert cost[:3] == ["tiny", 2, 30]
   assert (tmp_path / "table" / "figures" / "table.png").exists()
-  # A larger table takes the smaller one's place.
+  # A larger table replaces the smaller one.
   assert main.run([*arguments, "--config.data.num_seeds=1"]) == 0

@@ -1,4 +1,4 @@
-"""What the tabular experiments share."""
+"""Tests of the code that tabular experiments share."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_a_grid_has_every_pair_as_often_as_its_writers_wrote_it():
     np.testing.assert_allclose(preferences + np.swapaxes(preferences, 1, 2), 1, atol=1e-12)
     log_odds = np.log(preferences / (1 - preferences))
     loops = log_odds[:, 0, 1] + log_odds[:, 1, 2] + log_odds[:, 2, 0]
-    assert (np.abs(loops).max() < 1e-12) == (cycle == 0)  # rewards add up to nothing round a loop
+    assert (np.abs(loops).max() < 1e-12) == (cycle == 0)  # rewards sum to zero around a cycle
 
 
 def test_settings_are_named_as_the_command_line_has_them():

@@ -24,7 +24,7 @@ def test_rows_are_states_and_colours_probabilities(tmp_path):
   found.figure.savefig(tmp_path / "p.png")
 
 
-def test_illegal_actions_are_blank_and_unclear_names_numbers():
+def test_illegal_actions_are_masked_and_ambiguous_names_become_numbers():
   game = compiled_games.compile_game(compiled_games.TIES3)
   row = int(np.flatnonzero(np.asarray(game.legal).sum(1) == 2)[0])
   found = game_figures.policy_heat_map(game, policy_arrays.uniform(game), states=[row])
@@ -40,7 +40,7 @@ def test_bad_input_is_refused():
       game_figures.policy_heat_map(game, policy, states=states)
   with pytest.raises(ValueError, match=r"states must lie in \[0, 12\)"):
     game_figures.policy_heat_map(game, policy, states=[12])
-  with pytest.raises(ValueError, match="states must be 60 at most"):
+  with pytest.raises(ValueError, match="states must hold 60 rows at most"):
     game_figures.policy_heat_map(game, policy, states=[0] * 61)
   with pytest.raises(ValueError, match="policy must have shape"):
     game_figures.policy_heat_map(game, policy[:3])

@@ -1,4 +1,4 @@
-"""Runs on games: they measure what they say, resume, export, and stand beside each other."""
+"""Runs on games: they measure the exact NashConv, resume, export, and are compared."""
 
 import importlib
 import json
@@ -64,7 +64,7 @@ def test_tiny_runs_learn_and_measure(paper, tmp_path):
 
 @pytest.mark.slow
 def test_a_single_agent_keeps_what_it_has_found(tmp_path, capsys):
-  """The replayed past against the newest policy alone, on the same seas with the same seeds."""
+  """Compares the replayed past with the newest policy alone, on the same seas and seeds."""
   folder = tmp_path / "run"
   assert run("exploration:tiny", folder) == 0
   results = json.loads((folder / "results.json").read_text())["result"]["metrics"]

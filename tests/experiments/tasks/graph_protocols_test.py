@@ -1,4 +1,4 @@
-"""The inductive and the sampled protocol, what is read sparsely, and what does not fit."""
+"""Tests of the inductive and the sampled protocol, of sparse features, and of memory checks."""
 
 import json
 
@@ -17,7 +17,7 @@ from representation.networks import gcn
 
 
 def test_presets_have_the_published_settings():
-  """The table of the paper for its two inductive and large graphs."""
+  """The settings of the paper's table for its inductive and its large graph."""
   ppi, arxiv = (presets.resolve(f"bgrl:{name}") for name in ("ppi", "ogbn_arxiv"))
   assert ppi.algorithm.feature_mask_probs == (0.25, 0.0)
   assert ppi.algorithm.edge_drop_probs == (0.3, 0.25)
@@ -36,7 +36,7 @@ def test_graphs_with_test_nodes_are_not_trained_on():
   kept = graph_data.without_test_graphs(data)
   assert len(np.unique(kept.graph_ids)) == 5 and not kept.splits["test"].any()
   np.testing.assert_array_equal(kept.features, data.features[~data.splits["test"][0]])
-  # The edges left out are those of the last graph, and nothing joins two graphs.
+  # Only edges of the last graph are left out, and no edge joins two graphs.
   assert len(data.senders) - len(kept.senders) == (data.graph_ids[data.senders] == 5).sum()
   np.testing.assert_array_equal(kept.graph_ids[kept.senders], kept.graph_ids[kept.receivers])
   everywhere = data._replace(splits={"test": np.ones_like(data.splits["test"])})
@@ -98,7 +98,7 @@ def test_the_estimate_is_what_the_compiler_plans(preset, fan_outs):
   # As `check_memory` asks: a sample has about as many edges as nodes.
   num_edges = num_nodes if fan_outs else graph.neighbours.num_edges
   found = graph_runs.step_bytes(config, num_nodes, num_edges, 100)
-  # It must tell what fits from what does not, not more.
+  # The estimate only has to tell whether a step fits.
   assert 0.75 < found / needed < 1.33
 
 
@@ -109,7 +109,7 @@ def test_an_interrupted_sampled_run_goes_on_with_the_samples_that_came_next(tmp_
 
   assert run("whole") == 0
   with monkeypatch.context() as patched:
-    # As a signal before step 13 would.
+    # Stop as a signal before step 13 would.
     stop = interruption.Listener.stop
 
     def early(listener, step):

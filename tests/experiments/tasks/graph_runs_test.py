@@ -1,4 +1,4 @@
-"""Runs on one graph: BGRL and GRACE are wired alike, and their memory grows as it should."""
+"""Runs on one graph: BGRL and GRACE have the same wiring, and their memory grows as expected."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_sizes_of_a_memory_curve_must_grow(tmp_path):
     graph_memory.run(config, tmp_path)
 
 
-@pytest.mark.slow  # 20 seconds a run: updates, encoders and the judge are compiled
+@pytest.mark.slow  # 20 seconds per run: compiles updates, encoders and the evaluator
 @pytest.mark.parametrize(
   ("config", "metric", "ways"),
   [
@@ -77,7 +77,7 @@ def test_memory_of_grace_is_quadratic_and_that_of_bgrl_is_not(tmp_path):
   (tmp_path / "run").mkdir()
   result = graph_memory.run(config, tmp_path / "run").result
   assert result.metrics["criteria_passed"].value == 1, result.tables[0]
-  # Two arrays of [2N, 2N] float32: the logits, and what the gradient makes of them.
+  # Two arrays of [2N, 2N] float32: the logits and their gradient.
   size, linear, quadratic, _ = result.tables[1].rows[-1]
   ratio = (float(quadratic) - float(linear)) * 2**20 / (4 * (2 * size) ** 2)
   assert 1.5 < ratio < 2.5
@@ -101,7 +101,7 @@ def test_a_sweep_over_what_is_not_there_is_refused(tmp_path, field, value, messa
 
 @pytest.mark.slow  # compiles two vmapped updates
 def test_learners_of_a_sweep_equal_learners_alone(tmp_path):
-  """One of two values and two seeds that are mapped over, after a step."""
+  """Compares one of two values and two seeds with a learner trained alone, after one step."""
   config = presets.resolve("graph_sweep:tiny")
   sweep = graph_sweep.build(config)
   key, placed = jax.random.key(0), sweep.init_args[0]
@@ -123,7 +123,7 @@ def test_learners_of_a_sweep_equal_learners_alone(tmp_path):
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow  # as above, and the judge
+@pytest.mark.slow  # as above, and the evaluator
 def test_a_sweep_ends_with_its_rows_and_figures(tmp_path):
   folder = tmp_path / "run"
   assert main.run(["--config=graph_sweep:tiny", f"--workdir={folder}"]) == 0

@@ -1,4 +1,4 @@
-"""What each method's wiring makes of samples, what an online step draws, and the paper presets."""
+"""Tests of the batches of each method, of what an online step draws, and of the paper presets."""
 
 import dataclasses
 import functools
@@ -36,11 +36,11 @@ def tiny(paper, **changes):
   )
 
 
-# --- batches made of samples ---
+# --- batches from samples ---
 
 
 def _samples(task):
-  """Five prompts with three completions each, of any characters, ended or cut."""
+  """Five prompts with three completions each, of random characters, some cut before their end."""
   rng = np.random.default_rng(0)
   prompts = task.train_prompts[:5]
   tokens = rng.integers(0, task.network.vocab_size, (5, 3, 8), dtype=np.int32)
@@ -95,7 +95,7 @@ def test_kto_pairs_each_prompt_with_completions_of_the_one_before():
 
 
 def test_srpo_caches_the_reference_of_all_six_rows_and_shows_the_answers():
-  """The order of six log-probabilities is easily wrong: against a pass over the rows themselves."""
+  """Compares the six log-probabilities, whose order is easily wrong, with a pass over the rows."""
   reviser = revision.Reviser(language_offline.make_task(tiny("srpo")))
   task = reviser.task
   batch = reviser.pairs(_samples(task))
@@ -205,7 +205,7 @@ def test_an_online_run_resumes_to_the_bit(tmp_path):
     made = nash_md_paper.build(config)
 
     class Data:
-      """Stops the run while the batch of a step is fetched."""
+      """Stops the run while it fetches the batch of a step."""
 
       def __init__(self):
         self.inner, self.step = made.batches(), 0
@@ -266,7 +266,7 @@ def test_an_online_step_on_eight_devices_is_that_of_one():
         np.testing.assert_allclose(
           many[name], value, rtol=1e-3, atol=1e-5, err_msg=f"{name} {axes}"
         )
-    # Adam divides by the size of a gradient: rounding shows where that is nothing but rounding.
+    # Adam divides by the gradient's size, which enlarges rounding where the gradient is near zero.
     for one, many in zip(jax.tree.leaves(params), jax.tree.leaves(many_params), strict=True):
       assert np.mean(np.abs(many - one) > 0.01 * largest) < 1e-3, axes
 
@@ -296,14 +296,14 @@ PAPERS = {
   "online_ipo": (online_ipo_paper, 1.24),
   "rloo": (rloo_paper, 6.74),
 }
-_ALWAYS = {"copg", "dro", "nash_md", "srpo"}  # the others are wired as one of these is
+_ALWAYS = {"copg", "dro", "nash_md", "srpo"}  # the others have the wiring of one of these
 
 
 @pytest.mark.parametrize(
   "paper", [pytest.param(n, marks=() if n in _ALWAYS else pytest.mark.slow) for n in PAPERS]
 )
 def test_paper_preset_traces_at_full_size(paper, tmp_path, monkeypatch):
-  """Model, data and update as the launcher builds them; shapes only, nothing is allocated."""
+  """Traces model, data and update as the launcher builds them; nothing is allocated."""
   module, billions = PAPERS[paper]
   config = presets.resolve(f"{paper}:paper")
   network = NETWORKS[config.network.model]
@@ -315,7 +315,7 @@ def test_paper_preset_traces_at_full_size(paper, tmp_path, monkeypatch):
   monkeypatch.setattr(
     language_offline.Task, "logps", lambda self, params, prompts, tokens, mask: mask.sum(-1)
   )
-  # As many prompts as a batch and an evaluation need, each as long as a prompt may be.
+  # Enough prompts for a batch and an evaluation, each of the maximal length.
   template = config.data.prompt_template.replace("{prompt}", "")
   length = config.data.prompt_length - len(template)
   prompts = [f"{n:05d}".ljust(length, "x") for n in range(2 * config.train.batch_size)]
@@ -354,5 +354,5 @@ def test_the_paper_preset_of_ipo_traces():
 
 def test_every_paper_preset_is_traced():
   found = {name for name, module in presets.papers().items() if "paper" in module.PRESETS}
-  # Traced in preference_task_test.py, solving_test.py; compiled only, never run; a run of runs.
+  # Traced in preferences_test.py and game_runs_test.py; compiled but never run; a run of runs.
   assert found == {*PAPERS, "ipo", "reward_model", "armac", "nfsp", "graph_memory", "bgrl"}

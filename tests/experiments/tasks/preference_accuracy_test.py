@@ -1,4 +1,4 @@
-"""Accuracy, calibration and the rules that read no word."""
+"""Tests of accuracy, calibration and the rules that read no word."""
 
 import numpy as np
 import pytest

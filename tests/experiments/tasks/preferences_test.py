@@ -24,7 +24,7 @@ SHORT = (
 
 
 def _pairs_file(path, num_prompts=48):
-  """Three pairs a prompt; the one with more vowels wins."""
+  """Writes three pairs for each prompt; the completion with more vowels wins."""
   rows = [
     {"prompt": f"prompt {n}", "chosen": f" a{'e' * k}", "rejected": f" bc{'d' * k}"}
     for n in range(num_prompts)
@@ -52,7 +52,7 @@ def test_a_run_leaves_a_report_and_a_reward(tmp_path):
   assert (folder / "report.html").stat().st_size > 10_000
   reward = rewards.resolve(str(folder / "model"))
   assert "p.jsonl" in reward.describes
-  scores = reward(["prompt 1", "prompt 1"], [" aee", ""])  # a policy may say nothing at all
+  scores = reward(["prompt 1", "prompt 1"], [" aee", ""])  # a policy may draw an empty completion
   assert scores.shape == (2,) and scores[0] != scores[1]
 
 
@@ -94,7 +94,7 @@ def test_the_export_judges_as_the_evaluation_did(kind, train, tmp_path):
   texts = [[getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected")]
   got = judge.preference_probs(*texts)
   assert np.ptp(got) > 1e-3
-  # Other paddings, and features that hardly differ are divided by small numbers: float32 is felt.
+  # Paddings differ, and nearly equal features are divided by small numbers: float32 rounding grows.
   np.testing.assert_allclose(got, want, atol=2e-4)
   swapped = judge.preference_probs(texts[0], texts[2], texts[1])
   np.testing.assert_allclose(swapped, 1 - got, atol=1e-5)
@@ -123,7 +123,7 @@ def test_features_are_read_once_and_labels_are_kept(tmp_path, monkeypatch):
   changes = {"data.preferences": str(path), "network.train": "head", "eval.num_prompts": "8"}
   first = preferences.make_task(_config(**changes)).train_batch()
   np.testing.assert_array_equal(first.chosen_probs, np.full(56, 0.75, np.float32))
-  monkeypatch.setattr(scalar_head, "features", None)  # a second task finds them
+  monkeypatch.setattr(scalar_head, "features", None)  # a second task reads them from the cache
   again = preferences.make_task(_config(**changes)).train_batch()
   np.testing.assert_array_equal(first.chosen_tokens, again.chosen_tokens)
 
@@ -212,7 +212,7 @@ def test_a_bad_folder_is_named_with_the_remedy(tmp_path):
 
 @pytest.mark.parametrize("kind", reward_model.KINDS)
 def test_paper_preset_traces_at_full_size(kind):
-  """The 7B run: shapes only, nothing is allocated."""
+  """Traces the 7B run; nothing is allocated."""
   config = presets.resolve("reward_model:paper")
   config.algorithm.kind = kind
   network = transformer.TransformerConfig(
