@@ -269,7 +269,7 @@ def _figures(tau: float, history: Any) -> list[results.Figure]:
   axes[0][0].set(xlabel="step size eta", ylabel=f"KL after {NUM_ITERATIONS:,} iterations, nats")
   axes[0][0].set_xticks(STEP_SIZES, [str(size) for size in STEP_SIZES])
   axes[0][0].minorticks_off()
-  axes[0][0].legend()
+  plots.legend_below(large, axes[0][0])
 
   stop, axes = plots.subplots(1, 1)
   values = [history[-1][f"exploitability/{beta}"] for beta in BETAS]

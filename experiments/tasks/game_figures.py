@@ -65,8 +65,10 @@ def policy_heat_map(
   figure.colorbar(image, ax=axes[0].tolist(), label="probability")
   caption = (
     f"Each row is an information state of {game.layout.name}; its shades show the probability of "
-    "each action. Illegal actions are grey."
+    "each action."
   )
+  if np.isnan(probs[chosen]).any():
+    caption += " Illegal actions are grey."
   if len(chosen) < len(game.state_strings):
     caption += f" The figure has {len(chosen)} of {len(game.state_strings)} states."
   return results.Figure(name, caption, figure)
