@@ -50,7 +50,7 @@ def build_in(config: Any, workdir: pathlib.Path, world: World | None = None) -> 
 
   Args:
     config: config of one method, from `comparison.sub_config`.
-    workdir: folder of the run, beside the folders of the reference and the reward model.
+    workdir: folder of the run, next to the folders of the reference and the reward model.
     world: shared by several runs of one process; by default it is restored from those folders.
   """
   bandits.check_counts(config, num_prompts=2, num_seeds=1)

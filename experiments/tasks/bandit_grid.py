@@ -118,10 +118,10 @@ def build(
     settings: the S values of the regulariser.
     symbol: the regulariser's symbol in tables and figures.
     optimizer: trains all methods.
-    findings: `(sweep, ends) -> (criteria, tables)` beside the shared ones. `ends[name]` is
+    findings: `(sweep, ends) -> (criteria, tables)`, added to the shared ones. `ends[name]` is
       `[S, P, ...]`, what `read` gives after training.
     observe: `(sweep, key) -> metrics`, further metrics after each scan.
-    figures: makes the figures beside the shared one from the history.
+    figures: makes further figures from the history.
     sample: makes a table of the trained models; by default arms drawn on the first bandit.
   """
   num_steps = config.train.inner_steps

@@ -9,6 +9,7 @@ from experiments.report import plots, results
 from rl_theory import games, policy_arrays
 
 _MAX_STATES = 60  # more rows are not legible on a page
+_LABEL_LENGTH = 28  # characters of a state's string that fit beside its row
 
 
 def policy_heat_map(
@@ -53,11 +54,12 @@ def policy_heat_map(
   size = 1.6 + 0.6 * len(labels), 1.2 + 0.22 * tallest
   figure, axes = plots.subplots(1, len(players), size=size)
   probs = np.where(np.asarray(game.legal), np.asarray(policy, float), np.nan)
+  strings = {row: " ".join(game.state_strings[row].split()) for row in chosen.tolist()}
   for axis, player in zip(axes[0], players, strict=True):
     rows = chosen[owners == player]
     image = axis.imshow(probs[rows], cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
-    strings = [" ".join(game.state_strings[row].split()) for row in rows]
-    axis.set_yticks(range(len(rows)), [text[-28:] for text in strings], fontsize=7)
+    labelled = [strings[row][-_LABEL_LENGTH:] for row in rows]
+    axis.set_yticks(range(len(rows)), labelled, fontsize=7)
     axis.set_xticks(range(len(labels)), labels, fontsize=7)
     axis.set_title(f"player {player}")
     axis.set_facecolor("0.85")  # shows where the action is illegal
@@ -69,6 +71,8 @@ def policy_heat_map(
   )
   if np.isnan(probs[chosen]).any():
     caption += " Illegal actions are grey."
+  if max(map(len, strings.values())) > _LABEL_LENGTH:
+    caption += f" Labels are the last {_LABEL_LENGTH} characters of OpenSpiel's state strings."
   if len(chosen) < len(game.state_strings):
     caption += f" The figure has {len(chosen)} of {len(game.state_strings)} states."
   return results.Figure(name, caption, figure)

@@ -2,7 +2,7 @@
 
 Each step of the training loop applies `Solver.update` to every seed, with vmap. For ARMAC and NFSP
 that is an epoch, for CFR a scan of iterations. The loop then measures each mean policy on the whole
-tree. This costs little beside the update, so every step gives a point of the learning curve.
+tree. This is cheap compared with the update, so every step gives a point of the learning curve.
 """
 
 import functools

@@ -39,7 +39,7 @@ def build(
 
   Args:
     config: has the sections of `experiments.configs.base.graph`.
-    encoder: evaluated untrained, beside the trained embeddings.
+    encoder: also evaluated untrained, as a baseline.
     init: `init(key, graph) -> State`.
     update: `update(state, graph, key) -> (State, Metrics)`.
     embed: `embed(state, graph) -> [N, K]`, the embeddings that are evaluated.
@@ -275,7 +275,7 @@ def _collapse_figure(history: Any) -> results.Figure:
   axes[0][1].plot(steps, norms, linestyle=":", color="0.5", label="mean length of embeddings")
   axes[0][1].legend(fontsize=8)
   caption = (
-    "The panels show whether embeddings collapse. After a collapse the spread is small beside the "
-    "mean length, the mean cosine is near 1, and the loss of BGRL is near 0."
+    "The panels show whether embeddings collapse. After a collapse the spread is much smaller "
+    "than the mean length, the mean cosine is near 1, and the loss of BGRL is near 0."
   )
   return results.Figure("collapse", caption, figure)

@@ -1,7 +1,7 @@
 """Evaluates embeddings of nodes with a linear layer, and the same layer on three baselines.
 
 A score alone says little, because an untrained encoder already averages over neighbours. So each
-score stands beside three others: the features themselves, the features after two rounds of
+score is compared with three others: the features themselves, the features after two rounds of
 averaging (SGC, which has no parameters), and the untrained encoder. The gain over the untrained
 encoder is what training adds.
 

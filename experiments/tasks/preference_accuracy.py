@@ -1,6 +1,6 @@
 """How well a model predicts preferences, compared with what length alone predicts.
 
-Longer answers often win, and a model may have learned nothing else. So each number stands beside
+Longer answers often win, and a model may have learned nothing else. So each number is compared with
 three rules that read no word. The first says that the longer completion wins. The second is a
 logistic fit to the difference in length, with one coefficient from the training pairs; its sign
 says whether longer or shorter answers win. The third is a fair coin.
