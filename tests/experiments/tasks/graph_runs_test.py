@@ -128,7 +128,7 @@ def test_a_sweep_ends_with_its_rows_and_figures(tmp_path):
   folder = tmp_path / "run"
   assert main.run(["--config=graph_sweep:tiny", f"--workdir={folder}"]) == 0
   result = json.loads((folder / "results.json").read_text())["result"]
-  assert [row[0] for row in result["tables"][1]["rows"]] == ["0.5", "0.99"]
+  assert [row[0] for row in result["tables"][1]["rows"]] == [0.5, 0.99]
   assert np.shape(result["arrays"]["target_decay/trained"]["values"]) == (2, 2)
   for name in ("sweep", "cosine"):
     assert (folder / "figures" / f"{name}.png").exists()
