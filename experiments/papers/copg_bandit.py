@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import sharding
 from alignment import copg, ipo, oracles, sequences
 from experiments.loop import training
 from experiments.report import plots, results, statistics
@@ -52,24 +53,15 @@ def _sample_data(key: jax.Array, num_pairs: int) -> _Data:
   return _Data(arms, 1 - first_wins.astype(jnp.int32))
 
 
-def _policy_gradient_loss(params, batch: copg.Batch, *, beta: float, use_value: bool):
+def _policy_gradient_loss(params, state, batch: copg.Batch, key, *, apply_fn, config, use_value):
   """REINFORCE on off-policy pairs, both arms; the weights (R_beta - b) carry no gradient."""
+  del state, key, apply_fn
   logps = jax.nn.log_softmax(params)
   arm_logps = logps[batch.tokens[..., 0]]  # [B, 2]
-  returns = batch.rewards - beta * (arm_logps - batch.ref_logps)
+  returns = batch.rewards - config.beta * (arm_logps - batch.ref_logps)
   baseline = jnp.exp(logps) @ jnp.asarray(REWARDS, logps.dtype) if use_value else 0.0
-  return -jnp.mean(jnp.sum(jax.lax.stop_gradient(returns - baseline) * arm_logps, axis=1))
-
-
-def _policy_gradient_update(state, batch, key, *, optimizer, config, use_value):
-  """Takes one step of a policy gradient, with the signature of an algorithm's `update`."""
-  del key
-  loss, grads = jax.value_and_grad(_policy_gradient_loss)(
-    state.params, batch, beta=config.beta, use_value=use_value
-  )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  return copg.State(params, opt_state, state.step + 1), {"loss": loss}
+  value = -jnp.mean(jnp.sum(jax.lax.stop_gradient(returns - baseline) * arm_logps, axis=1))
+  return value, ({"loss": value}, ())
 
 
 def _as_pairs(batch: copg.Batch, chosen: jax.Array) -> ipo.Batch:
@@ -116,9 +108,8 @@ def build(config: Any) -> training.Experiment:
       return copg.update(state, batch, key, config=config, **bound)
     if name == "ipo":
       return ipo.update(state, _as_pairs(batch, chosen), key, config=config, **bound)
-    return _policy_gradient_update(
-      state, batch, key, optimizer=optimizer, config=config, use_value=name == "pg_value"
-    )
+    loss = functools.partial(_policy_gradient_loss, use_value=name == "pg_value")
+    return sharding.gradient_step(loss, state, batch, key, config=config, **bound)
 
   def draw(data: _Data, key):
     # One epoch: a permutation cut into full batches, without the remainder.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import sharding
 from alignment import dro, oracles, sequences
 from alignment.baselines import kto
 from experiments.loop import training
@@ -134,33 +135,33 @@ def _step_of(name: str, optimizer: optax.GradientTransformation) -> Any:
 
     return dro_step
 
-  def loss(params, tau):
+  def loss(params, state, batch, key, *, apply_fn, config):
+    del batch, key
     if name == "dro_p":
       rows = sequences.Sequences(*data[:2], *context)
-      log_ratios = bandits.contextual_apply_fn(params.policy, rows)[:, 0] - ref_logps
-      return dro.dro_p_loss(log_ratios[None], rewards[None], tau=tau).mean()
+      log_ratios = apply_fn(params.policy, rows)[:, 0] - ref_logps
+      value = dro.dro_p_loss(log_ratios[None], rewards[None], tau=config).mean()
+      return value, ({"loss": value}, ())
     # Mismatched completions: the data, shifted by the number of rows of one prompt.
     shift = len(arms) // len(REFERENCE)
     others = jnp.roll(tokens, shift, axis=0)
     other_ref_logps = jnp.asarray(REFERENCE[prompts, np.roll(arms, shift)], jnp.float32)
     labels = (rewards > rewards.mean()).astype(jnp.float32)
-    batch = kto.Batch(tokens, ones, ref_logps, labels, others, ones, other_ref_logps, *context)
-    state: Any = None  # KTO's loss does not use it
+    labelled = kto.Batch(tokens, ones, ref_logps, labels, others, ones, other_ref_logps, *context)
     return kto.loss(
-      params.policy,
-      state,
-      batch,
-      None,
-      apply_fn=bandits.contextual_apply_fn,
-      config=kto.Config(beta=tau),
-    )[0]
+      params.policy, state, labelled, None, apply_fn=apply_fn, config=kto.Config(beta=config)
+    )
 
   def step(state, batch, key, config):
-    del batch, key
-    value, grads = jax.value_and_grad(loss)(state.params, config)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return dro.State(params, opt_state, state.step + 1), {"loss": value}
+    return sharding.gradient_step(
+      loss,
+      state,
+      batch,
+      key,
+      apply_fn=bandits.contextual_apply_fn,
+      optimizer=optimizer,
+      config=config,
+    )
 
   return step
 
