@@ -50,19 +50,8 @@ SHARDING_RULES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3's stretch of the rotary wavelengths (the numbers of a `rope_type: llama3` config).
-
-  Frequencies whose wavelength exceeds `original_max_length / low_frequency_factor` are divided by
-  `factor`, those below `original_max_length / high_frequency_factor` are kept, with a linear blend
-  in between.
-  """
-
-  factor: float
-  low_frequency_factor: float
-  high_frequency_factor: float
-  original_max_length: int
+# Named here too, since users write it beside `TransformerConfig`.
+RopeScaling = attention.RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +153,7 @@ class Dense(nn.Module):
     kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
     kernel = kernel.astype(config.dtype)
     if self.rotary_heads:
-      kernel = attention.rotary_columns(kernel, self.rotary_heads, config)
+      kernel = attention.rotary_columns(kernel, self.rotary_heads, config.rope_pairing)
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], self.features)
 
@@ -264,11 +253,15 @@ class Transformer(nn.Module):
       out = self.head(hidden)
     return out.astype(attention.accumulator(out.dtype))
 
+  def _rope_table(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    config = self.config
+    return attention.rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+
   def hidden_states(
     self, tokens: jax.Array, mask: jax.Array
   ) -> tuple[jax.Array, attention.KeysValues]:
     """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
-    rope = attention.rope_table(attention.positions_of(mask), self.config)
+    rope = self._rope_table(attention.positions_of(mask))
     x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
     return self.final_norm(x), keys_values
 
@@ -301,7 +294,7 @@ class Transformer(nn.Module):
     shared = attention.SharedPromptBias(
       prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
     )
-    rope = attention.rope_table(positions, self.config)
+    rope = self._rope_table(positions)
     x, _ = self.layers(self.embed(pack(prompt, tokens)), rope, shared)
     last = jnp.repeat(x[:, prompt_length - 1 : prompt_length], group, axis=0)
     x = x[:, prompt_length:].reshape(num_rows, length, x.shape[-1])
