@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignment.models import fused_attention
+
 # Keys and values, each [B, num_kv_heads, S, head_dim].
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -100,10 +102,19 @@ class SharedPromptBias(NamedTuple):
   completion: jax.Array
 
 
-def attend(
-  queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array | SharedPromptBias
-) -> jax.Array:
-  """Grouped-query attention; with a `SharedPromptBias`, of completions that share a prompt."""
+# What the queries may see: written out for all pairs of tokens, or for a kernel.
+Visible = jax.Array | SharedPromptBias | fused_attention.Rows | fused_attention.SharedPromptRows
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: Visible) -> jax.Array:
+  """Grouped-query attention of queries `[B, T, H, head_dim]` on keys `[B, KV, T, head_dim]`.
+
+  With a `SharedPromptBias` or `SharedPromptRows`, of completions that share a prompt. The kind of
+  `visible` chooses the form: written out, or a fused kernel.
+  """
+  if isinstance(visible, fused_attention.Rows | fused_attention.SharedPromptRows):
+    return fused_attention.attend(queries, keys, values, visible)
+  bias = visible
   if not isinstance(bias, SharedPromptBias):
     return _attend(queries, keys, values, bias)
   num_prompts, prompt_length = bias.prompt.shape[:2]

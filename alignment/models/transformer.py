@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from alignment import checks, sequences
-from alignment.models import attention
+from alignment.models import attention, fused_attention
 
 Params = dict[str, Any]
 
@@ -80,6 +80,8 @@ class TransformerConfig:
       about a third more time. False keeps the products with weights of every layer and recomputes
       the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
       page faults of twice the memory.
+    fused_attention: use a fused kernel for attention where there is one (bfloat16 on an NVIDIA
+      GPU). False writes the scores out everywhere, as on a CPU.
     scan_layers: compile one layer and loop over it, in place of L copies in a row, which take
       longer to compile and run no faster.
   """
@@ -100,6 +102,7 @@ class TransformerConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
+  fused_attention: bool = True
   scan_layers: bool = True
 
   def __post_init__(self):
@@ -164,7 +167,7 @@ class Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rope, bias) -> tuple[jax.Array, attention.KeysValues]:
+  def __call__(self, x, rope, visible) -> tuple[jax.Array, attention.KeysValues]:
     config = self.config
     batch, length = x.shape[:2]
 
@@ -177,7 +180,7 @@ class Attention(nn.Module):
     queries = heads("query", config.num_heads, True)
     keys = heads("key", config.num_kv_heads, True).swapaxes(1, 2)
     values = heads("value", config.num_kv_heads, False).swapaxes(1, 2)
-    out = attention.attend(queries, keys, values, bias).reshape(batch, length, -1)
+    out = attention.attend(queries, keys, values, visible).reshape(batch, length, -1)
     return Dense(config.width, config, name="output")(out), (keys, values)
 
 
@@ -200,10 +203,10 @@ class Block(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rope, bias) -> tuple[jax.Array, attention.KeysValues]:
+  def __call__(self, x, rope, visible) -> tuple[jax.Array, attention.KeysValues]:
     config = self.config
     normed = RMSNorm(config, name="attention_norm")(x)
-    change, keys_values = Attention(config, name="attention")(normed, rope, bias)
+    change, keys_values = Attention(config, name="attention")(normed, rope, visible)
     x = x + change
     x = x + Mlp(config, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
     return x, keys_values
@@ -229,7 +232,11 @@ class Transformer(nn.Module):
         Block,
         prevent_cse=False,  # inside a scan nothing can be merged across the two passes
         policy=(
-          policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
+          policies.nothing_saveable
+          if config.remat
+          else policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, fused_attention.keep
+          )
         ),
       ),
       variable_axes={"params": 0},
@@ -253,6 +260,10 @@ class Transformer(nn.Module):
       out = self.head(hidden)
     return out.astype(attention.accumulator(out.dtype))
 
+  def _has_kernel(self) -> bool:
+    config = self.config
+    return config.fused_attention and fused_attention.has_kernel(config.dtype, config.head_dim)
+
   def _rope_table(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     config = self.config
     return attention.rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -261,9 +272,19 @@ class Transformer(nn.Module):
     self, tokens: jax.Array, mask: jax.Array
   ) -> tuple[jax.Array, attention.KeysValues]:
     """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
+    if not self._has_kernel():
+      rope = self._rope_table(attention.positions_of(mask))
+      x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
+      return self.final_norm(x), keys_values
+    order = fused_attention.real_first(mask)
+    tokens, mask = (fused_attention.reorder(x, order) for x in (tokens, mask))
     rope = self._rope_table(attention.positions_of(mask))
-    x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
-    return self.final_norm(x), keys_values
+    x, keys_values = self.layers(self.embed(tokens), rope, fused_attention.Rows(mask > 0))
+    places = order.inverse[None, :, None, :, None]
+    keys_values = jax.tree.map(
+      lambda x: jnp.take_along_axis(x, places, axis=3, mode="promise_in_bounds"), keys_values
+    )
+    return fused_attention.reorder(self.final_norm(x), order.back()), keys_values
 
   def completion_states(
     self, prompt: jax.Array, prompt_mask: jax.Array, tokens: jax.Array, mask: jax.Array
@@ -290,12 +311,18 @@ class Transformer(nn.Module):
 
     positions = attention.positions_of(row_mask)
     positions = pack(positions[::group, :prompt_length], positions[:, prompt_length:])
-    bias = attention.attention_bias(row_mask)
-    shared = attention.SharedPromptBias(
-      prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
-    )
+    visible: attention.Visible
+    if self._has_kernel():
+      order = fused_attention.real_first(row_mask)
+      real = fused_attention.reorder(row_mask > 0, order)
+      visible = fused_attention.SharedPromptRows(prompt_mask, order, real)
+    else:
+      bias = attention.attention_bias(row_mask)
+      visible = attention.SharedPromptBias(
+        prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
+      )
     rope = self._rope_table(positions)
-    x, _ = self.layers(self.embed(pack(prompt, tokens)), rope, shared)
+    x, _ = self.layers(self.embed(pack(prompt, tokens)), rope, visible)
     last = jnp.repeat(x[:, prompt_length - 1 : prompt_length], group, axis=0)
     x = x[:, prompt_length:].reshape(num_rows, length, x.shape[-1])
     return self.final_norm(jnp.concatenate([last, x], axis=1))
