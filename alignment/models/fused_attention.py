@@ -1,41 +1,51 @@
 """Causal attention through a fused kernel, which never holds the scores `[B, heads, T, T]`.
 
-On NVIDIA GPUs the kernel is cuDNN's, through `jax.nn.dot_product_attention`. A kernel knows
-"causal", but not the masks that `attention.attention_bias` writes out. So the tokens of each row
-are put in another order first: the real ones to the front, in their order, the padding behind them.
-A real token then sees the real tokens up to itself under a causal mask alone, wherever the padding
-was.
+On NVIDIA GPUs the kernel is cuDNN's, through `jax.nn.dot_product_attention`; on a TPU it is JAX's
+splash attention, written in Pallas. A kernel knows "causal", but not the masks that
+`attention.attention_bias` writes out. So the tokens of each row are put in another order first: the
+real ones to the front, in their order, the padding behind them. A real token then sees the real
+tokens up to itself under a causal mask alone, wherever the padding was.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+# The name under which splash attention marks its results; see `keep`.
+_RESULTS = "fused_attention"
 
-def has_kernel(dtype, head_dim: int) -> bool:
-  """Returns whether the default device has a kernel for queries of this type and size.
 
-  cuDNN has one for bfloat16 and float16 from compute capability 8.0 on. A program is made for the
-  default device when it is traced; set `TransformerConfig.fused_attention=False` in order to
-  compile for a CPU on a machine with a GPU.
+def kernel_for(dtype, head_dim: int) -> Literal["cudnn", "splash"] | None:
+  """Returns which kernel the default device has for queries of this type and size, if any.
+
+  cuDNN has one for bfloat16 and float16 from compute capability 8.0 on. Splash attention is used on
+  a single TPU only: a Pallas kernel cannot be split over the devices of a mesh by the compiler.
+
+  The choice is made when a program is traced. Set `TransformerConfig.fused_attention=False` in
+  order to compile for a CPU on a machine with a GPU.
   """
   device = jax.config.jax_default_device or jax.devices()[0]
   if isinstance(device, str):
     device = jax.devices(device)[0]
-  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-    return False
-  capability = float(device.compute_capability)
-  largest = 256 if capability >= 9 else 128
-  narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-  return capability >= 8 and narrow and head_dim % 8 == 0 and head_dim <= largest
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+    return None
+  if device.platform == "gpu" and "cuda" in device.client.platform_version:
+    capability = float(device.compute_capability)
+    fits = head_dim % 8 == 0 and head_dim <= (256 if capability >= 9 else 128)
+    return "cudnn" if capability >= 8 and fits else None
+  if device.platform == "tpu" and len(jax.devices()) == 1:
+    return "splash" if jnp.dtype(dtype) == jnp.bfloat16 and head_dim % 64 == 0 else None
+  return None
 
 
-def keep(primitive, *_, **__) -> bool:
-  """A policy of `jax.checkpoint`: keep what the kernel returns, so that it runs forward once.
+def keep(primitive, *_, **params) -> bool:
+  """A policy of `jax.checkpoint`: keep what a kernel returns, so that it runs forward once.
 
   These are the output and the log-sum-exp of the scores, `[B, T, H, head_dim]` and `[B, H, T]`.
   """
+  if primitive.name == "name":
+    return params["name"] == _RESULTS
   return "dot_product_attention_fwd" in primitive.name
 
 
@@ -122,8 +132,65 @@ def attend(
 
 def _causal(queries, keys, values, real):
   """Attention of `[B, T, H, head_dim]` on `[B, T, KV, head_dim]`, real tokens first."""
-  out = jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
+  if kernel_for(queries.dtype, queries.shape[-1]) == "splash":
+    out = splash(queries, keys, values)
+  else:
+    out = jax.nn.dot_product_attention(
+      queries, keys, values, is_causal=True, implementation="cudnn"
+    )
   # The start token of an empty prompt counts as padding and is read all the same: by the contract
   # of `attention_bias` it sees only itself.
   own = jnp.repeat(values, queries.shape[2] // values.shape[2], axis=2)
   return jnp.where(real[..., None, None], out, own)
+
+
+def splash(
+  queries: jax.Array, keys: jax.Array, values: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+  """Causal attention by JAX's kernel for TPUs; shapes as in `jax.nn.dot_product_attention`.
+
+  Args:
+    queries: `[B, T, H, head_dim]`.
+    keys: `[B, T, KV, head_dim]`.
+    values: `[B, T, KV, head_dim]`.
+    interpret: run the kernel step by step on any device, slowly.
+  """
+  # Imported here: no other device needs Pallas.
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+  )
+
+  length, num_heads, head_dim = queries.shape[1:]
+  lanes = 128  # the kernel takes blocks of that many tokens, or a multiple
+  padded = -(-length // lanes) * lanes
+  block = next(size for size in (512, 256, lanes) if padded % size == 0)
+  sizes = {name: block for name in _BLOCKS}
+  kernel = splash_attention_kernel.make_splash_mha_single_device(
+    splash_attention_mask.MultiHeadMask(
+      [splash_attention_mask.CausalMask((padded, padded))] * num_heads
+    ),
+    block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+    residual_checkpoint_name=_RESULTS,
+    interpret=interpret,
+  )
+
+  def heads_first(x):
+    # Padding at the end: no causal query sees it.
+    return jnp.pad(x, [(0, 0), (0, padded - length), (0, 0), (0, 0)]).swapaxes(1, 2)
+
+  scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
+  out = jax.vmap(kernel)(heads_first(scaled), heads_first(keys), heads_first(values))
+  return out.swapaxes(1, 2)[:, :length]
+
+
+_BLOCKS = (
+  "block_q",
+  "block_kv",
+  "block_kv_compute",
+  "block_q_dkv",
+  "block_kv_dkv",
+  "block_kv_dkv_compute",
+  "block_q_dq",
+  "block_kv_dq",
+)

@@ -80,8 +80,8 @@ class TransformerConfig:
       about a third more time. False keeps the products with weights of every layer and recomputes
       the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
       page faults of twice the memory.
-    fused_attention: use a fused kernel for attention where there is one (bfloat16 on an NVIDIA
-      GPU). False writes the scores out everywhere, as on a CPU.
+    fused_attention: use a fused kernel for attention where there is one (bfloat16 on an
+      NVIDIA GPU or a TPU). False writes the scores out everywhere, as on a CPU.
     scan_layers: compile one layer and loop over it, in place of L copies in a row, which take
       longer to compile and run no faster.
   """
@@ -260,9 +260,11 @@ class Transformer(nn.Module):
       out = self.head(hidden)
     return out.astype(attention.accumulator(out.dtype))
 
-  def _has_kernel(self) -> bool:
+  def _has_kernel(self, length: int) -> bool:
+    """Whether attention over rows of this length runs through a kernel; one token needs none."""
     config = self.config
-    return config.fused_attention and fused_attention.has_kernel(config.dtype, config.head_dim)
+    kernel = fused_attention.kernel_for(config.dtype, config.head_dim)
+    return config.fused_attention and length > 1 and kernel is not None
 
   def _rope_table(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     config = self.config
@@ -272,7 +274,7 @@ class Transformer(nn.Module):
     self, tokens: jax.Array, mask: jax.Array
   ) -> tuple[jax.Array, attention.KeysValues]:
     """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
-    if not self._has_kernel():
+    if not self._has_kernel(tokens.shape[1]):
       rope = self._rope_table(attention.positions_of(mask))
       x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
       return self.final_norm(x), keys_values
@@ -312,7 +314,7 @@ class Transformer(nn.Module):
     positions = attention.positions_of(row_mask)
     positions = pack(positions[::group, :prompt_length], positions[:, prompt_length:])
     visible: attention.Visible
-    if self._has_kernel():
+    if self._has_kernel(prompt_length + length):
       order = fused_attention.real_first(row_mask)
       real = fused_attention.reorder(row_mask > 0, order)
       visible = fused_attention.SharedPromptRows(prompt_mask, order, real)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from alignment import sequences
 from alignment.models import fused_attention, sampling, transformer
@@ -41,7 +42,7 @@ def kernel(monkeypatch):
     return plain(*args, implementation="xla", **kwargs)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
-  monkeypatch.setattr(fused_attention, "has_kernel", lambda dtype, head_dim: True)
+  monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim: "cudnn")
   # What is traced depends on the patches, and jit does not know them.
   jax.clear_caches()
   yield
@@ -126,33 +127,73 @@ def test_reorder_and_its_gradient_are_permutations():
 
 
 def test_a_cpu_and_float32_have_no_kernel():
-  assert not fused_attention.has_kernel("bfloat16", 64)
-  assert not fused_attention.has_kernel("float32", 64)
+  assert fused_attention.kernel_for("bfloat16", 64) is None
+  assert fused_attention.kernel_for("float32", 64) is None
+
+
+def lower_step(kernel, platform, group, monkeypatch, sharding=None):
+  """Lowers the gradient of a model without running it; returns the program and its scores."""
+  prompt, length = 16, 181
+  span = prompt + length - 1  # numbers that no other axis has
+  config = dataclasses.replace(CONFIG, dtype="bfloat16", head_dim=64, max_length=256)
+  monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim: kernel)
+  # The only thing that JAX asks of a GPU while it traces.
+  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+  shaped = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+  params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  params = jax.tree.map(lambda x: shaped(x.shape, x.dtype), params)
+  completions, prompts = (4, length), (4 // group, prompt)
+  shapes = (completions, completions, prompts, prompts)
+  batch = sequences.Sequences(*(shaped(shape, jnp.int32) for shape in shapes))
+  apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
+  step = jax.jit(jax.value_and_grad(lambda params, batch: jnp.sum(apply_fn(params, batch))))
+  lowered = step.trace(params, batch).lower(lowering_platforms=(platform,))
+  # Two axes as long as the keys (or their blocks), or as the queries of a completion and the keys.
+  pairs = rf"({length - 1}|{span})[x,]{span}|256[x,]256"
+  return lowered, re.compile(rf"(tensor<|\[)(\d+[x,])*({pairs})(x|\])")
 
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_gpu_program_of_a_training_step_holds_no_scores(monkeypatch, group):
-  """Lowered for CUDA, without one: no array with two axes as long as a row."""
-  # The only thing that JAX asks of the GPU while it traces.
-  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-  prompt, length = 16, 37
-  span = prompt + length - 1  # a number that no other axis has
-  config = dataclasses.replace(CONFIG, dtype="bfloat16")
-  params = jax.eval_shape(lambda: transformer.init_params(WRITTEN_OUT, jax.random.key(0)))
-  ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-  batch = sequences.Sequences(
-    ints((4, length)), ints((4, length)), ints((4 // group, prompt)), ints((4 // group, prompt))
-  )
-
-  def program(has_kernel):
-    monkeypatch.setattr(fused_attention, "has_kernel", lambda dtype, head_dim: has_kernel)
-    apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
-    step = jax.jit(jax.value_and_grad(lambda params, batch: jnp.sum(apply_fn(params, batch))))
-    return step.trace(params, batch).lower(lowering_platforms=("cuda",)).as_text()
-
-  scores = re.compile(rf"tensor<(\d+x)*({length - 1}|{span})x{span}x(f32|bf16|i1)>")
-  assert scores.search(program(False))
-  text = program(True)
+  """Lowered for CUDA, without a GPU."""
+  lowered, scores = lower_step(None, "cuda", group, monkeypatch)
+  assert scores.search(lowered.as_text())
+  lowered, _ = lower_step("cudnn", "cuda", group, monkeypatch)
+  text = lowered.as_text()
   assert not scores.search(text)
-  # In the loop over layers the kernel runs once forward and once backward: what it returns is kept.
-  assert len(re.findall(r"call @__cudnn\$fmhaSoftmax\(|custom_call @__cudnn\$fmhaSoftmax\(", text))
+  # What the kernel returns is kept: in the loop over layers it runs once forward, once backward.
+  calls = re.findall(r"stablehlo.custom_call @(__cudnn\$\w+)", text)
+  assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_tpu_program_of_a_training_step_holds_no_scores(monkeypatch, group):
+  """Compiled for a TPU v5e, without one; needs the package libtpu."""
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU on the network
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  lowered, scores = lower_step("splash", "tpu", group, monkeypatch, one)
+  text = lowered.compile().as_text()
+  assert not scores.search(text)
+  # Forward, gradient of the queries, gradient of keys and values: each once in the loop.
+  assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
+def test_splash_attention_equals_the_form_for_cpus():
+  keys = jax.random.split(jax.random.key(0), 3)
+  queries = jax.random.normal(keys[0], (2, 130, 4, 64))
+  pairs = tuple(jax.random.normal(key, (2, 130, 2, 64)) for key in keys[1:])
+
+  def run(attend):
+    def loss(*arrays):
+      out = attend(*arrays)
+      return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(queries, *pairs)
+
+  got = run(functools.partial(fused_attention.splash, interpret=True))
+  want = run(functools.partial(jax.nn.dot_product_attention, is_causal=True))
+  # float32 sums of up to 130 terms in another order, and the kernel's own exponentials
+  chex.assert_trees_all_close(got, want, atol=2e-4, rtol=1e-4)
