@@ -7,7 +7,7 @@ real ones to the front, in their order, the padding behind them. A real token th
 tokens up to itself under a causal mask alone, wherever the padding was.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ def kernel_for(dtype, head_dim: int) -> Literal["cudnn", "splash"] | None:
   The choice is made when a program is traced. Set `TransformerConfig.fused_attention=False` in
   order to compile for a CPU on a machine with a GPU.
   """
-  device = jax.config.jax_default_device or jax.devices()[0]
+  device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # set at run time
+  device = device or jax.devices()[0]
   if isinstance(device, str):
     device = jax.devices(device)[0]
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
@@ -165,12 +166,19 @@ def splash(
   lanes = 128  # the kernel takes blocks of that many tokens, or a multiple
   padded = -(-length // lanes) * lanes
   block = next(size for size in (512, 256, lanes) if padded % size == 0)
-  sizes = {name: block for name in _BLOCKS}
+  sizes = splash_attention_kernel.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
   kernel = splash_attention_kernel.make_splash_mha_single_device(
     splash_attention_mask.MultiHeadMask(
       [splash_attention_mask.CausalMask((padded, padded))] * num_heads
     ),
-    block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+    block_sizes=sizes,
     residual_checkpoint_name=_RESULTS,
     interpret=interpret,
   )
@@ -182,15 +190,3 @@ def splash(
   scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
   out = jax.vmap(kernel)(heads_first(scaled), heads_first(keys), heads_first(values))
   return out.swapaxes(1, 2)[:, :length]
-
-
-_BLOCKS = (
-  "block_q",
-  "block_kv",
-  "block_kv_compute",
-  "block_q_dkv",
-  "block_kv_dkv",
-  "block_kv_dkv_compute",
-  "block_q_dq",
-  "block_kv_dq",
-)
