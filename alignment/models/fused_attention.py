@@ -26,7 +26,7 @@ def kernel_for(dtype, head_dim: int) -> Literal["cudnn", "splash"] | None:
   order to compile for a CPU on a machine with a GPU.
   """
   device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # set at run time
-  device = device or jax.devices()[0]
+  device = device or jax.local_devices()[0]
   if isinstance(device, str):
     device = jax.devices(device)[0]
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
