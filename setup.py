@@ -12,8 +12,8 @@ _BASE = [
   "jax>=0.10.2,<0.13",
   "flax>=0.12.8,<0.13",
   "optax>=0.2.8,<0.3",
-  "chex>=0.1.91,<0.2",
   "numpy>=2.1",
+  "scipy>=1.14",
 ]
 
 _EXPERIMENTS = [
@@ -26,7 +26,6 @@ _EXPERIMENTS = [
   "tensorboardX>=2.6.2",
   "tqdm>=4.66",
   "matplotlib>=3.9",
-  "scipy>=1.14",
 ]
 
 _LM = [
@@ -43,6 +42,7 @@ _GAMES = ["open-spiel>=2.0.2"]
 _TEST = [
   *_GAMES,  # the reference of every test of games; no part of the library's own needs
   "scikit-learn>=1.9.1",  # the reference of logistic regression and its protocol
+  "chex>=0.1.91,<0.2",  # compares trees
   "pytest>=8",
   "pytest-xdist>=3.6",
   "hypothesis>=6.100",
@@ -98,6 +98,7 @@ setuptools.setup(
     "Intended Audience :: Science/Research",
     "Programming Language :: Python :: 3.11",
     "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
     "Topic :: Scientific/Engineering :: Artificial Intelligence",
   ],
 )

@@ -1,9 +1,8 @@
-"""The log-likelihood over a large vocabulary, one slice of it at a time, and its gradient.
+"""Log-probabilities over a large vocabulary, one slice of it at a time, and their gradient.
 
-What `sequences.chunked_token_logps` runs on flattened rows. A running log-sum-exp over slices of
-the vocabulary gives the normaliser; the backward pass computes the slices again (a slice that is
-the whole vocabulary is kept: it takes no more memory). Slices of the rows would sum the big
-gradient, `[V, D]`, once for each slice instead of writing it once.
+A running log-sum-exp over slices of the vocabulary gives the normaliser, and the backward pass
+computes the slices again. (A slice that is the whole vocabulary is kept, since that takes no more
+memory.) Slices of the rows instead would add up the large gradient `[V, D]` once for each slice.
 """
 
 import functools
@@ -11,10 +10,56 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sharding import checks
+
+
+def token_logps(
+  hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, *, chunk_size: int
+) -> jax.Array:
+  """Returns the log-probability of each token, from logits of `chunk_size` entries at a time.
+
+  Equal to `sequences.token_logps(hidden @ embedding.T, tokens)`, forward and backward. The largest
+  array is `[B * T, chunk_size]`; matrix products accumulate in float32 or wider.
+
+  Positions whose cotangent is zero (masked ones) pass on a gradient of exactly zero, even if their
+  hidden states are not finite. Only reverse-mode differentiation is supported.
+
+  Args:
+    hidden: `[B, T, D]` last hidden states, aligned so that `hidden[:, t]` predicts `tokens[:, t]`.
+    embedding: `[V, D]` output embedding (the transpose of a head's kernel), used without bias.
+    tokens: `[B, T]` int in [0, V).
+    chunk_size: vocabulary entries per slice; it need not divide V. A few thousand is a good choice.
+      If it is V or more, there is one slice `[B * T, V]`, kept for the backward pass.
+
+  Returns:
+    `[B, T]` nats, in float32 or wider.
+
+  Raises:
+    ValueError: if the shapes do not fit or `chunk_size` is not a positive integer.
+
+  Example:
+    >>> hidden, embedding = jnp.ones((1, 2, 4)), jnp.eye(3, 4)
+    >>> token_logps(hidden, embedding, jnp.array([[0, 2]]), chunk_size=2).round(4)
+    Array([[-1.0986, -1.0986]], dtype=float32)
+  """
+  checks.count("chunk_size", chunk_size)
+  if jnp.ndim(hidden) != 3 or jnp.ndim(embedding) != 2 or hidden.shape[2] != embedding.shape[1]:
+    raise ValueError(
+      "hidden and embedding must have shapes [B, T, D] and [V, D], got "
+      f"{list(jnp.shape(hidden))} and {list(jnp.shape(embedding))}"
+    )
+  checks.shape("tokens", tokens, hidden.shape[:2], "[B, T]")
+  checks.token_ids("tokens", tokens, embedding.shape[0])
+  chunk_size = min(chunk_size, embedding.shape[0])
+  # Rows flattened to one axis: contracting a single axis is what matrix units and CPUs are fast at.
+  rows = hidden.reshape(-1, hidden.shape[2])
+  logps = _row_logps(chunk_size, rows, embedding, jnp.asarray(tokens).reshape(-1))
+  return logps.reshape(hidden.shape[:2])
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def row_logps(chunk_size, rows, embedding, tokens):
-  """`[N]` log-probabilities of `tokens [N]` under softmax(rows [N, D] @ embedding [V, D]^T)."""
+def _row_logps(chunk_size, rows, embedding, tokens):
+  """Returns `[N]` log-probabilities of `tokens` under softmax(rows [N, D] @ embedding [V, D]^T)."""
   return _forward(chunk_size, rows, embedding, tokens)[0]
 
 
@@ -60,7 +105,7 @@ def _backward(chunk_size, residuals, cotangents):
     else:
       logits, slice_start = whole, 0
     ids = slice_start + jnp.arange(chunk_size)
-    first = index * chunk_size  # an overlapping last slice leaves out what was done before
+    first = index * chunk_size  # the last slice may overlap the one before; count its entries once
     chosen = (ids[None, :] == tokens[:, None]) & (ids >= first)
     logit_grads = chosen - jnp.exp(logits - log_normalisers[:, None])
     logit_grads = jnp.where(live, cotangents[:, None] * logit_grads, 0).astype(rows.dtype)
@@ -79,14 +124,14 @@ def _backward(chunk_size, residuals, cotangents):
   return row_grads.astype(rows.dtype), embedding_grads, None
 
 
-row_logps.defvjp(_forward, _backward)
+_row_logps.defvjp(_forward, _backward)
 
 
 def _slice_logits(chunk_size, rows, embedding, index):
   """Returns the logits `[N, chunk_size]` of one slice, and the id at which the slice starts.
 
-  The last slice of a vocabulary that the chunk does not divide starts early enough to be whole;
-  entries that an earlier slice has covered are -inf. (Padding would copy the embedding.)
+  If the chunk does not divide the vocabulary, the last slice starts earlier, so that it is full.
+  Its entries that the slice before has covered are -inf. (Padding would copy the embedding.)
   """
   start = jnp.minimum(index * chunk_size, embedding.shape[0] - chunk_size)
   # Left as they are, float32 weights would turn the product with bfloat16 rows into a float32 one.

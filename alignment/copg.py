@@ -1,15 +1,15 @@
-"""CoPG: Contrastive Policy Gradient, a policy gradient that is right on off-policy data.
+"""CoPG: Contrastive Policy Gradient, a policy gradient that is correct on off-policy data.
 
-Problem: K completions of each prompt, drawn from anywhere, each with a reward R. Wanted is the
-policy that maximises E_pi[R] - beta KL(pi || ref); its optimum is ref * exp(R / beta), normalised.
-At the optimum the regularised reward R - beta log-ratio is the same for all completions of a
-prompt. CoPG regresses its differences to zero:
+Problem: K completions of each prompt, drawn from any policy, each with a reward R. We want the
+policy that maximises E_pi[R] - beta KL(pi || ref), which is ref * exp(R / beta), normalised. At
+this optimum the regularised reward R - beta log-ratio is the same for all completions of a prompt.
+CoPG regresses its differences to zero:
 
   sum over i < j of (R_i - R_j - beta (log-ratio_i - log-ratio_j))^2 / (2 beta (K - 1)).
 
-Nothing has to be known of the policies that drew the data, samples need no ranking, ties count. On
-samples of the policy itself the gradient is minus the leave-one-out policy gradient; with rewards
-1/4 and -1/4 for a winner and a loser it is the gradient of IPO up to scale.
+The policies that drew the data may be unknown, the samples need no ranking, and ties carry
+information. On samples of the policy itself the gradient is minus the leave-one-out policy
+gradient. With reward 1/4 for a winner and -1/4 for a loser it is the gradient of IPO up to scale.
 
 Reference: Flet-Berliac et al. 2024, https://arxiv.org/abs/2406.19185 (EMNLP 2024).
 
@@ -21,9 +21,10 @@ Reference: Flet-Berliac et al. 2024, https://arxiv.org/abs/2406.19185 (EMNLP 202
 | R_beta = R - beta log pi / pi_ref | the regularised reward |
 | y ~ mu1, y' ~ mu2 | any two samples of a prompt; K = 2 is the paper |
 
-Deviations: minimises the squared form; the paper maximises a function that differs from minus it by
-a constant. K samples instead of two (K = 2 gives the paper's loss). No stop-gradient anywhere:
-with one inside the regularised reward the method would solve the problem of beta / 2.
+Deviations: we minimise the squared form; the paper maximises a function that differs from its
+negative by a constant. K samples instead of two (K = 2 gives the paper's loss). There is no
+stop-gradient: with one inside the regularised reward the method would solve the problem of beta /
+2.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 
@@ -50,8 +52,8 @@ class Config:
   Attributes:
     beta: positive, in units of the reward per nat; larger keeps the policy closer to the
       reference. Scaling all rewards by c is the same as dividing beta by c.
-    num_microbatches: parts into which a batch is split (along prompts) to save memory; same
-      result.
+    num_microbatches: parts into which the prompts of a batch are split to save memory, a divisor
+      of B. The result is the same.
   """
 
   beta: Any = 0.06
@@ -110,7 +112,7 @@ def copg_loss(log_ratios: jax.Array, rewards: jax.Array, *, beta: Any) -> jax.Ar
     `[B]` non-negative losses, not averaged. Gradients reach both inputs; none is stopped.
 
   Raises:
-    ValueError: if the shapes differ or are not `[B, K]` with K >= 2, or a concrete `beta` is not
+    ValueError: if the shapes differ or are not `[B, K]` with K >= 2, or `beta` is not
       positive.
 
   Example:
@@ -125,8 +127,8 @@ def copg_loss(log_ratios: jax.Array, rewards: jax.Array, *, beta: Any) -> jax.Ar
   shape = checks.same_shape(log_ratios=log_ratios, rewards=rewards)
   if len(shape) != 2 or shape[1] < 2:
     raise ValueError(
-      f"log_ratios and rewards must have shape [B, K] with K >= 2 samples a prompt, got "
-      f"{list(shape)}: CoPG contrasts completions of the same prompt"
+      f"log_ratios and rewards must have shape [B, K] with K >= 2 samples of each prompt, got "
+      f"{list(shape)}: CoPG compares completions of the same prompt"
     )
   num_samples = shape[1]
   regularised = jnp.asarray(rewards) - beta * jnp.asarray(log_ratios)
@@ -136,12 +138,10 @@ def copg_loss(log_ratios: jax.Array, rewards: jax.Array, *, beta: Any) -> jax.Ar
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -156,22 +156,12 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean CoPG loss of a batch.
+  """Returns the mean CoPG loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: K scored completions of each of B prompts.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token;
-      it sees B K completions of B prompts.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    apply_fn: `apply_fn(params, Sequences) -> [B K, T]`, log-probability of each completion token,
+      for B K completions of B prompts.
   """
   del state, key
   flat = sequences.flatten_samples(batch.tokens, batch.mask, batch.prompt_tokens, batch.prompt_mask)
@@ -209,26 +199,13 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: K scored completions of each of B prompts; `config.num_microbatches` must divide B.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `beta` does not compile again.
+    batch: K scored completions of each of B prompts.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `copg/margin` (log-ratio of the best minus that of
-    the worst sample of a prompt), and the means over the data of `copg/log_ratio`, `copg/reward`
-    and `copg/regularised_reward`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss`, `grad_norm`, `copg/margin` (log-ratio of the best
+    sample of a prompt minus that of the worst, mean over prompts), and the means over all samples
+    of `copg/log_ratio`, `copg/reward` and `copg/regularised_reward`.
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

@@ -1,23 +1,24 @@
-"""DRO: Direct Reward Optimisation, from one scored completion a prompt.
+"""DRO: Direct Reward Optimisation, from one scored completion of each prompt.
 
-Problem: triples (prompt, completion, reward), one completion of each prompt, drawn from anywhere.
-Wanted is the policy that maximises E_pi[r] - tau KL(pi || ref). At the optimum
+Problem: triples (prompt, completion, reward), one completion of each prompt, drawn from any policy.
+We want the policy that maximises E_pi[r] - tau KL(pi || ref). At the optimum
 r(x, y) = V(x) + tau log-ratio(x, y) for every completion, where V(x) = tau log E_ref[exp(r / tau)].
-DRO regresses that equation to zero over a policy and a value as if they had nothing to do with each
-other; that probabilities sum to one is what settles V:
+DRO fits this equation by least squares, with a policy and a value that are separate networks. The
+solution for V is unique because probabilities sum to one:
 
   1/2 mean of (r - V(x) - tau log-ratio)^2.
 
 DRO-V is the practical form: two networks, and the policy's gradient divided by tau. DRO-P has no
-value: it contrasts the completions of a prompt (`dro_p_loss`), which is right, or, with one
-completion a prompt, those of a batch, which is biased wherever V differs between prompts.
+value network. It compares the completions of a prompt (`dro_p_loss`), which is exact; with one
+completion of each prompt it compares those of a batch, which is biased if V differs between
+prompts.
 
 Reference: Richemond et al. 2024, https://arxiv.org/abs/2405.19107.
 
 | paper | here |
 |---|---|
 | pi_theta, pi_ref | `params.policy` through `apply_fn`; `ref_logps` |
-| V_phi(x) | `params.value` through `apply_fn`, one number a prompt |
+| V_phi(x) | `params.value` through `apply_fn`, one number for each prompt |
 | r, tau | `rewards`, `tau` |
 | log pi / pi_ref | `log_ratios` |
 
@@ -25,9 +26,10 @@ Deviations: the listing of DRO-V prints 1/2 before the squared log-ratio; the gr
 objective divided by tau has tau / 2, which is used here (equal at the paper's tau = 1). DRO-P's
 printed gradient drops the centring; here it is the derivative of the printed objective.
 
-The value is no baseline: another V moves the optimum. Nor may rewards be normalised within a batch;
-standardise them once over the data set. The rescaling by 1/tau changes nothing under Adam with an
-optimiser of its own for each network (`make_optimizer`), and much under SGD or a shared clipping.
+The value is no baseline: another V moves the optimum. Rewards must not be normalised within a
+batch; standardise them once over the data set. The rescaling by 1 / tau has no effect if each
+network has its own Adam (`make_optimizer`), and a large effect under SGD or clipping of the joint
+gradient.
 """
 
 import dataclasses
@@ -40,7 +42,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 # apply_fn(params, Sequences) -> (log-probability of each token [B, T], value of each prompt [B]).
@@ -59,7 +62,8 @@ class Config:
   Attributes:
     tau: positive, in units of the reward per nat; larger keeps the policy closer to the reference.
     rescale: divide the policy's gradient by tau (DRO-V); False is the plain joint objective.
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   tau: Any = 1.0
@@ -73,7 +77,7 @@ class Config:
 
 
 class Params(NamedTuple):
-  """Two sets of parameters that may share nothing: sharing hurts, the paper found."""
+  """Parameters of the two networks, which share none: the paper found that sharing hurts."""
 
   policy: Any
   value: Any
@@ -128,7 +132,7 @@ def dro_loss(
     `[B]` non-negative losses, not averaged; gradients reach all inputs.
 
   Raises:
-    ValueError: if the shapes differ or a concrete `tau` is not positive.
+    ValueError: if the shapes differ or `tau` is not positive.
 
   Example:
     >>> dro_loss(jnp.array([0.0, 1.0]), jnp.array([2.0, 1.0]), jnp.zeros(2), tau=1.0)
@@ -151,7 +155,7 @@ def dro_v_losses(
   tau: Any,
   rescale: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns DRO-V's losses of the policy and of the value, each blind to the other's parameters.
+  """Returns DRO-V's losses of the policy and of the value; each has no gradient in the other.
 
   Their sum has the gradients of `dro_loss`, the policy's divided by tau if `rescale`.
 
@@ -163,11 +167,11 @@ def dro_v_losses(
     rescale: divide the policy's loss by tau.
 
   Returns:
-    `[B]` losses of the policy, whose level means nothing, and `[B]` of the value: half the squared
+    `[B]` losses of the policy, whose value means nothing, and `[B]` of the value: half the squared
     residual.
 
   Raises:
-    ValueError: if the shapes differ or a concrete `tau` is not positive.
+    ValueError: if the shapes differ or `tau` is not positive.
 
   Example:
     >>> policy, value = dro_v_losses(jnp.ones(1), jnp.ones(1), jnp.zeros(1), tau=2.0)
@@ -187,10 +191,10 @@ def dro_v_losses(
 def dro_p_loss(log_ratios: jax.Array, rewards: jax.Array, *, tau: Any) -> jax.Array:
   """Returns the policy-only loss of each group: half the variance of r - tau log-ratio.
 
-  A group of K completions of one prompt gives, on average, the best value's own loss, so the
-  optimum is exact (K = 2: a quarter of the squared difference; with labels in place of
-  differences of rewards, IPO). A group of completions of different prompts, `[1, B]`, forces one
-  value on all of them: biased unless the optimal values are equal.
+  For K completions of one prompt its expectation is the loss with the best value, so the optimum is
+  exact. (For K = 2 it is a quarter of the squared difference; with labels in place of differences
+  of rewards it is IPO.) A group of completions of different prompts, `[1, B]`, gives all of them
+  one value, which is biased unless their optimal values are equal.
 
   Args:
     log_ratios: `[G, K]` log pi(y|x) - log ref(y|x), nats, summed over completion tokens.
@@ -201,7 +205,7 @@ def dro_p_loss(log_ratios: jax.Array, rewards: jax.Array, *, tau: Any) -> jax.Ar
     `[G]` non-negative losses, not averaged; the variance is the unbiased one, over K - 1.
 
   Raises:
-    ValueError: if the shapes differ or are not `[G, K]` with K >= 2, or a concrete `tau` is not
+    ValueError: if the shapes differ or are not `[G, K]` with K >= 2, or `tau` is not
       positive.
 
   Example:
@@ -213,7 +217,7 @@ def dro_p_loss(log_ratios: jax.Array, rewards: jax.Array, *, tau: Any) -> jax.Ar
   shape = checks.same_shape(log_ratios=log_ratios, rewards=rewards)
   if len(shape) != 2 or shape[1] < 2:
     raise ValueError(
-      f"log_ratios and rewards must have shape [G, K] with K >= 2 completions a group, got "
+      f"log_ratios and rewards must have shape [G, K] with K >= 2 completions in each group, got "
       f"{list(shape)}"
     )
   regularised = jnp.asarray(rewards) - tau * jnp.asarray(log_ratios)
@@ -223,17 +227,16 @@ def dro_p_loss(log_ratios: jax.Array, rewards: jax.Array, *, tau: Any) -> jax.Ar
 def make_optimizer(
   policy: optax.GradientTransformation, value: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """Returns one transformation that treats the two fields of `Params` apart, clipping included."""
+  """Returns a transformation with separate optimisers, clipping included, for policy and value."""
   return optax.partition({"policy": policy, "value": value}, Params(policy="policy", value="value"))
 
 
 def init(params: Params, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params.policy` should be the reference's.
+  """Returns the first state.
 
   Args:
-    params: `Params(policy, value)`; kept in the state, not copied.
-    optimizer: the one that `update` will get, such as `make_optimizer` gives.
-    config: unused; every algorithm's `init` takes it.
+    params: `Params(policy, value)`. Start the policy at the reference, where log-ratios are zero.
+    optimizer: the one that `update` gets; see `make_optimizer`.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -248,22 +251,12 @@ def loss(
   apply_fn: ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean loss of a batch, policy and value together.
+  """Returns the mean loss of policy and value together, and `(metrics, ())`.
 
   Args:
-    params: `Params(policy, value)`, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: one scored completion of each of B prompts.
-    key: unused: nothing is random.
     apply_fn: `apply_fn(params, Sequences) -> ([B, T], [B])`, the policy's log-probability of each
       completion token and the value of each prompt.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
   """
   del state, key
   shape = checks.same_shape(ref_logps=batch.ref_logps, rewards=batch.rewards)
@@ -300,27 +293,13 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: one scored completion of each of B prompts; `config.num_microbatches` must divide B.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> ([B, T], [B])`, the policy's log-probability of each
-      completion token and the value of each prompt.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `tau` does not compile again.
+    batch: one scored completion of each of B prompts.
 
   Returns:
-    The new state; metrics `loss` (its level means nothing: watch `dro/squared_residual`, which is
-    zero at the optimum), `grad_norm`, and means over the data of `dro/value`, `dro/reward` and
-    `dro/log_ratio`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss` (its value means nothing), `grad_norm`,
+    `dro/squared_residual` (zero at the optimum: watch this one), and the means over the data of
+    `dro/value`, `dro/reward` and `dro/log_ratio`.
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

@@ -1,13 +1,13 @@
 """Psi-PO and its identity case IPO: learning from preferences without a reward model.
 
-Problem: completions y, y' of a prompt x are drawn from a behaviour policy mu, and somebody says
+Problem: completions y, y' of a prompt x are drawn from a behaviour policy mu, and a judge says
 which one wins. Psi-PO looks for the policy pi that maximises
 
   E_{y ~ pi, y' ~ mu}[Psi(P(y beats y'))] - tau KL(pi || ref),   optimum  pi* ~ ref exp(g / tau),
 
-with g(y) = E_{y' ~ mu}[Psi(P(y beats y'))] (`psi_po_target`). The logit as Psi gives the optimum of
-RLHF and DPO; it is unbounded, so a preference of 0 or 1 overrules the regulariser at every tau.
-The identity is bounded, and its optimum is reached by regression on labelled pairs, IPO:
+with g(y) = E_{y' ~ mu}[Psi(P(y beats y'))] (`psi_po_target`). Psi = logit gives the optimum of RLHF
+and DPO. The logit is unbounded, so a preference of 0 or 1 overrules the regulariser at every tau.
+The identity is bounded, and a regression on labelled pairs reaches its optimum. That is IPO:
 
   mean of (h - (2 q - 1) / (2 tau))^2,   h = log-ratio(chosen) - log-ratio(rejected).
 
@@ -22,8 +22,8 @@ Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036 (AISTATS 2024).
 | Psi | `psi`; `identity` or `logit` |
 
 Deviations: soft labels q, where the paper has hard ones (q = 1). `reduction="mean"` divides each
-log-ratio by the number of its completion tokens, as several libraries do under the name of IPO: the
-margin then counts nats per token, and the optimum is another one. Start from pi = ref.
+log-ratio by its number of completion tokens, as several libraries do and call IPO. The margin is
+then in nats per token, and the optimum is a different one.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 Batch = sequences.PreferenceBatch
@@ -54,7 +55,8 @@ class Config:
   Attributes:
     tau: positive; larger keeps the policy closer to the reference. The loss grows like 1 / tau^2.
     reduction: "sum" (the paper's: log-probabilities of sequences) or "mean" (per token).
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   tau: Any = 0.1
@@ -103,7 +105,7 @@ def psi_po_target(
 
   Args:
     preferences: `[..., A, A]`, entry i, j is P(i beats j) in [0, 1], 1/2 on the diagonal.
-    behaviour_probs: `[..., A]` mu, which draws the opponent. Actions of probability 0 count
+    behaviour_probs: `[..., A]` mu, which draws the opponent. Actions of probability 0 contribute
       nothing, even where Psi is infinite.
     psi: non-decreasing function on [0, 1], applied elementwise: `identity`, `logit` or another.
 
@@ -111,7 +113,7 @@ def psi_po_target(
     `[..., A]` scores.
 
   Raises:
-    ValueError: if the shapes do not fit, or concrete values are no probabilities.
+    ValueError: if the shapes do not fit, or values are not probabilities.
 
   Example:
     >>> preferences = jnp.array([[0.5, 1.0], [0.0, 0.5]])
@@ -120,13 +122,7 @@ def psi_po_target(
 
   Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, section 4.
   """
-  num_actions = jnp.shape(behaviour_probs)[-1] if jnp.ndim(behaviour_probs) else 0
-  if jnp.ndim(preferences) < 2 or jnp.shape(preferences)[-2:] != (num_actions, num_actions):
-    raise ValueError(
-      "preferences and behaviour_probs must have shapes [..., A, A] and [..., A], got "
-      f"{list(jnp.shape(preferences))} and {list(jnp.shape(behaviour_probs))}"
-    )
-  checks.antisymmetric("preferences", preferences)
+  checks.preference_matrix(preferences, behaviour_probs=behaviour_probs)
   checks.probabilities("behaviour_probs", behaviour_probs)
   if not callable(psi):
     raise ValueError(f"psi must be a function, such as ipo.identity or ipo.logit, got {psi!r}")
@@ -144,9 +140,9 @@ def ipo_loss(
 ) -> jax.Array:
   """Returns the IPO loss of each preference pair.
 
-  The margin h = log-ratio(chosen) - log-ratio(rejected) is regressed onto a constant, so the push
-  stops once the margin is reached (a Bradley-Terry loss never stops on a pair that always wins):
-  loss = (h - (2 q - 1) / (2 tau))^2.
+  loss = (h - (2 q - 1) / (2 tau))^2, with the margin h = log-ratio(chosen) - log-ratio(rejected).
+  The margin has a finite target. (A Bradley-Terry loss increases it for ever if one completion
+  always wins.)
 
   Args:
     chosen_log_ratios: `[B]` log pi(y_w|x) - log ref(y_w|x), nats, summed over completion tokens.
@@ -158,7 +154,7 @@ def ipo_loss(
     `[B]` non-negative losses, not averaged; gradients reach both inputs.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `tau` is not positive, or concrete
+    ValueError: if the shapes differ, or `tau` is not positive, or
       `chosen_probs` lie outside [0, 1].
 
   Example:
@@ -188,9 +184,9 @@ def psi_po_loss(
 ) -> jax.Array:
   """Returns the Psi-PO loss of pairs y, y' ~ mu whose scores g are known (`psi_po_target`).
 
-  loss = (h - (g(y) - g(y')) / tau)^2: the root-finding form, for any Psi. With the identity and
-  both completions from one mu it differs from `ipo_label_loss` and `ipo_loss`, which need no g, by
-  a constant on average.
+  loss = (h - (g(y) - g(y')) / tau)^2, the root-finding form, for any Psi. If Psi is the identity
+  and both completions come from mu, its mean differs by a constant from those of `ipo_label_loss`
+  and `ipo_loss`, which need no g.
 
   Args:
     first_log_ratios: `[B]` log pi(y|x) - log ref(y|x), nats, summed over completion tokens.
@@ -203,7 +199,7 @@ def psi_po_loss(
     `[B]` non-negative losses, not averaged; gradients reach the log-ratios.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `tau` is not positive.
+    ValueError: if the shapes differ, or `tau` is not positive.
 
   Example:
     >>> psi_po_loss(jnp.ones(1), jnp.zeros(1), jnp.array([0.75]), jnp.array([0.25]), tau=0.25)
@@ -227,8 +223,8 @@ def ipo_label_loss(
 ) -> jax.Array:
   """Returns (h - I / tau)^2 of pairs in random order, I = 1 where the first one wins, else 0.
 
-  Unbiased for IPO only where y and y' are drawn alike and stand in random order; `ipo_loss` takes
-  each pair in both orders and has less variance.
+  It is unbiased for IPO only if y and y' come from the same distribution, in random order.
+  `ipo_loss` takes each pair in both orders and has less variance.
 
   Args:
     first_log_ratios: `[B]` log pi(y|x) - log ref(y|x), nats, summed over completion tokens.
@@ -240,7 +236,7 @@ def ipo_label_loss(
     `[B]` non-negative losses, not averaged; gradients reach the log-ratios.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `tau` or `labels` is out of range.
+    ValueError: if the shapes differ, or `tau` or `labels` is out of range.
 
   Example:
     >>> ipo_label_loss(jnp.array([4.0, 4.0]), jnp.zeros(2), jnp.array([1, 0]), tau=0.25)
@@ -258,12 +254,10 @@ def ipo_label_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -278,21 +272,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean IPO loss of a batch.
+  """Returns the mean IPO loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: B labelled pairs.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    apply_fn: `apply_fn(params, Sequences) -> [2 B, T]`, log-probability of each completion token.
   """
   del state, key
   chosen, rejected = sequences.pair_log_ratios(
@@ -323,25 +307,12 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: B labelled pairs; `config.num_microbatches` must divide B.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `tau` does not compile again.
+    batch: B labelled pairs.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `ipo/margin` (mean h), `ipo/accuracy` (share of
-    pairs with h > 0), `ipo/chosen_log_ratio`, `ipo/rejected_log_ratio`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss`, `grad_norm`, `ipo/margin` (mean h), `ipo/accuracy`
+    (share of pairs with h > 0), `ipo/chosen_log_ratio` and `ipo/rejected_log_ratio` (means, nats).
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

@@ -1,20 +1,21 @@
 """Nash-MD: Nash learning from preferences by mirror descent, tabular and as a policy gradient.
 
-Problem: a preference P(y beats y' | x), possibly cyclic, which no reward explains. Wanted is the
-policy that no other one beats: the Nash equilibrium of the game in which a policy earns
+Problem: a preference P(y beats y' | x), possibly cyclic, which no reward explains. We want the
+policy that no other policy beats: the Nash equilibrium of the game in which a policy earns
 P(pi beats pi') - tau KL(pi || ref) + tau KL(pi' || ref). It is unique and symmetric.
 
-Tabular: mirror descent that answers a geometric mixture of policy and reference,
-pi^mix = pi^(1 - eta tau) ref^(eta tau), normalised; then
-pi_next = pi^mix exp(eta P(. beats pi^mix)), normalised. With eta_t = 2 / (tau (t + 2)) the *last*
-policy converges: KL(pi* || pi_T) <= 8 / (tau^2 (T + 1)). Answering the policy itself
-(`opponent="self"`, online mirror descent, self-play) is known to converge on average. Fictitious
-play averages best responses to the average so far (`fictitious_play_step`).
+Tabular: mirror descent against a geometric mixture of policy and reference. The mixture is
+pi^mix = pi^(1 - eta tau) ref^(eta tau), normalised; the next policy is
+pi^mix exp(eta P(. beats pi^mix)), normalised. With eta_t = 2 / (tau (t + 2)) the *last* policy
+converges: KL(pi* || pi_T) <= 8 / (tau^2 (T + 1)). Against the policy itself (`opponent="self"`,
+online mirror descent, self-play) the average policy is known to converge. Fictitious play averages
+best responses to the average so far (`fictitious_play_step`).
 
-Deep (Nash-MD-PG): y from the policy, y' from the mixture pi^(1 - beta) ref^beta token by token, and
-the policy gradient grad log pi(y) (P(y beats y') - 1/2 - tau log-ratio(y)). beta = 0 is self-play,
-1 the best response to the reference. For beta > 0 it stops at `oracles.nash_md_pg_fixed_point`,
-near the equilibrium and not at it. In Nash-EMA-PG y' comes from a moving average of the parameters
+Deep (Nash-MD-PG): y comes from the policy, y' from the mixture pi^(1 - beta) ref^beta of each
+token's distributions, and the policy gradient is
+grad log pi(y) (P(y beats y') - 1/2 - tau log-ratio(y)). beta = 0 is self-play, beta = 1 the best
+response to the reference. For beta > 0 training stops at `preference_games.nash_md_pg_fixed_point`,
+near the equilibrium but not at it. In Nash-EMA-PG y' comes from a moving average of the parameters
 (`State.ema_params`).
 
 Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886 (ICML 2024).
@@ -27,9 +28,10 @@ Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886 (ICML 2024).
 | beta (of the mixture) | `beta`, the weight of the reference |
 | beta (of Nash-EMA-PG) | `ema_decay` |
 
-Deviations: none in the tabular form. The policy gradient's KL term weighs each token's score with
-the log-ratios from that token on (the paper allows it: earlier tokens are known by then). Taking a
-token's own log-ratio alone, as some code does, is a biased gradient of the KL of sequences.
+Deviations: none in the tabular form. In the policy gradient's KL term, the weight of a token's
+score is the sum of the log-ratios from that token on (the paper allows this: earlier tokens are
+known by then). To use the token's own log-ratio alone, as some code does, gives a biased gradient
+of the KL of sequences.
 """
 
 import dataclasses
@@ -41,7 +43,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 OPPONENTS = ("mixture", "self")
@@ -57,11 +60,12 @@ class Config:
   """Hyper-parameters of Nash-MD-PG.
 
   Attributes:
-    tau: positive, in units of the preference per nat (0.008 is the paper's choice on TL;DR: not to
-      be compared with the beta of a reward).
-    ema_decay: in [0, 1]: `ema_params` moves by 1 - ema_decay of the way to `params` at each
-      update. 0 keeps it equal to `params`, 1 at the first ones.
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    tau: positive, in units of the preference per nat (the paper has 0.008 on TL;DR). It does not
+      compare with the beta of a method that uses rewards.
+    ema_decay: in [0, 1]; each update moves `ema_params` by a share 1 - ema_decay of the way to
+      `params`. 0 keeps them equal to `params`, 1 keeps them where they started.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   tau: Any = 0.008
@@ -75,7 +79,7 @@ class Config:
 
 
 class Batch(NamedTuple):
-  """Completions that the policy has just drawn, each compared with one of the opponent's.
+  """Completions drawn from the current policy, each compared with one of the opponent's.
 
   Attributes:
     tokens: `[B, T]` int, y ~ pi, right-padded, without the prompt.
@@ -135,14 +139,14 @@ def nash_md_step(
     ref_logps: `[..., A]`.
     tau: positive strength of the regulariser.
     eta: step size, at most 1 / tau.
-    opponent: "mixture" answers pi^(1 - eta tau) ref^(eta tau) (Nash-MD), "self" the policy (online
-      mirror descent).
+    opponent: "mixture" plays against pi^(1 - eta tau) ref^(eta tau) (Nash-MD), "self" against the
+      policy (online mirror descent).
 
   Returns:
     `[..., A]` normalised log-probabilities.
 
   Raises:
-    ValueError: if the shapes do not fit, or a concrete `tau` or `eta` is out of range.
+    ValueError: if the shapes do not fit, or `tau` or `eta` is out of range.
 
   Example:
     >>> cycle = jnp.array([[9, 10, 8], [8, 9, 10], [10, 8, 9]]) / 18  # 5/9 against 4/9
@@ -170,7 +174,7 @@ def best_response(
 ) -> jax.Array:
   """Returns the log-probabilities of argmax over pi of P(pi beats opponent) - tau KL(pi || ref).
 
-  They are those of ref exp(P(. beats opponent) / tau), normalised, `[..., A]`; arguments as in
+  The maximiser is ref exp(P(. beats opponent) / tau), normalised. Shapes are those of
   `nash_md_step`.
   """
   checks.positive("tau", tau)
@@ -182,10 +186,10 @@ def best_response(
 def fictitious_play_step(
   logps: jax.Array, preferences: jax.Array, ref_logps: jax.Array, *, tau: Any, count: Any
 ) -> jax.Array:
-  """Returns the average policy after one more best response to it has joined.
+  """Returns the average policy after one step of fictitious play.
 
-  The average moves by 1 / (count + 1) towards `best_response`. It converges to the equilibrium,
-  more slowly the smaller tau, since a best response then swings from action to action.
+  The average moves by 1 / (count + 1) towards its `best_response`. It converges to the equilibrium.
+  A smaller tau makes it slower, since best responses then jump from action to action.
 
   Args:
     logps: `[..., A]` log-probabilities of the average.
@@ -198,7 +202,7 @@ def fictitious_play_step(
     `[..., A]` normalised log-probabilities.
 
   Raises:
-    ValueError: if the shapes do not fit, or a concrete `tau` or `count` is not positive.
+    ValueError: if the shapes do not fit, or `tau` or `count` is not positive.
 
   Example:
     >>> sure = jnp.array([[0.5, 1.0], [0.0, 0.5]])  # the first action always wins
@@ -221,14 +225,14 @@ def geometric_mixture_logits(
   Args:
     policy_logits: `[..., V]`, normalised or not.
     ref_logits: `[..., V]`.
-    beta: in [0, 1], weight of the reference: 0 is the policy, 1 the reference. A side of weight 0
-      is ignored even where it is -inf; otherwise -inf on either side stays -inf.
+    beta: in [0, 1], weight of the reference: 0 is the policy, 1 the reference. Logits of weight 0
+      are ignored even if they are -inf; otherwise -inf in either input stays -inf.
 
   Returns:
     `[..., V]`.
 
   Raises:
-    ValueError: if the shapes differ or a concrete `beta` lies outside [0, 1].
+    ValueError: if the shapes differ or `beta` lies outside [0, 1].
 
   Example:
     >>> geometric_mixture_logits(jnp.array([0.0, 2.0]), jnp.array([-jnp.inf, 4.0]), beta=0.25)
@@ -253,16 +257,7 @@ def _wins(preferences: Any, logps: jax.Array) -> jax.Array:
 
 
 def _check_game(preferences: Any, logps: Any, ref_logps: Any) -> None:
-  num_actions = jnp.shape(logps)[-1] if jnp.ndim(logps) else 0
-  if jnp.shape(ref_logps)[-1:] != (num_actions,) or jnp.shape(preferences)[-2:] != (
-    num_actions,
-    num_actions,
-  ):
-    raise ValueError(
-      "preferences, policy and reference must have shapes [..., A, A], [..., A] and [..., A], got "
-      f"{list(jnp.shape(preferences))}, {list(jnp.shape(logps))} and {list(jnp.shape(ref_logps))}"
-    )
-  checks.antisymmetric("preferences", preferences)
+  checks.preference_matrix(preferences, logps=logps, ref_logps=ref_logps)
 
 
 # --- the policy gradient ---
@@ -278,21 +273,22 @@ def nash_md_pg_loss(
 ) -> jax.Array:
   """Returns a loss of each sample whose gradient is minus Nash-MD-PG's.
 
-  Each token's score is weighted with P(y beats y') - 1/2 - tau times the log-ratios from that
-  token to the end. The weights carry no gradient; the level of the loss means nothing.
+  The weight of each token's score is P(y beats y') - 1/2 minus tau times the sum of the log-ratios
+  from that token to the end. The weights carry no gradient; the value of the loss means nothing.
 
   Args:
     token_logps: `[B, T]` the policy's log-probability of each token of y ~ pi, nats.
     ref_token_logps: `[B, T]` the reference's.
     mask: `[B, T]` non-zero on completion tokens including EOS.
-    preferences: `[B]` P(y beats y') or a sampled label; 1/2 is subtracted, a baseline that is free.
+    preferences: `[B]` P(y beats y') or a sampled label. 1/2 is subtracted as a baseline, which adds
+      no bias.
     tau: positive.
 
   Returns:
     `[B]` losses, not averaged; gradients reach `token_logps` only.
 
   Raises:
-    ValueError: if the shapes do not fit or a concrete `tau` is not positive.
+    ValueError: if the shapes do not fit or `tau` is not positive.
 
   Example:
     >>> loss = lambda logps: nash_md_pg_loss(
@@ -316,12 +312,10 @@ def nash_md_pg_loss(
 def init(
   params: Any, *, optimizer: optax.GradientTransformation, config: Config, ema_params: Any = None
 ) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
     ema_params: where the moving average starts; a copy of `params` by default.
   """
   del config
@@ -338,13 +332,13 @@ def sample(
   sample_fn: sequences.SampleFn,
   opponent_fn: sequences.SampleFn | None = None,
 ) -> tuple[sequences.Sequences, sequences.Sequences]:
-  """Returns y drawn from the policy and y' from its opponent, to be judged.
+  """Returns y drawn from the policy and y' drawn from its opponent, for a judge to compare.
 
-  The opponent's parameters are `state.ema_params`, which with `ema_decay` 0 are the policy's: the
-  same call is self-play, Nash-EMA-PG and, with a mixture as `opponent_fn`, Nash-MD-PG.
+  The opponent's parameters are `state.ema_params`, which equal the policy's if `ema_decay` is 0. So
+  the same call is self-play, Nash-EMA-PG or, with a mixture as `opponent_fn`, Nash-MD-PG.
 
   Args:
-    state: the state to be updated with what is drawn.
+    state: the state that the samples will update.
     prompts: N prompts.
     key: typed PRNG key.
     sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws completions, see
@@ -356,7 +350,7 @@ def sample(
     Two `Sequences` of N K rows and N prompts.
 
   Raises:
-    ValueError: if what is drawn does not fit the prompts, or the two differ in number.
+    ValueError: if the samples do not fit the prompts, or the two functions draw different numbers.
   """
   policy_key, opponent_key = jax.random.split(key)
   first = sequences.sample(state.params, prompts, policy_key, sample_fn=sample_fn)
@@ -365,8 +359,8 @@ def sample(
   )
   if len(first.tokens) != len(second.tokens):
     raise ValueError(
-      f"sample_fn drew {len(first.tokens)} completions and opponent_fn {len(second.tokens)}: each "
-      "of the policy's is compared with one of the opponent's, give both the same num_samples"
+      f"sample_fn drew {len(first.tokens)} completions and opponent_fn {len(second.tokens)}: the "
+      "judge compares them one to one, so set the same num_samples for both"
     )
   return first, second
 
@@ -380,21 +374,12 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean Nash-MD-PG loss of a batch.
+  """Returns the mean Nash-MD-PG loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate; those that drew the batch.
-    state: unused; every algorithm's `loss` takes it.
+    params: parameters of the policy, which must have drawn the batch.
     batch: B completions of the policy with their preferences.
-    key: unused: nothing is random once the batch is drawn.
     apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
   """
   del state, key
   rows = sequences.Sequences(batch.tokens, batch.mask, batch.prompt_tokens, batch.prompt_mask)
@@ -428,28 +413,15 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: B completions drawn from `state.params`, compared with the opponent's;
-      `config.num_microbatches` must divide B.
-    key: unused: nothing is random once the batch is drawn.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `tau` or `ema_decay` does not compile again.
+    batch: B completions drawn from `state.params`, each compared with one of the opponent's.
 
   Returns:
-    The new state; metrics `loss` (its level means nothing), `grad_norm`, and means over the batch
-    of `nash_md/preference`, `nash_md/kl` (log-ratio of the policy's own samples: an estimate of
-    the KL) and `nash_md/regularised_preference`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss` (its value means nothing), `grad_norm`, and the means
+    over the batch of `nash_md/preference`, `nash_md/kl` (log-ratio, which estimates the KL) and
+    `nash_md/regularised_preference`. The moving average `ema_params` follows the new parameters.
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  state, metrics = sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  ema_params = optax.incremental_update(params, state.ema_params, 1 - config.ema_decay)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, ema_params, opt_state, state.step + 1), metrics
+  ema_params = optax.incremental_update(state.params, state.ema_params, 1 - config.ema_decay)
+  return state._replace(ema_params=ema_params), metrics

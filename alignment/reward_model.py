@@ -1,15 +1,16 @@
-"""Reward and preference models: what stands in for a judge, learned from labelled pairs.
+"""Reward and preference models: judges learned from labelled pairs.
 
-Problem: somebody has said which of two completions of a prompt is better. Two models of it:
+Problem: a judge has said which of two completions of a prompt is better. There are two models of
+it:
 
 * "bradley_terry": a reward r(x, y) of each completion, P(y beats y') = sigmoid(r(y) - r(y')).
-  Fitted to preferences that are not of this form (cyclic ones, say) it depends on who wrote them.
-* "pairwise": a function f(x, y, y') that sees both, P = sigmoid((f(x, y, y') - f(x, y', y)) / 2).
-  Antisymmetric by construction, P(y beats y') = 1 - P(y' beats y), and free to be cyclic.
+  If preferences are not of this form (cyclic, say), the fit depends on which pairs were compared.
+* "pairwise": a function f(x, y, y') of both, P = sigmoid((f(x, y, y') - f(x, y', y)) / 2). It is
+  antisymmetric by construction, P(y beats y') = 1 - P(y' beats y), and may be cyclic.
 
-Both minimise -q log P - (1 - q) log(1 - P). The network enters as `apply_fn(params, Sequences) ->
-[B]`, a number for each sequence, such as `models.scalar_head.make_apply_fn`; for a pairwise model
-the first completion stands at the end of the prompt.
+Both minimise -q log P - (1 - q) log(1 - P). The network is `apply_fn(params, Sequences) -> [B]`,
+one number for each sequence, such as `models.scalar_head.make_apply_fn` returns. For a pairwise
+model the first completion is at the end of the prompt.
 
 Reference: Munos et al. 2023, https://arxiv.org/abs/2312.00886, sections 3 and 8; the reward model
 of Stiennon et al. 2020, https://arxiv.org/abs/2009.01325.
@@ -20,11 +21,11 @@ of Stiennon et al. 2020, https://arxiv.org/abs/2009.01325.
 | y_w, y_l | `chosen`, `rejected` |
 | p(y_w > y_l) | `chosen_probs` (q above: a tie is 1/2) |
 
-Deviations: the paper reads a preference off one token of a rater's answer and leaves its symmetry
-to the training data. `centring` (off by default) adds c (r(y_w) + r(y_l))^2, which settles the
-constant that a Bradley-Terry reward leaves open; with c large it shrinks differences too. Between
-the two completions of "pairwise" stands what the first one ends with, its EOS: one cut without EOS
-runs into the second.
+Deviations: the paper's rater answers with one token, whose probability is the preference; its
+symmetry is left to the training data. `centring` (off by default) adds c (r(y_w) + r(y_l))^2, which
+fixes the constant that a Bradley-Terry reward leaves open; a large c also shrinks differences. In
+"pairwise" only the EOS of the first completion separates it from the second. A completion that was
+cut before its EOS has no separator.
 """
 
 import dataclasses
@@ -39,7 +40,8 @@ import numpy as np
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 ApplyFn = Callable[[Any, sequences.Sequences], jax.Array]
@@ -58,7 +60,8 @@ class Config:
   Attributes:
     kind: "bradley_terry" or "pairwise".
     centring: non-negative weight of the squared sum of a pair's rewards; Bradley-Terry only.
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   kind: str = "bradley_terry"
@@ -67,12 +70,10 @@ class Config:
 
   def __post_init__(self):
     checks.choice("kind", self.kind, KINDS)
-    if isinstance(self.centring, numbers.Real | np.ndarray):
-      centring = np.asarray(self.centring, float)
-      if not np.all(centring >= 0):
-        raise ValueError(f"centring must not be negative, got {self.centring}")
-      if self.kind == "pairwise" and np.any(centring):
-        raise ValueError(f"centring={self.centring} is for kind='bradley_terry': leave it at 0")
+    checks.not_negative("centring", self.centring)
+    known = isinstance(self.centring, numbers.Real | np.ndarray)
+    if self.kind == "pairwise" and known and np.any(self.centring):
+      raise ValueError(f"centring must be 0 for kind='pairwise', got {self.centring}")
     checks.count("num_microbatches", self.num_microbatches)
 
 
@@ -124,7 +125,7 @@ def preference_loss(logits: jax.Array, *, chosen_probs: Any = 1.0) -> jax.Array:
     `[B]` non-negative losses, not averaged.
 
   Raises:
-    ValueError: if the shapes differ or concrete `chosen_probs` lie outside [0, 1].
+    ValueError: if the shapes differ or `chosen_probs` lie outside [0, 1].
 
   Example:
     >>> preference_loss(jnp.zeros(2)).round(4)
@@ -141,7 +142,7 @@ def preference_loss(logits: jax.Array, *, chosen_probs: Any = 1.0) -> jax.Array:
 
 
 def antisymmetric_logits(forward: jax.Array, backward: jax.Array) -> jax.Array:
-  """Returns (f(x, y, y') - f(x, y', y)) / 2, which changes sign when y and y' change places.
+  """Returns (f(x, y, y') - f(x, y', y)) / 2, which changes sign if y and y' are exchanged.
 
   Args:
     forward: `[B]` f(x, y, y').
@@ -155,11 +156,11 @@ def antisymmetric_logits(forward: jax.Array, backward: jax.Array) -> jax.Array:
 
 
 def preference_probs(params: Any, batch: Batch, *, apply_fn: ApplyFn, config: Config) -> jax.Array:
-  """Returns `[B]` P(chosen beats rejected) under the model, what `nash_md.Batch` wants.
+  """Returns `[B]` P(chosen beats rejected) under the model, such as `nash_md.Batch` takes.
 
   Args:
     params: parameters of the model.
-    batch: B pairs, in any order; their labels are not looked at.
+    batch: B pairs, in any order; their labels are ignored.
     apply_fn: `apply_fn(params, Sequences) -> [B]`.
     config: the kind of model.
 
@@ -175,13 +176,13 @@ def preference_logits(params: Any, batch: Batch, *, apply_fn: ApplyFn, config: C
 
 
 def rows(batch: Batch, *, config: Config) -> sequences.Sequences:
-  """Returns the two sequences that the network reads of each pair.
+  """Returns the two sequences of each pair that the network reads.
 
   Rows 2 b and 2 b + 1 are chosen and rejected of pair b ("bradley_terry"), or the arguments of
   f(x, chosen, rejected) and f(x, rejected, chosen) ("pairwise").
 
   Args:
-    batch: B pairs; their labels are not looked at.
+    batch: B pairs; their labels are ignored.
     config: the kind of model.
 
   Raises:
@@ -193,7 +194,7 @@ def rows(batch: Batch, *, config: Config) -> sequences.Sequences:
   if config.kind == "bradley_terry":
     return sequences.flatten_samples(tokens, mask, batch.prompt_tokens, batch.prompt_mask)
 
-  # The other completion ends the prompt; the padding between the two is masked like any other.
+  # The other completion is at the end of the prompt; the padding between the two is masked.
   def join(prompt, answers):
     prompt = prompt[:, None].repeat(2, axis=1)
     joined = sequences.array_module(prompt, answers).concatenate([prompt, answers], axis=2)
@@ -206,7 +207,7 @@ def rows(batch: Batch, *, config: Config) -> sequences.Sequences:
 
 
 def _logits(params, batch: Batch, *, apply_fn: ApplyFn, config: Config):
-  """Log-odds `[B]` that chosen beats rejected, and the network's two numbers a pair `[B, 2]`."""
+  """Returns log-odds `[B]` that chosen beats rejected, and the network's two numbers `[B, 2]`."""
   pairs = rows(batch, config=config)
   values = apply_fn(params, pairs)
   checks.shape("apply_fn(params, sequences)", values, (len(pairs.tokens),), "[2 B]")
@@ -220,9 +221,7 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
   """Returns the first state.
 
   Args:
-    params: parameters of the model; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the model.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -231,21 +230,11 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
 def loss(
   params: Any, state: State, batch: Batch, key: Any, *, apply_fn: ApplyFn, config: Config
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean cross-entropy of a batch.
+  """Returns the mean cross-entropy, and `(metrics, ())`.
 
   Args:
-    params: parameters of the model, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: B labelled pairs.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B]`, a number for each sequence.
-    config: the kind of model.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    apply_fn: `apply_fn(params, Sequences) -> [2 B]`, one number for each sequence.
   """
   del state, key
   logits, values = _logits(params, batch, apply_fn=apply_fn, config=config)
@@ -276,25 +265,12 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: B labelled pairs; `config.num_microbatches` must divide B.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B]`, a number for each sequence.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: the kind of model; a new `centring` does not compile again.
+    batch: B labelled pairs.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `reward_model/accuracy` (share of pairs whose chosen
-    completion the model prefers) and `reward_model/margin` (mean log-odds).
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss`, `grad_norm`, `reward_model/accuracy` (share of pairs
+    whose chosen completion the model prefers) and `reward_model/margin` (mean log-odds).
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

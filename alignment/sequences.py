@@ -1,18 +1,18 @@
-"""Masked log-probabilities of token sequences: what every loss over sequences is built from.
+"""Masked log-probabilities of token sequences, from which every loss over sequences is built.
 
 A policy enters the algorithms as `apply_fn(params, Sequences) -> [B, T]`, the log-probability of
 each completion token given the prompt and the tokens before it. A bandit is the case T = 1 whose
 tokens are arm ids.
 
-Three conventions, each a known source of silent disagreement between implementations:
+Implementations often differ silently in three conventions. Here they are:
 
-* the log-probability of a sequence is the **sum** over its completion tokens, EOS included; the
+* the log-probability of a sequence is the **sum** over its completion tokens, EOS included. The
   mean over tokens is another objective, so `reduction` has no default here;
-* a mean divides by the number of unmasked tokens, never by a number of non-zero values;
+* a mean divides by the number of unmasked tokens, not by the number of non-zero values;
 * cached reference log-probabilities (`ref_logps`) are always sums.
 
-For a vocabulary of 50,000 the logits `[B, T, V]` are usually the largest array of a training step:
-`chunked_token_logps` makes them for a slice of the vocabulary at a time.
+For a vocabulary of 50,000 the logits `[B, T, V]` are usually the largest array of a training step.
+`chunked_likelihood` computes them for a slice of the vocabulary at a time.
 """
 
 from collections.abc import Callable
@@ -22,21 +22,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import checks, chunked_likelihood
+from sharding import checks
 
 REDUCTIONS = ("sum", "mean")
 
 
 class Sequences(NamedTuple):
-  """What a policy scores: completions and the prompts that they continue.
+  """Completions, and the prompts that they continue.
 
   Attributes:
     tokens: `[B, T]` int, completion tokens, right-padded (a bandit: T = 1, arm ids).
     mask: `[B, T]` 1 on completion tokens including EOS, 0 on padding.
-    prompt_tokens: `[N, P]` int, left-padded, so that each prompt ends where its completions
-      start; None where there is no prompt. N divides B, and the B / N rows from n B / N on continue
-      prompt n: samples of one prompt share it, so that a model need not read it once for each.
-      `repeat_prompts` gives every row a prompt of its own.
+    prompt_tokens: `[N, P]` int, left-padded, so that each prompt ends where its completions start;
+      None if there is no prompt. N divides B, and prompt n belongs to the B / N rows from row
+      n B / N on: a model reads a prompt once for all its samples. `repeat_prompts` gives every row
+      its own copy.
     prompt_mask: `[N, P]` 1 on prompt tokens, 0 on padding.
   """
 
@@ -50,7 +50,7 @@ ApplyFn = Callable[[Any, Sequences], jax.Array]
 
 
 class Prompts(NamedTuple):
-  """What a policy is asked to continue.
+  """Prompts for which a policy draws completions.
 
   Attributes:
     tokens: `[N, P]` int, left-padded.
@@ -61,9 +61,9 @@ class Prompts(NamedTuple):
   mask: Any
 
 
-# `sample_fn(params, prompt_tokens, prompt_mask, key)` draws completions; what it returns has fields
-# `tokens` and `mask` `[N K, T]`, the K of a prompt in successive rows.
-# `models.sampling.generate` with its settings bound is one.
+# `sample_fn(params, prompt_tokens, prompt_mask, key)` draws K completions of each of N prompts. Its
+# result has fields `tokens` and `mask` `[N K, T]`, the K of a prompt in successive rows, as that of
+# `models.sampling.generate` with its settings bound.
 SampleFn = Callable[[Any, Any, Any, Any], Any]
 
 
@@ -98,10 +98,10 @@ class PreferenceBatch(NamedTuple):
 def completion_mask(tokens: jax.Array, eos_id: int) -> jax.Array:
   """Returns the mask of completions that end with their first EOS.
 
-  The first EOS counts, whatever follows it does not: right also where the padding id equals
-  `eos_id`, the case in which a mask made from `tokens != pad_id` teaches a model never to stop.
-  A row without EOS was cut at T and counts whole; a cut row that is padded afterwards needs a
-  mask made from its length.
+  The first EOS counts, and nothing after it does. This is correct even if the padding id equals
+  `eos_id`; a mask made from `tokens != pad_id` would then teach a model never to stop. A row
+  without EOS was cut at T, and all of it counts. If a cut row is padded afterwards, make its mask
+  from its length instead.
 
   Args:
     tokens: `[..., T]` int completion tokens, right-padded.
@@ -129,9 +129,9 @@ def token_logps(
   Args:
     logits: `[..., T, V]`, aligned so that `logits[..., t, :]` predicts `tokens[..., t]`.
     tokens: `[..., T]` int in [0, V).
-    mask: `[..., T]`, only needed where padding may hold NaN or infinite logits: masked positions
-      then return the log-probability under zero logits, with zero gradient (a later mask alone
-      would still turn 0 * NaN into NaN in the backward pass).
+    mask: `[..., T]`, only needed if the logits of padding may be NaN or infinite. Masked positions
+      then return the log-probability under zero logits, with zero gradient. (A later mask alone
+      does not suffice: the backward pass would compute 0 * NaN.)
 
   Returns:
     `[..., T]` nats.
@@ -157,8 +157,8 @@ def token_logps(
 def sequence_logps(token_logps: jax.Array, mask: jax.Array, *, reduction: str) -> jax.Array:
   """Returns one log-probability for each sequence.
 
-  Masked positions contribute neither value nor gradient, even where they hold NaN or -inf. A
-  fully masked row gives 0 with zero gradient under either reduction.
+  Masked positions contribute neither value nor gradient, even if they hold NaN or -inf. A fully
+  masked row gives 0 with zero gradient under either reduction.
 
   Args:
     token_logps: `[..., T]` log-probability of each completion token.
@@ -257,7 +257,7 @@ def flatten_samples(
 
 
 def rows_per_prompt(batch: Sequences) -> int:
-  """Returns how many successive rows share each prompt; `ValueError` where that is no whole number.
+  """Returns how many successive rows share each prompt; `ValueError` if N does not divide B.
 
   Example:
     >>> rows_per_prompt(Sequences(jnp.ones((6, 1)), jnp.ones((6, 1)), jnp.ones((2, 5))))
@@ -275,8 +275,9 @@ def rows_per_prompt(batch: Sequences) -> int:
 def sample(params: Any, prompts: Prompts, key: Any, *, sample_fn: SampleFn) -> Sequences:
   """Returns completions of the prompts, drawn by `sample_fn`, without a gradient.
 
-  What the `sample` of every online method is made of. It jits, `vmap`s and shards as `sample_fn`
-  does; the judge, on the device or on the host, comes between it and `update`.
+  The `sample` of every online method calls it. It can be jitted, `vmap`ped and sharded as
+  `sample_fn` can. A judge, on the device or on the host, compares the completions before `update`
+  sees them.
 
   Args:
     params: parameters of the policy, as `sample_fn` takes them.
@@ -288,7 +289,7 @@ def sample(params: Any, prompts: Prompts, key: Any, *, sample_fn: SampleFn) -> S
     `Sequences` of N K rows and N prompts.
 
   Raises:
-    ValueError: if what `sample_fn` returns does not fit the prompts.
+    ValueError: if the samples do not fit the prompts.
   """
   checks.same_shape(prompt_tokens=prompts.tokens, prompt_mask=prompts.mask)
   drawn = sample_fn(params, *prompts, key)
@@ -300,7 +301,7 @@ def sample(params: Any, prompts: Prompts, key: Any, *, sample_fn: SampleFn) -> S
 
 
 def repeat_prompts(batch: Sequences) -> Sequences:
-  """Returns the same sequences with a prompt for each row, for models that want them so.
+  """Returns the same sequences with one copy of the prompt for each row.
 
   Example:
     >>> rows = repeat_prompts(Sequences(jnp.ones((4, 1)), jnp.ones((4, 1)), jnp.array([[7], [8]])))
@@ -322,8 +323,8 @@ def pair_log_ratios(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the log-ratios of the chosen and of the rejected completions.
 
-  Both answers go through the policy in one pass of 2 B sequences, chosen and rejected in turn:
-  one pass over the weights, and no data moves between devices that hold different pairs.
+  The policy scores both answers in one pass over 2 B sequences, chosen and rejected in turn. So the
+  weights are read once, and no data moves between devices that hold different pairs.
 
   Args:
     params: parameters of the policy.
@@ -353,7 +354,7 @@ def pair_log_ratios(
 
 
 def _num_pairs(batch: PreferenceBatch) -> int:
-  """Returns B; raises `ValueError` where the fields of the batch do not fit each other."""
+  """Returns B; raises `ValueError` if the fields of the batch do not fit each other."""
   batch_size = check_rows(batch, "chosen", "rejected")
   for name in ("chosen_ref_logps", "rejected_ref_logps"):
     checks.shape(name, getattr(batch, name), (batch_size,), "[B]")
@@ -363,7 +364,7 @@ def _num_pairs(batch: PreferenceBatch) -> int:
 def stack_padded(*arrays: jax.Array, side: str) -> jax.Array:
   """Returns `[B, n, T]` of n arrays `[B, T_i]`, padded with zeros to the longest.
 
-  Padding of tokens is masked where their mask is padded likewise.
+  Pad the masks in the same way: their zeros then mask the padding of the tokens.
 
   Args:
     *arrays: `[B, T_i]` each.
@@ -383,7 +384,7 @@ def stack_padded(*arrays: jax.Array, side: str) -> jax.Array:
 
 
 def array_module(*arrays: Any) -> Any:
-  """Returns NumPy where all arrays are NumPy's (ids can be checked there), else jax.numpy."""
+  """Returns NumPy if all arrays are NumPy's, whose ids can still be checked, else jax.numpy."""
   return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
 
 
@@ -404,48 +405,3 @@ def check_rows(batch: Any, *names: str) -> int:
       )
     checks.same_shape(**{f"{name}_tokens": tokens, f"{name}_mask": mask})
   return size[0]
-
-
-def chunked_token_logps(
-  hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, *, chunk_size: int
-) -> jax.Array:
-  """Returns the log-probability of each token, from logits of `chunk_size` entries at a time.
-
-  Equal to `token_logps(hidden @ embedding.T, tokens)`, forward and backward. Slices of the
-  vocabulary are scanned with a running log-sum-exp, and computed again in the backward pass.
-  Peak memory is `[B * T, chunk_size]`; matrix products accumulate in float32 or wider.
-
-  Positions that get a zero gradient (masked ones) hand on exactly zero, even from non-finite
-  hidden states. Reverse-mode differentiation only.
-
-  Args:
-    hidden: `[B, T, D]` last hidden states, aligned so that `hidden[:, t]` predicts `tokens[:, t]`.
-    embedding: `[V, D]` output embedding (the transpose of a head's kernel), used without bias.
-    tokens: `[B, T]` int in [0, V).
-    chunk_size: vocabulary entries per slice; need not divide V. A few thousand is a good choice.
-      From V on there is one slice, `[B * T, V]`, which the backward pass does not compute again.
-
-  Returns:
-    `[B, T]` nats, in float32 or wider.
-
-  Raises:
-    ValueError: if the shapes do not fit or `chunk_size` is not a positive integer.
-
-  Example:
-    >>> hidden, embedding = jnp.ones((1, 2, 4)), jnp.eye(3, 4)
-    >>> chunked_token_logps(hidden, embedding, jnp.array([[0, 2]]), chunk_size=2).round(4)
-    Array([[-1.0986, -1.0986]], dtype=float32)
-  """
-  checks.count("chunk_size", chunk_size)
-  if jnp.ndim(hidden) != 3 or jnp.ndim(embedding) != 2 or hidden.shape[2] != embedding.shape[1]:
-    raise ValueError(
-      "hidden and embedding must have shapes [B, T, D] and [V, D], got "
-      f"{list(jnp.shape(hidden))} and {list(jnp.shape(embedding))}"
-    )
-  checks.shape("tokens", tokens, hidden.shape[:2], "[B, T]")
-  checks.token_ids("tokens", tokens, embedding.shape[0])
-  chunk_size = min(chunk_size, embedding.shape[0])
-  # Rows flattened to one axis: contracting a single axis is what matrix units and CPUs are fast at.
-  rows = hidden.reshape(-1, hidden.shape[2])
-  logps = chunked_likelihood.row_logps(chunk_size, rows, embedding, jnp.asarray(tokens).reshape(-1))
-  return logps.reshape(hidden.shape[:2])

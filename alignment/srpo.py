@@ -1,53 +1,52 @@
-"""SRPO: Self-Improving Robust Preference Optimization, an answer and its own best rewrite.
+"""SRPO: Self-Improving Robust Preference Optimization, which learns to answer and to revise.
 
 Problem: labelled pairs of completions, whose preferences need not come from rewards. Two policies
-play against each other: pi(y | x) answers, pi'(y2 | y1, x) rewrites an answer it has seen,
+play against each other: pi(y | x) answers, and pi'(y2 | y1, x) revises an answer that it reads,
 
   min over pi, max over pi' of  E[P(y2 beats y1)] - beta KL(pi' || ref') + beta KL(pi || ref).
 
-pi' becomes the best rewrite near ref'; pi prefers what leaves the least to improve. The solution
-does not depend on who wrote the data, which the optimum of IPO does, and needs no game in training:
-both conditions of the saddle point are equations between log-ratios, regressed like IPO's margin.
-With r(y) the log-ratio of pi and r(y2 | y1) that of pi',
+pi' becomes the best revision near ref', and pi prefers the answers that leave the least to improve.
+The solution does not depend on the policy that drew the data; IPO's optimum does. Training needs no
+game: the two conditions of the saddle point are equations between log-ratios, and each becomes a
+regression like IPO's. With r(y) the log-ratio of pi and r(y2 | y1) that of pi',
 
   improvement:  P(y2 beats y1) - 1/2  =  beta (r(y2 | y1) - r(y1 | y1)),
   generative:   2 P(y2 beats y1) - 1  =  beta (r(y2 | y1) + r(y2) - r(y1 | y2) - r(y1)).
 
-One network is both policies: they differ in the prompt. At inference the answer can be revised as
-often as one likes.
+One network is both policies; only the prompts differ. At inference the answer can be revised any
+number of times.
 
 Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660 (ICLR 2025).
 
 | paper | here |
 |---|---|
-| pi, pi_dagger | `params` through `apply_fn`, behind `prompt_tokens` or behind `given_*_tokens` |
+| pi, pi_dagger | `params` through `apply_fn`, after `prompt_tokens` or after `given_*_tokens` |
 | pi_ref of both | `ref_logps` |
 | y_w, y_l | `chosen`, `rejected` |
 | y_w given y_l | `chosen_given_rejected`: the prompt holds the rejected answer |
 | beta, alpha | `beta`, `alpha` |
 
-Deviations: soft labels. The paper's normalisation of the generative part relative to the other is
-not known to us; a factor only renames alpha, and the optimum is the same for every alpha strictly
-between 0 and 1 (at 0 it is not unique, at 1 pi never trains).
+Deviations: soft labels. We do not know how the paper scales the generative loss relative to the
+other. A factor only changes the meaning of alpha, and the optimum is the same for every alpha
+strictly between 0 and 1 (at 0 it is not unique, at 1 pi is not trained).
 """
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 
-# Order of the last axis of `Batch.ref_logps`: answer given what the prompt holds.
+# Order of the last axis of `Batch.ref_logps`: the answer, given the one that the prompt shows.
 SCORED = (
   "chosen",
   "rejected",
@@ -71,7 +70,8 @@ class Config:
     beta: positive, in units of the preference per nat; larger keeps both policies closer to their
       references.
     alpha: strictly between 0 and 1, the weight of the improvement loss.
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   beta: Any = 0.1
@@ -80,12 +80,12 @@ class Config:
 
   def __post_init__(self):
     checks.positive("beta", self.beta)
-    _check_alpha(self.alpha)
+    checks.fractions("alpha", self.alpha)
     checks.count("num_microbatches", self.num_microbatches)
 
 
 class Batch(NamedTuple):
-  """Labelled pairs, with the prompt as it is and with either answer in it to be revised.
+  """Labelled pairs, with the plain prompt and with the two prompts that show an answer to revise.
 
   Attributes:
     chosen_tokens: `[B, T]` int, the preferred completion y_w, without the prompt.
@@ -140,10 +140,10 @@ def srpo_improvement_loss(
   beta: Any,
   chosen_probs: Any = 1.0,
 ) -> jax.Array:
-  """Returns the regression that fits the rewriting policy, for each pair.
+  """Returns the loss that fits the revising policy, for each pair.
 
-  loss = (q - 1/2 - beta (r(w | l) - r(l | l)))^2 + (q - 1/2 - beta (r(w | w) - r(l | w)))^2: the
-  rewrite that was preferred is pushed above keeping the answer, the other one below it.
+  loss = (q - 1/2 - beta (r(w | l) - r(l | l)))^2 + (q - 1/2 - beta (r(w | w) - r(l | w)))^2. The
+  first term is about improving the rejected answer, the second about keeping the chosen one.
 
   Args:
     chosen_given_rejected: `[B]` log-ratio r(w | l) of the chosen answer, the rejected one in the
@@ -158,7 +158,7 @@ def srpo_improvement_loss(
     `[B]` non-negative losses, not averaged; gradients reach all four inputs.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `beta` or `chosen_probs` is out of range.
+    ValueError: if the shapes differ, or `beta` or `chosen_probs` is out of range.
 
   Example:
     >>> srpo_improvement_loss(jnp.array([5.0]), *jnp.zeros((3, 1)), beta=0.1)
@@ -189,7 +189,7 @@ def srpo_generative_loss(
   beta: Any,
   chosen_probs: Any = 1.0,
 ) -> jax.Array:
-  """Returns the regression that ties the answering policy to the rewriting one, for each pair.
+  """Returns the loss that ties the answering policy to the revising one, for each pair.
 
   loss = (2 q - 1 - beta (r(w | l) + r(w) - r(l | w) - r(l)))^2.
 
@@ -205,7 +205,7 @@ def srpo_generative_loss(
     `[B]` non-negative losses, not averaged; gradients reach all four inputs.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `beta` or `chosen_probs` is out of range.
+    ValueError: if the shapes differ, or `beta` or `chosen_probs` is out of range.
 
   Example:
     >>> srpo_generative_loss(jnp.array([5.0]), *jnp.zeros((3, 1)), beta=0.1)
@@ -255,7 +255,7 @@ def srpo_loss(
     `[B]` non-negative losses, not averaged; gradients reach all inputs.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `beta`, `alpha` or `chosen_probs` is out of
+    ValueError: if the shapes differ, or `beta`, `alpha` or `chosen_probs` is out of
       range.
 
   Example:
@@ -264,7 +264,7 @@ def srpo_loss(
 
   Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660, section 4.
   """
-  _check_alpha(alpha)
+  checks.fractions("alpha", alpha)
   generative = srpo_generative_loss(
     chosen,
     rejected,
@@ -292,17 +292,11 @@ def _check(beta: Any, chosen_probs: Any, **log_ratios: Any) -> None:
     checks.shape("chosen_probs", chosen_probs, shape, "[B]")
 
 
-def _check_alpha(alpha: Any) -> None:
-  checks.positive("alpha", alpha)
-  if isinstance(alpha, numbers.Real | np.ndarray) and not np.all(np.asarray(alpha) < 1):
-    raise ValueError(f"alpha must be less than 1, got {alpha}: at 1 pi is not trained")
-
-
 def six_sequences(batch: Batch) -> sequences.Sequences:
-  """Returns both answers behind the three prompts of each pair, as one batch of 6 B sequences.
+  """Returns both answers after each of the three prompts of a pair: one batch of 6 B sequences.
 
-  Rows 6 b to 6 b + 5 are those of pair b in the order of `SCORED`; there are 3 B prompts, each
-  followed by both answers, so that a model reads it once.
+  Rows 6 b to 6 b + 5 are those of pair b in the order of `SCORED`. There are 3 B prompts, each
+  shared by both answers, so that a model reads it once.
 
   Args:
     batch: B labelled pairs.
@@ -330,12 +324,10 @@ def six_sequences(batch: Batch) -> sequences.Sequences:
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policies; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -358,19 +350,18 @@ def sample(
     key: typed PRNG key.
     sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws one completion of each
       prompt, see `sequences.SampleFn`.
-    revision_fn: from prompts with their answers to the prompts of pi' that show the answer.
+    revision_fn: takes prompts with their answers and returns the prompts of pi' that show them.
     num_revisions: 0 for the answers alone.
 
   Returns:
-    `num_revisions + 1` `Sequences` of N rows behind the plain prompts, the first answer first.
+    `num_revisions + 1` `Sequences` of N rows with the plain prompts, the first answer first.
 
   Raises:
-    ValueError: if what is drawn does not fit the prompts or `num_revisions` is negative.
+    ValueError: if the samples do not fit the prompts or `num_revisions` is negative.
 
   Reference: Choi et al. 2024, https://arxiv.org/abs/2406.01660, section 4 (inference).
   """
-  if num_revisions < 0:
-    raise ValueError(f"num_revisions must not be negative, got {num_revisions}")
+  checks.count("num_revisions", num_revisions, least=0)
   keys = jax.random.split(key, num_revisions + 1)
   answers = [sequences.sample(state.params, prompts, keys[0], sample_fn=sample_fn)]
   for revision_key in keys[1:]:
@@ -389,22 +380,12 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean SRPO loss of a batch.
+  """Returns the mean SRPO loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policies, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: B labelled pairs.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token;
-      called once, with 6 B sequences behind 3 B prompts.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    apply_fn: `apply_fn(params, Sequences) -> [6 B, T]`, log-probability of each completion token;
+      called once, with 6 B completions of 3 B prompts.
   """
   del state, key
   rows = six_sequences(batch)
@@ -442,26 +423,13 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: B labelled pairs; `config.num_microbatches` must divide B.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `beta` or `alpha` does not compile again.
+    batch: B labelled pairs.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `srpo/margin` (mean of r(w) - r(l)),
-    `srpo/accuracy` (share of pairs with a positive one) and `srpo/improvement` (mean of
+    The new state, and the metrics `loss`, `grad_norm`, `srpo/margin` (mean of r(w) - r(l)),
+    `srpo/accuracy` (share of pairs where it is positive) and `srpo/improvement` (mean of
     r(w | l) - r(l | l)).
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

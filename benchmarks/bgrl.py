@@ -1,15 +1,15 @@
-"""A training step of BGRL beside PyTorch Geometric, and its cost against the number of edges.
+"""Times a training step of BGRL against PyTorch Geometric, and against the number of edges.
 
-All sides hold one graph of the size of Amazon Photo (7,650 nodes, 238,162 directed edges with a
-heavy tail, 745 features), the same parameters and the same step: two corruptions, an online and a
-target GCN with BatchNorm, predictor, AdamW, moving average. They take their steps in turn. PyTorch
-twice: with the library's GCNConv on an edge list, and with CSR products written by hand whose
-backward is a product with the transposed CSR. Without corruption all must agree on the loss before
-and after a step, or nothing is reported.
+All sides train on the same random graph of the size of Amazon Photo (7,650 nodes, 238,162 directed
+edges with heavy-tailed degrees, 745 features). They start from the same parameters and take the
+same step: two views, an online and a target GCN with BatchNorm, the predictor, AdamW and the moving
+average. There are two PyTorch sides. One uses GCNConv on an edge list. The other uses CSR products
+written by hand, whose backward pass is a product with the transposed CSR matrix. The sides take
+turns. They must first agree on the loss before and after a step without random masks.
 
-  python benchmarks/bgrl.py --torch-python other/bin/python       # an environment with both, or two
+  python benchmarks/bgrl.py --torch-python other/bin/python       # an interpreter that has torch
   python benchmarks/bgrl.py --widths 512 256
-  python benchmarks/bgrl.py --scaling                             # ours alone, 10^4 to 10^7 edges
+  python benchmarks/bgrl.py --scaling                             # ours only, 10^4 to 10^7 edges
 
 `docs/performance.md` holds the results.
 """
@@ -36,9 +36,9 @@ LEARNING_RATE, WEIGHT_DECAY, DECAY = 1e-4, 1e-5, 0.99
 def make_graph(
   nodes: int = NODES, pairs: int = PAIRS, *, hub: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns both directions of `pairs` random edges with a heavy tail of degrees.
+  """Returns both directions of `pairs` random edges `[2, 2 * pairs]`, with heavy-tailed degrees.
 
-  With `hub` node 0 is joined to all others, before any random edge.
+  With `hub`, node 0 is joined to all other nodes by some of these edges.
   """
   rng = np.random.default_rng(0)
   chances = rng.pareto(1.6, nodes) + 0.3
@@ -56,23 +56,23 @@ def make_graph(
 
 
 def make_features() -> np.ndarray:
-  """Returns rows of words that sum to 1."""
+  """Returns random bags of words, `[NODES, FEATURES]`, with rows that sum to 1."""
   rng = np.random.default_rng(1)
   words = (rng.random((NODES, FEATURES)) < DENSITY).astype(np.float32)
   return words / np.maximum(words.sum(1, keepdims=True), 1)
 
 
 def make_ours(graph, widths: tuple[int, ...], corrupt: bool, predictor_width: int = PREDICTOR):
-  """Returns the bound update and the state before the first step."""
+  """Returns the compiled update and the state before the first step."""
   import jax
   import jax.numpy as jnp
   import optax
 
   from representation import bgrl
-  from representation.networks import gcn
+  from representation.networks import adapters, gcn, mlp
 
-  encoder = gcn.Encoder(gcn.GCN(widths))
-  predictor = gcn.Predictor(gcn.MLP(predictor_width, widths[-1]))
+  encoder = adapters.Encoder(gcn.GCN(widths))
+  predictor = adapters.Predictor(mlp.MLP(predictor_width, widths[-1]))
   keys = jax.random.split(jax.random.key(0), 3)
   (online, state), (target, target_state) = (jax.jit(encoder.init)(key, graph) for key in keys[:2])
   params = bgrl.Params(online, predictor.init(keys[2], jnp.zeros((1, widths[-1]))))
@@ -90,7 +90,7 @@ def make_ours(graph, widths: tuple[int, ...], corrupt: bool, predictor_width: in
 
 
 def make_jax_side(folder: pathlib.Path, widths: tuple[int, ...]):
-  """Returns the commands of our side; writes the parameters to `folder` for the others."""
+  """Returns the commands of our side, and writes its parameters to `folder` for the other sides."""
   import jax
 
   from representation import graphs
@@ -249,7 +249,7 @@ def make_torch_side(folder: pathlib.Path, widths: tuple[int, ...], layout: str):
 
 
 def compare(torch_python: str, widths: tuple[int, ...], rounds: int) -> None:
-  """Prints seconds and memory of each side, and how many times longer than ours it takes."""
+  """Prints the seconds and the memory of each side, and its seconds as a multiple of ours."""
   pythons = {"jax": sys.executable, "edges": torch_python, "csr": torch_python}
   with tempfile.TemporaryDirectory() as folder:
     workers = {
@@ -263,11 +263,11 @@ def compare(torch_python: str, widths: tuple[int, ...], rounds: int) -> None:
       if np.ptp(list(results.values())) > 1e-4:
         raise SystemExit(f"the sides compute different losses: {results}")
     for side in workers.values():
-      side.ask("train")  # warm
+      side.ask("train")  # warms up
     seconds = {name: [] for name in workers}
     for _ in range(rounds):
       for name, side in workers.items():
-        side.ask("train")  # its memory and caches are its own again
+        side.ask("train")  # fills caches and memory after the steps of the other sides
         answer = side.ask("train")
         seconds[name].append((answer["seconds"], answer["cpu"]))
     memory = {name: side.ask("memory")["result"] for name, side in workers.items()}
@@ -284,10 +284,10 @@ def compare(torch_python: str, widths: tuple[int, ...], rounds: int) -> None:
 
 
 def scale() -> None:
-  """Prints CPU time for ever larger graphs, nodes in proportion to edges, with and without a hub.
+  """Prints the CPU time of growing graphs, with and without a hub; there are 20 edges for a node.
 
-  Of the sum over neighbours of 32 numbers, forward and backward, and of a step of BGRL. CPU time of
-  all threads, the least of five: what else runs on the machine counts little.
+  It times the sum over neighbours of 32 features, forward and backward, and a step of BGRL. CPU
+  time is that of all threads, and the least of five, so other work on the machine matters little.
   """
   import jax
   import jax.numpy as jnp
@@ -325,7 +325,7 @@ def scale() -> None:
       flush=True,
     )
   for hub, found in rows.items():
-    logs = np.log(found[1:])  # the smallest is overhead
+    logs = np.log(found[1:])  # without the smallest graph, which is mostly overhead
     slopes = [np.polyfit(logs[:, 0], logs[:, k], 1)[0] for k in (1, 2)]
     name = "with a hub" if hub else "without"
     print(f"{name}: slopes from {found[1][0]} edges on: sum {slopes[0]:.2f}, step {slopes[1]:.2f}")
@@ -336,7 +336,7 @@ def main() -> None:
   parser.add_argument("--torch-python", default=sys.executable, help="interpreter with torch")
   parser.add_argument("--widths", type=int, nargs="+", default=[256, 128])
   parser.add_argument("--rounds", type=int, default=9)
-  parser.add_argument("--scaling", action="store_true", help="ours alone on ever larger graphs")
+  parser.add_argument("--scaling", action="store_true", help="time ours only, on growing graphs")
   parser.add_argument("--worker", choices=("jax", "edges", "csr"), help=argparse.SUPPRESS)
   parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
   args = parser.parse_args()

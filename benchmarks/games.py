@@ -37,7 +37,7 @@ import pyspiel
 from jax.sharding import PartitionSpec
 
 import sharding
-from rl_theory import cfr, games, mccfr
+from rl_theory import cfr, games, mccfr, policy_arrays
 
 GAMES = (
   "kuhn_poker",
@@ -116,10 +116,10 @@ def check(game: games.Game, theirs: Any, solver: Any, liteefg: LiteEFG | None) -
   """Raises unless all find the same NashConv of one policy, and of what each solves."""
   # Sums over all terminal histories.
   tolerance = 1e-9 if game.utilities.dtype == jnp.float64 else 1e-4
-  policy = jnp.asarray(games.uniform_policy(game))
+  policy = jnp.asarray(policy_arrays.uniform(game))
   np.testing.assert_allclose(
     games.nash_conv(game, policy),
-    pyspiel.nash_conv(theirs, games.policy_to_openspiel(game, policy)),
+    pyspiel.nash_conv(theirs, policy_arrays.to_openspiel(game, policy)),
     rtol=tolerance,
   )
   for _ in range(CHECKED):
@@ -158,8 +158,8 @@ def measure(name: str, *, rounds: int, iterations: int, accuracy: int, dtype: An
   theirs = pyspiel.load_game(game.layout.name)
   solver, liteefg = pyspiel.CFRSolver(theirs), make_liteefg(theirs)
   check(game, theirs, solver, liteefg)
-  policy = games.uniform_policy(game)
-  exported = games.policy_to_openspiel(game, policy)
+  policy = policy_arrays.uniform(game)
+  exported = policy_arrays.to_openspiel(game, policy)
   few, calls = max(iterations // 100, 1), 20
   work: Work = {
     "CFR iteration, ours": (lambda: cfr.solve(game, num_iterations=iterations), iterations),
@@ -177,7 +177,7 @@ def measure(name: str, *, rounds: int, iterations: int, accuracy: int, dtype: An
     ratios = [time / own for time, own in zip(times, ours, strict=True)]
     print(f"  {label:36s} {times}; {ratios[0]:7.1f} ({ratios[1]:7.1f}) x ours")
   solved = cfr.solve(game, num_iterations=accuracy, variant="cfr+").average_policy
-  distance = pyspiel.nash_conv(theirs, games.policy_to_openspiel(game, solved))
+  distance = pyspiel.nash_conv(theirs, policy_arrays.to_openspiel(game, solved))
   print(f"  NashConv after {accuracy} iterations of CFR+: {distance:.3g}", flush=True)
 
 

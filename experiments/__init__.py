@@ -1,5 +1,8 @@
 """Runs the papers: the only place with flags, files and loops.
 
-`main` is the one binary, `training` the one loop. A paper adds `papers/<paper>.py` with
-`build(config, workdir) -> training.Experiment` and `configs/<paper>.py` with its presets.
+`main` is the one binary. A paper adds `configs/<paper>.py` with its presets and
+`papers/<paper>.py` with `build(config) -> training.Experiment`. From there a run goes down
+the folders: `papers` (one method) over `tasks` (what methods on one kind of problem share) and
+`data`, over `loop` (the training loop and the run's folder), over `report` (what a reader gets).
+`studies` are runs of several methods. Nothing imports upwards.
 """

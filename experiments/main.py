@@ -1,14 +1,12 @@
-"""The one binary: trains, evaluates and samples every paper.
+"""The command line: trains, evaluates and samples every paper.
 
   python -m experiments.main --config=<paper>:<preset> --workdir=DIR [--config.x.y=VALUE ...]
 
-Also installed as `bootstrax`. Start with `--list` and `--help`. Only the standard library and
-ml_collections are imported before the arguments have been understood.
+The same program is installed as `bootstrax`. Start with `--list` and `--help`. Both answer at once,
+because only the standard library and ml_collections are imported until the arguments are parsed.
 """
 
 import argparse
-import importlib
-import importlib.util
 import logging
 import os
 import pathlib
@@ -16,7 +14,7 @@ import signal
 import sys
 from typing import Any
 
-from experiments import memory
+from experiments.loop import memory
 
 _EPILOG = """\
 examples:
@@ -24,41 +22,45 @@ examples:
   bootstrax --config=ipo:bandit --workdir=runs/bandit
   bootstrax --config=copg:sentiment --config.optimizer.learning_rate=1e-5 --config.seed=1
   bootstrax --config=copg:sentiment --show          print the config, run nothing
-  bootstrax --mode=eval --workdir=runs/bandit       the config is read from the workdir
+  bootstrax --mode=eval --workdir=runs/bandit       read the config from the workdir
 
-The same command continues an interrupted run, exactly. SIGTERM and Ctrl-C save and stop between two
-steps (elsewhere they stop at once, and the last checkpoint counts); a second one kills at once.
+To continue an interrupted run, repeat its command: the numbers are those of a run without a break.
+During training, Ctrl-C and SIGTERM finish the step, save the state and stop. At other times they
+stop at once, and the run continues from its last checkpoint. A second signal kills at once.
 
-exit code: 0 done; 1 the run had to stop (a loss is not finite, the data ended); 2 bad input, or a
-file that cannot be read or written; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.
+exit codes:
+  0         the command succeeded
+  1         the run had to stop: a loss is not finite, or the data ended
+  2         an argument is wrong, or a file cannot be read or written
+  130, 143  Ctrl-C or SIGTERM stopped the run
 """
 
 
 def main() -> int:
-  """The console script: `run`, in a process that is its own."""
+  """Runs the console script: `run`, after setting up logging, memory and signals."""
   if not _debug(sys.argv):
     _quiet_orbax()
     # JAX logs the traceback of host code that fails inside a step, and raises it as well.
     logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
   memory.keep_freed()
-  # Between two steps the loop listens itself; anywhere else a signal unwinds, so that files close.
+  # The training loop has a handler of its own. Elsewhere SIGTERM raises, so that files are closed.
   signal.signal(signal.SIGTERM, _terminate)
   return run()
 
 
 def run(argv: list[str] | None = None) -> int:
-  """Runs one command and returns its exit code; `argv` is without the program's name."""
+  """Runs one command and returns its exit code; `argv` leaves out the program's name."""
   argv = sys.argv[1:] if argv is None else argv
   try:
     return _run(argv)
   except KeyboardInterrupt as error:
-    print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+    print("\nstopped; repeat the command to continue from the last checkpoint", file=sys.stderr)
     return 143 if isinstance(error, _Terminated) else 130
   except Exception as error:
     code = _exit_code(error)
     if code is None or _debug(argv):
       raise
-    hint = "" if _is_ours(error) else "\n(--debug shows where this came from)"
+    hint = "" if _is_ours(error) else "\n(--debug shows the traceback)"
     print(f"error: {_message(error)}{hint}", file=sys.stderr)
     return code
 
@@ -76,10 +78,10 @@ def _debug(argv: list[str]) -> bool:
 
 
 def _quiet_orbax() -> None:
-  """Drops what Orbax prints when a write fails, for it raises the error as well.
+  """Silences what Orbax prints when a write fails: it raises the error as well.
 
-  It logs the traceback once in each of its threads, and its callbacks find their loop closed. Those
-  threads outlive the error, so this lasts as long as the process.
+  Each of its threads logs the traceback, and each callback complains that its event loop is closed.
+  The threads outlive the error, so the silence lasts as long as the process.
   """
   hook = sys.unraisablehook
 
@@ -92,7 +94,7 @@ def _quiet_orbax() -> None:
 
 
 def _is_ours(error: Exception) -> bool:
-  """Whether the message was written here, for the user, rather than in some library."""
+  """Returns whether this library raised the error, so that its message speaks to the user."""
   frame = error.__traceback__
   while frame is not None and frame.tb_next is not None:
     frame = frame.tb_next
@@ -102,10 +104,10 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _exit_code(error: Exception) -> int | None:
-  """Returns the exit code of an error that the user can act on; None for a bug."""
+  """Returns the exit code of an error that the user can mend; None for a bug."""
   if isinstance(error, (ValueError, OSError, ImportError)):
     return 2
-  training = sys.modules.get("experiments.training")
+  training = sys.modules.get("experiments.loop.training")
   return 1 if training is not None and isinstance(error, training.RunError) else None
 
 
@@ -113,13 +115,13 @@ def _message(error: Exception) -> str:
   if isinstance(error, ModuleNotFoundError) and error.name:
     return (
       f"the package {error.name!r} is not installed: "
-      'pip install "bootstrax[experiments,lm]" brings everything'
+      'pip install "bootstrax[experiments,lm]" installs everything'
     )
   return str(error) or type(error).__name__
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """Returns the parser of everything but `--config.x.y=VALUE`."""
+  """Returns the parser of all arguments except `--config.x.y=VALUE`."""
   parser = argparse.ArgumentParser(
     prog="bootstrax",
     description="Trains, evaluates and samples the papers of bootstrax.",
@@ -130,37 +132,43 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add("--config", metavar="P:Q", help="<paper>:<preset>, or a config file: path.py, path.py:preset")
-  add("--config.x.y", metavar="VALUE", dest="_", help="overrides any field of the config")
+  add("--config.x.y", metavar="VALUE", dest="_", help="override a field of the config")
   add("--workdir", metavar="DIR", help="folder of the run (default: runs/<paper>-<preset>)")
-  add("--mode", choices=("train", "eval", "sample"), default="train", help="default: train")
+  add(
+    "--mode",
+    choices=("train", "eval", "sample"),
+    default="train",
+    help="what to do (default: train)",
+  )
   add(
     "--checkpoint",
     metavar="WHICH",
     default="last",
-    help="for eval and sample: last (default), best, or a step",
+    help="which checkpoint --mode=eval and --mode=sample read: last (default), best, or a step",
   )
-  add("--list", action="store_true", help="list papers and presets with expected time and result")
-  add("--show", action="store_true", help="print the config with its overrides and stop")
-  add("--wandb", metavar="PROJECT", default="", help="write to Weights & Biases too")
-  add("--multihost", action="store_true", help="one process of a run over several hosts")
-  add("--debug", action="store_true", help="show the traceback of an error")
+  add("--list", action="store_true", help="list all presets with their time and expected result")
+  add("--show", action="store_true", help="print the config with its overrides, and stop")
+  add("--wandb", metavar="PROJECT", default="", help="also log to Weights & Biases")
+  add("--multihost", action="store_true", help="join a run over several hosts")
+  add("--debug", action="store_true", help="show the traceback of errors")
   return parser
 
 
 def _run(argv: list[str]) -> int:
-  from experiments import presets
+  from experiments.loop import presets
 
   if os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())  # a reward or paper module beside the user; `python -m` has it
+    # The user's own papers and rewards are found in the current folder, as with `python -m`.
+    sys.path.append(os.getcwd())
   overrides, rest = presets.split_overrides(argv)
   args = make_parser().parse_args(rest)
   if args.list:
     print(presets.listing())
     return 0
   if args.config is None and args.mode == "train":
-    raise ValueError("--config=<paper>:<preset> is missing; --list shows what there is")
+    raise ValueError("--config=<paper>:<preset> is missing; --list shows all presets")
   if args.config is None and args.workdir is None:
-    raise ValueError(f"--mode={args.mode} needs --workdir=DIR, the folder of a run")
+    raise ValueError(f"--mode={args.mode} needs --workdir=DIR, the folder of an earlier run")
   config: Any = None
   if args.config is not None:
     config = presets.override(presets.resolve(args.config), overrides)
@@ -174,91 +182,78 @@ def _run(argv: list[str]) -> int:
 
 
 def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrides: Any) -> int:
-  """Brings JAX up and runs the mode."""
+  """Starts JAX, then trains, evaluates or samples; returns the exit code."""
   import jax
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own
+    flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
   if args.multihost or os.environ.get("BOOTSTRAX_MULTIHOST") == "1":
     import sharding
 
     sharding.initialize_multihost()
-  from experiments import presets, training
-  from experiments import workdir as run_folder
+  from experiments.loop import presets, run_folder, training
 
   if args.mode == "train":
     presets.check(config)
-    training.make_mesh(config.sharding.mesh)  # fails before any work does
-    # Ours before the paper loads weights or writes data; hosts share the folder.
+    training.make_mesh(config.sharding.mesh)  # a bad mesh fails here, before any work
+    # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
     if jax.process_index() == 0:
       run_folder.claim(config, workdir)
-    paper = _paper(_runner(config))
-    if hasattr(paper, "run"):  # a run of runs, such as a comparison
-      outcome = paper.run(config, workdir)
+    study = getattr(presets.module_of(config), "run", None)  # a study of several runs
+    if study is not None:
+      outcome = study(config, workdir)
     else:
-      outcome = training.train(paper.build(config, workdir), config, workdir, wandb=args.wandb)
+      experiment = presets.build(config, workdir)
+      outcome = training.train(experiment, config, workdir, wandb=args.wandb)
     if outcome.status == "interrupted":
       return 128 + outcome.signal
     if outcome.result is not None:
       print(_as_text(outcome.result))
     print(f"report: {workdir / 'report.html'}")
     return 0
-  # Overrides of a run's own config: another mesh, or fewer prompts. Nothing is trained with them.
+  # Overrides may change the mesh or take fewer prompts. Nothing is trained with them.
   saved = presets.override(run_folder.read_config(workdir), overrides)
   if config is not None:
-    run_folder.claim(config, workdir)  # refuses another run's folder
+    run_folder.claim(config, workdir)  # raises if the folder belongs to another run
     saved = config
-  paper = _paper(_runner(saved))
-  if hasattr(paper, "run"):
-    raise ValueError(f"{workdir} holds runs: give the folder of one of them to --workdir")
-  experiment = paper.build(saved, workdir)
+  if hasattr(presets.module_of(saved), "run"):
+    raise ValueError(f"--workdir={workdir} holds several runs: name the folder of one of them")
+  experiment = presets.build(saved, workdir)
   return _evaluate(args, experiment, saved, workdir)
 
 
 def _evaluate(args: argparse.Namespace, experiment: Any, config: Any, workdir: pathlib.Path) -> int:
-  from experiments import report, training
-  from experiments import workdir as run_folder
+  from experiments import files
+  from experiments.loop import training
+  from experiments.report import results
 
   function = experiment.evaluate if args.mode == "eval" else experiment.sample
   if function is None:
-    raise ValueError(f"--mode={args.mode}: the paper {config.paper!r} defines no such thing")
+    name = "evaluate" if args.mode == "eval" else "sample"
+    raise ValueError(
+      f"--mode={args.mode}: the paper {config.paper!r} has no function {name!r}; give another "
+      "--mode, or define it in the paper's Experiment"
+    )
   restored = training.restore(experiment, config, workdir, args.checkpoint)
   found = function(restored.state)
   path = workdir / f"{args.mode}-step{restored.step}.json"
   if args.mode == "sample":
-    print(report.as_text(found))
-    run_folder.write_json(path, {"step": restored.step, **vars(found)})
+    print(results.as_text(found))
+    files.write_json(path, {"step": restored.step, **vars(found)})
   else:
     print(_as_text(found))
-    run_folder.write_json(path, {"step": restored.step, "result": found.to_json()})
-  print(f"step {restored.step}, written to {path}")
+    files.write_json(path, {"step": restored.step, "result": found.to_json()})
+  print(f"wrote {path} (step {restored.step})")
   return 0
 
 
 def _as_text(result: Any) -> str:
-  """The headline numbers, and the pass criteria where the paper has some."""
-  from experiments import report
+  """Returns the metrics, and one line for each pass criterion of the paper."""
+  from experiments.report import results
 
-  checks = [row for table in result.tables if table.columns == report.CHECKS for row in table.rows]
+  checks = [row for table in result.tables if table.columns == results.CHECKS for row in table.rows]
   return "\n".join([str(result), *(f"{passed}  {criterion}" for criterion, passed in checks)])
-
-
-def _runner(config: Any) -> str:
-  """The module that runs a config: its paper's, unless the preset is a run of runs of the paper."""
-  return config.get("runner") or config.paper
-
-
-def _paper(name: str) -> Any:
-  """Returns the module of a packaged paper, or an importable one of the user's own."""
-  if importlib.util.find_spec(f"experiments.papers.{name.partition('.')[0]}") is not None:
-    name = f"experiments.papers.{name}"
-  elif importlib.util.find_spec(name.partition(".")[0]) is None:
-    raise ValueError(
-      f"config.paper={name!r} is neither in experiments/papers nor a module that can be imported: "
-      "correct it, or add the folder of the module to PYTHONPATH"
-    )
-  return importlib.import_module(name)
 
 
 if __name__ == "__main__":

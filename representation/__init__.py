@@ -1,1 +1,1 @@
-"""Learning representations without labels: how they are judged, and whether they have collapsed."""
+"""Learning representations without labels, and measuring their quality and their collapse."""

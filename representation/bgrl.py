@@ -1,14 +1,14 @@
-"""BGRL: embeddings of nodes learned by predicting, from one view of a graph, those of another.
+"""BGRL: node embeddings learned by predicting the embeddings of another view of the same graph.
 
-Two corruptions of a graph are read by an online encoder and by a target encoder that is a slow copy
-of it. A predictor maps the online embedding of a node in one view onto the target's of the same
-node in the other one:
+Two views of a graph are made by dropping edges and masking features at random. An online encoder
+and a target encoder read both views. A predictor maps the online embedding of a node in one view to
+the target embedding of the same node in the other view:
 
-  loss = 2 - mean_i cos(Z1_i, H2_i) - mean_i cos(Z2_i, H1_i),  Z = predictor(online(view)),
+  loss = 2 - mean_i cos(Z1_i, H2_i) - mean_i cos(Z2_i, H1_i),  Z = predictor(online(view)).
 
-without negatives, so that time and memory grow with nodes and edges, not with pairs of nodes. The
-target gets no gradient; after each step target = decay * target + (1 - decay) * online, with the
-decay going from 0.99 to 1.
+There are no negative examples, so time and memory grow with nodes and edges, not with pairs of
+nodes. The target gets no gradient. After each step it becomes decay * target + (1 - decay) *
+online, where the decay rises from 0.99 to 1.
 
 Reference: Thakoor et al. 2021, https://arxiv.org/abs/2102.06514.
 
@@ -20,8 +20,9 @@ Reference: Thakoor et al. 2021, https://arxiv.org/abs/2102.06514.
 | T_1, T_2: p_f, p_e | `Config.feature_mask_probs`, `Config.edge_drop_probs`, one for each view |
 | H, Z | `target_embeddings`, `online_predictions` |
 
-Deviations: the paper's loss is twice this one, which is that of the authors' code. Running
-statistics of batch normalisation belong to each encoder and are not averaged, as there.
+Deviations: the loss of the paper is twice this one; ours is the loss of the authors' code. As in
+that code, each encoder keeps its own running statistics of batch normalisation; the target's are
+not a moving average of the online encoder's.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import checks, collapse, graph_augmentations, graphs
+from representation import collapse, graph_augmentations, graphs
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 Batch = graphs.Graph
@@ -47,14 +49,14 @@ Batch = graphs.Graph
 )
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Hyper-parameters; the defaults are those of Amazon Computers.
+  """Hyper-parameters; the defaults are those of the paper for Amazon Computers.
 
   Attributes:
-    feature_mask_probs: for each of the two views, how probable it is that a column is zeroed.
-    edge_drop_probs: the same for a directed edge to be dropped.
+    feature_mask_probs: two numbers, the probability of masking a feature column in each view.
+    edge_drop_probs: two numbers, the probability of dropping a directed edge in each view.
     target_decay: in [0, 1], tau at the first step.
-    num_steps: positive, where tau arrives at 1; static.
-    num_microbatches: must be 1, since nodes are read together with their neighbours.
+    num_steps: positive, the step at which tau reaches 1; static.
+    num_microbatches: must be 1, because a node is read together with its neighbours.
   """
 
   feature_mask_probs: Any = (0.2, 0.1)
@@ -65,19 +67,19 @@ class Config:
 
   def __post_init__(self):
     graph_augmentations.check(self)
-    checks.probability("target_decay", self.target_decay)
+    checks.probabilities("target_decay", self.target_decay)
     checks.count("num_steps", self.num_steps)
 
 
 class Params(NamedTuple):
-  """What learns by gradients."""
+  """The parameters that are trained by gradients."""
 
   encoder: Any
   predictor: Any
 
 
 class Networks(NamedTuple):
-  """The two networks; functions that hash.
+  """The two networks, as hashable functions.
 
   Attributes:
     encoder: `encoder(params, network_state, graph, *, train) -> ([N, K], network_state)`.
@@ -89,7 +91,7 @@ class Networks(NamedTuple):
 
 
 class NetworkState(NamedTuple):
-  """What the encoders remember, such as running statistics; `()` where they have nothing."""
+  """State of the encoders, such as running statistics; `()` for an encoder without any."""
 
   online: Any = ()
   target: Any = ()
@@ -103,7 +105,7 @@ class State(NamedTuple):
     target_params: of the target encoder.
     network_state: of both encoders.
     opt_state: of the optimiser.
-    step: scalar int32, updates done.
+    step: scalar int32, the number of updates so far.
   """
 
   params: Params
@@ -118,10 +120,10 @@ def bgrl_loss(online_predictions: jax.Array, target_embeddings: jax.Array) -> ja
 
   Args:
     online_predictions: `[N, K]`.
-    target_embeddings: `[N, K]`; their length does not matter.
+    target_embeddings: `[N, K]`.
 
   Returns:
-    `[N]` in [0, 2]; gradients reach the predictions only. A row of zeros has the cosine 0.
+    `[N]` in [0, 2]. Only the predictions get gradients. A row of zeros has cosine 0.
 
   Raises:
     ValueError: if the shapes differ.
@@ -132,19 +134,16 @@ def bgrl_loss(online_predictions: jax.Array, target_embeddings: jax.Array) -> ja
 
   Reference: https://arxiv.org/abs/2102.06514, eq. 1 (without its factor 2).
   """
-  if online_predictions.shape != target_embeddings.shape:
-    raise ValueError(
-      f"online_predictions {online_predictions.shape} and target_embeddings "
-      f"{target_embeddings.shape} must have one shape [N, K]"
-    )
+  checks.same_shape(online_predictions=online_predictions, target_embeddings=target_embeddings)
   targets = normalise(jax.lax.stop_gradient(target_embeddings))
   return 1 - jnp.sum(normalise(online_predictions) * targets, axis=-1)
 
 
 def normalise(rows: jax.Array) -> jax.Array:
-  """Returns `[..., K]` over their lengths; what is shorter than 1e-12 stays as it is.
+  """Returns rows `[..., K]` divided by their L2 norms.
 
-  Zeros thus stay zeros, and the gradient, in float32 too, is finite.
+  Rows shorter than 1e-12 are returned unchanged: zeros stay zeros, and gradients stay finite in
+  float32 too.
   """
   square = jnp.sum(rows**2, axis=-1, keepdims=True)
   return rows * jax.lax.rsqrt(jnp.where(square > 1e-24, square, 1))
@@ -174,10 +173,9 @@ def init(
   Args:
     params: of the online encoder and the predictor.
     optimizer: the one that `update` will get.
-    config: hyper-parameters; unused.
-    target_params: of the target encoder, drawn independently in the paper; by default a copy of
-      the online encoder's.
-    network_state: of both encoders, by default `()` for each.
+    target_params: of the target encoder. The paper draws them independently; the default is a copy
+      of the online encoder's.
+    network_state: of both encoders; the default is `()` for each.
   """
   del config
   if target_params is None:
@@ -194,18 +192,19 @@ def init(
 def loss(
   params: Params, state: State, batch: Batch, key: Any, *, apply_fn: Networks, config: Config
 ) -> tuple[jax.Array, tuple[Metrics, NetworkState]]:
-  """Returns the loss of both directions, averaged over `graphs.counted`.
+  """Returns the loss summed over both directions and averaged over the nodes of `graphs.counted`.
 
   Args:
-    params: the only input to differentiate.
-    state: whose target is chased; its `params` and `opt_state` are not used.
+    params: the only argument to differentiate in.
+    state: gives the target encoder and the network state.
     batch: the graph, or a sample of one (`neighbour_sampling`).
-    key: typed PRNG key, for the two corruptions.
+    key: typed PRNG key, for the two views.
     apply_fn: the networks.
     config: hyper-parameters.
 
   Returns:
-    The scalar loss in [0, 4], and `(metrics, network_state)`.
+    The scalar loss in [0, 4], and `(metrics, network_state)`. The metrics are `loss` and those of
+    `collapse.metrics` for the online embeddings of the first view.
   """
   views = graph_augmentations.two_views(
     batch,
@@ -241,39 +240,35 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one step on the whole graph, and then of the target.
+  """Returns the state after one gradient step on the graph, followed by one step of the target.
 
   Args:
     state: not donated.
-    batch: the graph.
-    key: typed PRNG key, for the two corruptions.
+    batch: the graph, or a sample of one (`neighbour_sampling`).
+    key: typed PRNG key, for the two views.
     apply_fn: the networks.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    optimizer: an optax transformation. Build it once: a new one compiles the step again.
     config: hyper-parameters.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `bgrl/target_decay` and those of
-    `collapse.metrics` for the online embeddings of the first view.
+    The new state, and the metrics of `loss` with `grad_norm` and `bgrl/target_decay`.
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, network_state)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  stepped, metrics = sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params: Any = optax.apply_updates(state.params, updates)
   decay = target_decay_schedule(
     state.step, target_decay=config.target_decay, num_steps=config.num_steps
   )
-  # The decay is float32, and would make float32 of narrower parameters.
+  # The decay is float32, so the mean of narrower parameters is float32 until it is cast back.
   target_params = jax.tree.map(
     lambda new, old: (decay * old + (1 - decay) * new).astype(old.dtype),
-    params.encoder,
+    stepped.params.encoder,
     state.target_params,
   )
-  metrics |= {"grad_norm": optax.global_norm(grads), "bgrl/target_decay": decay}
-  return State(params, target_params, network_state, opt_state, state.step + 1), metrics
+  metrics["bgrl/target_decay"] = decay
+  return stepped._replace(target_params=target_params), metrics
 
 
 def embed(state: State, batch: Batch, *, apply_fn: Networks) -> jax.Array:
-  """Returns what is evaluated: the online encoder's embeddings `[N, K]` of the whole graph."""
+  """Returns the online encoder's embeddings `[N, K]` of an uncorrupted graph, for evaluation."""
   return apply_fn.encoder(state.params.encoder, state.network_state.online, batch, train=False)[0]

@@ -1,9 +1,10 @@
-"""Has a representation collapsed? Numbers of one matrix of embeddings, for every step.
+"""Has a representation collapsed? Scalars that are cheap enough to log in every step.
 
-Nothing here centres the embeddings: a cloud that has shrunk around one direction far from the
-origin looks healthy once its mean is taken away, and has collapsed all the same. Nothing is
-quadratic in the number of rows either: what is an average over pairs is computed from sums over
-rows, so that it is global under sharding at the price of one sum over devices.
+Embeddings are not centred. If all of them lie close to one point far from the origin, they have
+collapsed, but they look healthy once their mean is subtracted.
+
+Averages over pairs of rows are computed from sums over rows, so nothing costs N^2. When the rows
+are sharded, the numbers are still those of all rows, at the cost of one sum over the devices.
 """
 
 import functools
@@ -11,28 +12,28 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from representation import checks
+from sharding import checks
 
 
 @functools.partial(jax.jit, static_argnames="spectrum")
 def metrics(
   embeddings: jax.Array, *, mask: jax.Array | None = None, spectrum: bool = False
 ) -> dict[str, jax.Array]:
-  """Returns the numbers of this file under the keys `collapse/...`.
+  """Returns all measures of this module.
 
   Args:
     embeddings: `[N, D]`.
-    mask: `[N]` bool, rows that count; by default all.
-    spectrum: adds the two ranks. The others cost O(N D), less than making the embeddings did; the
-      ranks cost O(N D^2 + D^3): 0.05 seconds on one CPU core for N = 10,000 and D = 256.
+    mask: `[N]` bool, the rows to use; the default is all.
+    spectrum: whether to add the two ranks. They cost O(N D^2 + D^3), which is 0.05 seconds on one
+      CPU core for N = 10,000 and D = 256. The other measures cost O(N D).
 
   Returns:
-    Scalars `collapse/mean_cosine`, `collapse/spread` and `collapse/mean_norm` (the mean length of
-    a row, to compare the spread with), and `collapse/rank` and `collapse/effective_rank` if asked.
+    Scalars `collapse/mean_cosine`, `collapse/spread` and `collapse/mean_norm` (the mean norm of a
+    row, with which to compare the spread). With `spectrum` also `collapse/rank` and
+    `collapse/effective_rank`.
 
   Raises:
-    ValueError: if `embeddings` is no matrix with at least one row and one column, or `mask` does
-      not fit it.
+    ValueError: if `embeddings` is not a matrix or is empty, or if `mask` does not fit it.
   """
   embeddings = _matrix(embeddings)
   norms = jnp.linalg.norm(embeddings, axis=1)
@@ -43,7 +44,7 @@ def metrics(
   }
   if spectrum:
     if mask is not None:
-      embeddings = jnp.where(mask[:, None], embeddings, 0)  # no part of the Gram matrix
+      embeddings = jnp.where(mask[:, None], embeddings, 0)  # zeros add nothing to the Gram matrix
     values = _singular_values(embeddings)
     numbers["collapse/rank"] = _rank(values)
     numbers["collapse/effective_rank"] = _effective_rank(values)
@@ -52,14 +53,14 @@ def metrics(
 
 @jax.jit
 def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-  """Returns the mean cosine of two different rows of `embeddings` `[N, D]`, not centred.
+  """Returns the mean cosine of two different rows of `embeddings` `[N, D]`.
 
-  1 if all rows point in one direction, about 0 if directions have no preference, never below
-  -1 / (N - 1). Of unit rows u, the sum over pairs is |sum u|^2 - sum |u|^2. A row of zeros has
-  cosine 0 with every other; a single row, which has no other, gives 1, as equal rows would.
+  It is 1 if all rows point in the same direction, about 0 if the directions are random, and never
+  below -1 / (N - 1). For unit rows u, the sum over pairs is |sum u|^2 - sum |u|^2. A row of zeros
+  has cosine 0 with every other row. A single row gives 1, as equal rows do.
 
   Raises:
-    ValueError: if `embeddings` is no matrix with at least one row and one column.
+    ValueError: if `embeddings` is not a matrix or is empty, or if `mask` does not fit it.
 
   Example:
     >>> mean_cosine(jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])).round(4)
@@ -67,7 +68,7 @@ def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.
   """
   embeddings = _matrix(embeddings)
   mask = _rows(embeddings, mask)
-  # Through the largest entry first: squares of very small or large rows leave float32.
+  # Divide by the largest entry first: squares of very small or large rows would leave float32.
   embeddings = jnp.where(mask[:, None], embeddings, 0)
   largest = jnp.max(jnp.abs(embeddings), axis=1, keepdims=True)
   scaled = embeddings / jnp.where(largest > 0, largest, 1)
@@ -84,12 +85,12 @@ def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.
 def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Returns the root mean squared distance of two different rows of `embeddings` `[N, D]`.
 
-  In the unit of the embeddings; compare it with their mean norm. The plain mean distance (never
-  larger than this) needs all pairs; the mean of squares is twice the total unbiased variance. 0 if
-  all rows are equal, or there is one. `mask` as in `metrics`.
+  It has the unit of the embeddings; compare it with their mean norm. It is 0 if all rows are equal
+  or there is only one. The mean of the squared distances is twice the total unbiased variance. The
+  mean distance itself would need all pairs; it is never larger than this.
 
   Raises:
-    ValueError: if `embeddings` is no matrix with at least one row and one column.
+    ValueError: if `embeddings` is not a matrix or is empty, or if `mask` does not fit it.
 
   Example:
     >>> spread(jnp.array([[0.0, 0.0], [3.0, 4.0]]))
@@ -97,8 +98,8 @@ def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array
   """
   embeddings = _matrix(embeddings)
   mask = _rows(embeddings, mask)
-  # Distances don't depend on the origin, and from one of the rows equal rows are exactly zero.
-  # It is picked by a sum, which leaves rows on their devices; indexing would gather all.
+  # Distances do not depend on the origin. With one of the rows as the origin, equal rows give an
+  # exact zero. A sum picks that row, because indexing would gather all rows on every device.
   first = (jnp.arange(len(embeddings)) == jnp.argmax(mask))[:, None]
   origin = jnp.sum(jnp.where(first, embeddings, 0), axis=0)
   shifted = jnp.where(mask[:, None], embeddings - origin, 0)
@@ -110,16 +111,16 @@ def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array
 
 @jax.jit
 def rank(embeddings: jax.Array) -> jax.Array:
-  """Returns the numerical rank of `embeddings` `[N, D]`, not centred, an integer.
+  """Returns the numerical rank of `embeddings` `[N, D]`, an integer.
 
-  It is the rank of the Gram matrix by the rule of `numpy.linalg.matrix_rank`: eigenvalues count
-  above (their number + 10) x (machine epsilon) x (the largest), the 10 for tiny matrices.
-  Singular values of the embeddings thus count above about 0.006 of the largest in float32 with
-  D = 256; what is weaker is lost in the squares, the price of a sum over devices that needs no row
-  twice.
+  This is the number of eigenvalues of the Gram matrix above (their number + 10) x (machine epsilon)
+  x (the largest one), which is the rule of `numpy.linalg.matrix_rank` with 10 added for tiny
+  matrices. In float32 and with D = 256, singular values of the embeddings thus count from about
+  0.006 of the largest. The Gram matrix squares them, so weaker ones are lost in rounding; in return
+  it is one sum over rows and devices.
 
   Raises:
-    ValueError: if `embeddings` is no matrix with at least one row and one column.
+    ValueError: if `embeddings` is not a matrix or is empty.
 
   Example:
     >>> rank(jnp.array([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]))
@@ -130,13 +131,14 @@ def rank(embeddings: jax.Array) -> jax.Array:
 
 @jax.jit
 def effective_rank(embeddings: jax.Array) -> jax.Array:
-  """Returns exp(entropy of the singular values over their sum) of `embeddings` `[N, D]`.
+  """Returns the effective rank of `embeddings` `[N, D]`.
 
-  Not centred. In [1, rank]: 1 if all rows are multiples of one, D if the columns are orthogonal and
-  of one length; 0 for nothing but zeros. Singular values that `rank` takes for 0 are 0.
+  This is exp(entropy) of the singular values divided by their sum. It lies in [1, rank]: 1 if all
+  rows are multiples of one row, D if the columns are orthogonal and equally long. It is 0 if all
+  entries are 0. Singular values that `rank` does not count are taken as 0.
 
   Raises:
-    ValueError: if `embeddings` is no matrix with at least one row and one column.
+    ValueError: if `embeddings` is not a matrix or is empty.
 
   Example:
     >>> effective_rank(jnp.eye(3)).round(4)
@@ -148,14 +150,15 @@ def effective_rank(embeddings: jax.Array) -> jax.Array:
 
 
 def _singular_values(embeddings: jax.Array) -> jax.Array:
-  """The singular values over the largest entry `[min(N, D)]`, noise put to zero."""
+  """Returns singular values `[min(N, D)]` over the largest entry; rounding errors become 0."""
   largest = jnp.max(jnp.abs(embeddings))
   scaled = embeddings / jnp.where(largest > 0, largest, 1)
   num_rows, num_features = scaled.shape
   if num_rows < num_features:
     gram = jnp.matmul(scaled, scaled.T, precision="highest")
   else:
-    # The mean apart: it may be all there is, and the sum of many equal squares would round it.
+    # Add the mean's part separately: where rows are equal it is all there is, and a sum of many
+    # equal squares would round it.
     shifted = scaled - scaled[:1]
     mean = jnp.mean(shifted, axis=0)
     centred, mean = shifted - mean, scaled[0] + mean
@@ -177,7 +180,7 @@ def _effective_rank(singular_values: jax.Array) -> jax.Array:
 
 
 def _rows(embeddings: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """The rows that count, `[N]` bool."""
+  """Returns the rows to use, `[N]` bool."""
   if mask is None:
     return jnp.ones(len(embeddings), bool)
   checks.row_mask(mask, len(embeddings))
@@ -185,7 +188,7 @@ def _rows(embeddings: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def _matrix(embeddings: jax.Array) -> jax.Array:
-  """`embeddings` in float32 or better."""
+  """Returns `embeddings` in float32 or wider."""
   checks.matrix("embeddings", embeddings)
   embeddings = jnp.asarray(embeddings)
   return embeddings.astype(jnp.promote_types(embeddings.dtype, jnp.float32))

@@ -1,13 +1,13 @@
 """Newton's method with conjugate gradients for the logistic regressions of `representation.probes`.
 
-With a 1 appended to each row x and targets y in {0, 1}, per class,
+With a 1 appended to each row x and targets y in {0, 1}, the objective of one class is
 
   1/2 |w|^2 + C sum_i s_i (softplus(w x_i) - y_i w x_i).
 
-All classes are solved at once, so that the work is products of the rows with a matrix. Rows are
-first rotated onto the principal axes of the data, which leaves |w| as it is and makes the diagonal
-of the Hessian a good preconditioner. The objective is 1-strongly convex: the length of the gradient
-bounds the distance to the optimum.
+All classes are solved at once, so the work is products of two matrices. Rows are first rotated onto
+the principal axes of the data. This leaves |w| unchanged and makes the diagonal of the Hessian a
+good preconditioner. The objective is 1-strongly convex, so the norm of the gradient bounds the
+distance to the optimum.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,25 @@ import jax.numpy as jnp
 
 
 class Problem(NamedTuple):
-  """Logistic regressions of all classes on rotated rows; P = D + 1."""
+  """One-vs-rest logistic regressions on rotated rows.
 
-  rows: jax.Array  # [N, P] with a 1 appended, times basis
-  basis: jax.Array  # [P, P] orthogonal
-  targets: jax.Array  # [N, num_classes]
-  sample_weights: jax.Array  # [N, 1]
+  Attributes:
+    rows: `[N, P]`, the features with a 1 appended (P = D + 1), times `basis`.
+    basis: `[P, P]` orthogonal.
+    targets: `[N, num_classes]`, 0 or 1.
+    sample_weights: `[N, 1]`.
+  """
+
+  rows: jax.Array
+  basis: jax.Array
+  targets: jax.Array
+  sample_weights: jax.Array
 
 
 def make_problem(
   features: jax.Array, labels: jax.Array, sample_weights: Any, num_classes: int
 ) -> Problem:
+  """Returns the problem for features `[N, D]`, labels `[N]` and weights `[N]`; None means ones."""
   rows = with_ones(features)
   targets = jax.nn.one_hot(labels, num_classes, dtype=rows.dtype)
   weights = jnp.ones(len(rows)) if sample_weights is None else jnp.asarray(sample_weights)
@@ -40,7 +48,11 @@ def make_problem(
 def minimise(
   problem: Problem, C: jax.Array, start: jax.Array, tolerance: Any, max_steps: int
 ) -> jax.Array:
-  """Returns the rotated optimum `[P, num_classes]`, by Newton's method from `start`."""
+  """Returns the optimum `[P, num_classes]` in rotated coordinates; multiply it by `basis`.
+
+  A class stops once the norm of its gradient is at most `tolerance` times that at 0, and all stop
+  after `max_steps`. `start` is `[P, num_classes]`, in rotated coordinates too.
+  """
   rows, targets = problem.rows, problem.targets
   strengths = C.astype(rows.dtype) * problem.sample_weights
   squares = rows**2
@@ -59,8 +71,9 @@ def minimise(
     probs = jax.nn.sigmoid(logits)
     curvature = strengths * probs * (1 - probs)
     norms = _norms(slope)
-    # Loose far from the optimum, so that few products are spent there; superlinear near it. Classes
-    # that are done are told to stay.
+    # Solve for the direction loosely far from the optimum, where precision is wasted, and ever more
+    # precisely near it, so that convergence is superlinear. Finished classes get an infinite goal
+    # and do not move.
     forcing = jnp.minimum(0.1, jnp.sqrt(norms / jnp.where(at_zero > 0, at_zero, 1)))
     goal = jnp.where(norms > tolerance * at_zero, forcing * norms, jnp.inf)
     direction = _conjugate_gradients(
@@ -79,7 +92,7 @@ def minimise(
 def _conjugate_gradients(
   product: Callable[[jax.Array], jax.Array], target: jax.Array, diagonal: jax.Array, goal: jax.Array
 ) -> Any:
-  """Solves product(v) = target column by column until the residual is shorter than `goal`."""
+  """Solves product(v) = target for all columns, until each residual norm is at most `goal`."""
 
   def unfinished(carry: Any) -> jax.Array:
     _, residual, _, _, step = carry
@@ -105,11 +118,11 @@ def _conjugate_gradients(
 def _step_sizes(
   solution: Any, direction: Any, logits: Any, change: Any, targets: Any, strengths: Any, slope: Any
 ) -> jax.Array:
-  """Halves each class's step until its loss falls by a fair share of what the slope promises."""
+  """Halves the step of each class until its loss decreases sufficiently (the Armijo rule)."""
   now = jax.nn.softplus(logits)
   promised = jnp.sum(slope * direction, 0)
   cross, square = jnp.sum(solution * direction, 0), jnp.sum(direction**2, 0)
-  # Differences smaller than this are rounding.
+  # Differences below this are rounding errors.
   slack = 10 * jnp.finfo(logits.dtype).eps * jnp.sum(strengths * now, 0)
 
   def too_long(sizes: jax.Array) -> jax.Array:
@@ -128,7 +141,7 @@ def _step_sizes(
 
 
 def with_ones(features: jax.Array) -> jax.Array:
-  """Returns `[N, D + 1]`, the features with a 1 appended, in float32 or better."""
+  """Returns `[N, D + 1]`, the features with a 1 appended, in float32 or wider."""
   features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
   return jnp.concatenate([features, jnp.ones((features.shape[0], 1), features.dtype)], axis=1)
 

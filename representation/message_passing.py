@@ -1,16 +1,17 @@
-"""Sums over the neighbours of nodes, forward and backward, at the speed of memory.
+"""Sums over the neighbours of each node, and their gradients, at the speed of memory.
 
   y[r] = sum of weights[slot] * x[sender of the slot], over the slots of receiver r.
 
-A scatter-add has to expect that two edges meet in one place, and XLA's sorted segment sum on a CPU
-takes twenty times as long as the memory traffic asks for. Here edges lie in rows of at most K slots
-(`Neighbours`): a receiver has as many rows as its neighbours fill, so a hub costs what its edges
-cost. A row is K gathers that add up in registers; only the rows of one receiver are joined by a
-segment sum. The gradient is the same sum over the transposed rows, and needs no scatter either.
+A scatter-add has to handle two edges that write to one place. On a CPU, XLA's sorted segment sum
+takes twenty times as long as the memory traffic needs. Here the edges lie in rows of at most K
+slots (`Neighbours`). Every row belongs to one receiver, and a receiver has as many rows as it needs
+for its neighbours, so a hub costs no more than its edges. A row is K gathers that are summed in
+registers; a segment sum joins only the rows of the same receiver. The gradient is the same sum over
+the rows of the transposed graph, so it needs no scatter either.
 
-Weights and masks of edges are arrays `[R, K]` in the layout of the slots, so that one drawn for a
-step is used without moving it: `weights[i, k]` belongs to the edge from `senders[i, k]` to
-`receivers[i]`. `to_slots` brings what is given by edge there.
+Weights and masks of edges are arrays `[R, K]` with one entry for each slot: `weights[i, k]` belongs
+to the edge from `senders[i, k]` to `receivers[i]`. A random mask that is drawn in this shape needs
+no further gather. `to_slots` brings an array with one entry for each edge into this shape.
 """
 
 import dataclasses
@@ -22,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding import checks
+
 _CHUNKS = (4, 8, 16, 32)
-_BLOCK = 512  # rows whose products are taken at once
-_JOIN = 3  # cost of joining one row of slots, in gathered slots (two CPU cores, 256 features)
+_BLOCK = 512  # rows whose products are computed at once
+_JOIN = 3  # cost of joining one row, in units of one slot (measured on two CPU cores, 256 features)
 
 
 @functools.partial(
@@ -34,15 +37,15 @@ _JOIN = 3  # cost of joining one row of slots, in gathered slots (two CPU cores,
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Edges in rows of K slots, each row of one receiver.
+  """Edges in R rows of K slots; all edges of a row have the same receiver.
 
   Attributes:
     senders: `[R, K]` int32; 0 in empty slots.
     receivers: `[R]` int32, ascending; nodes without neighbours have no row.
     mask: `[R, K]` bool, false in empty slots.
-    edges: `[R, K]` int32, which edge of the list lies there; 0 in empty slots. Of the transposed
-      rows: which slot of the forward ones.
-    num_receivers: static.
+    edges: `[R, K]` int32, the position of each edge in the list of edges; 0 in empty slots. In
+      transposed rows, the position of the edge among the slots of the forward rows.
+    num_receivers: number of nodes that can receive; static.
   """
 
   senders: Any
@@ -59,14 +62,14 @@ class Rows:
 )
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-  """Who sends to whom, laid out for `neighbour_sum` and its gradient; from `layout`.
+  """The edges of a graph, laid out by `layout` for `neighbour_sum` and its gradient.
 
   Attributes:
-    rows: by receiver.
-    transposed: by sender; its `edges` point into the flattened slots of `rows`.
-    num_edges: static.
-    num_blocks: static; above 1, nodes and rows are so many equal parts side by side, each of its
-      own edges: sums are taken part by part, and where parts lie on devices nothing moves.
+    rows: the edges by receiver.
+    transposed: the edges by sender; its `edges` point into the flattened slots of `rows`.
+    num_edges: length of the list of edges; static.
+    num_blocks: number of equal blocks of nodes and rows without an edge between two of them;
+      static. Sums are taken block by block, so with one block on each device no data moves.
   """
 
   rows: Rows
@@ -76,12 +79,12 @@ class Neighbours:
 
   @property
   def num_receivers(self) -> int:
-    """Number of nodes that receive."""
+    """Number of nodes that can receive."""
     return self.rows.num_receivers
 
   @property
   def num_senders(self) -> int:
-    """Number of nodes that send."""
+    """Number of nodes that can send."""
     return self.transposed.num_receivers
 
   @property
@@ -109,24 +112,24 @@ def layout(
   chunk_size: int | None = None,
   num_rows_multiple: int = 1,
 ) -> Neighbours:
-  """Returns the layout of a list of directed edges; on the host, once a graph.
+  """Returns the layout of a list of directed edges; call it once for each graph, on the host.
 
   Args:
     senders: `[E]` int.
     receivers: `[E]` int.
-    num_receivers: number of receiving nodes.
-    num_senders: number of sending nodes; the same by default.
-    chunk_size: K; by default the one of 4, 8, 16 and 32 that costs least, for each direction.
-    num_rows_multiple: empty rows are added until their number is a multiple, such as that of the
-      devices which share them.
+    num_receivers: number of nodes that can receive.
+    num_senders: number of nodes that can send; the default is `num_receivers`.
+    chunk_size: K; the default is the cheapest of 4, 8, 16 and 32, chosen for each direction.
+    num_rows_multiple: empty rows are added until the number of rows is a multiple of this, such as
+      the number of devices that share them.
 
   Raises:
     ValueError: if the lists differ in length or an index is out of range.
   """
   num_senders = num_receivers if num_senders is None else num_senders
-  for name, count in (("chunk_size", chunk_size), ("num_rows_multiple", num_rows_multiple)):
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-      raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+  if chunk_size is not None:
+    checks.count("chunk_size", chunk_size)
+  checks.count("num_rows_multiple", num_rows_multiple)
   senders, receivers = checked_edges(senders, receivers, num_receivers, num_senders)
   options: Any = {"chunk_size": chunk_size, "multiple": num_rows_multiple}
   edges = np.arange(len(senders))
@@ -138,22 +141,22 @@ def layout(
 def checked_edges(
   senders: Any, receivers: Any, num_receivers: int, num_senders: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns both lists as `[E]` int32, or raises the errors of `layout`."""
+  """Returns both lists as arrays `[E]` int32, after the checks that `layout` makes."""
   senders, receivers = np.asarray(senders), np.asarray(receivers)
   if senders.ndim != 1 or senders.shape != receivers.shape:
     raise ValueError(
-      f"senders and receivers must be lists of one length, got shapes {senders.shape} and "
+      f"senders and receivers must be lists of equal length, got shapes {senders.shape} and "
       f"{receivers.shape}"
     )
   for name, index, size in (
     ("senders", senders, num_senders),
     ("receivers", receivers, num_receivers),
   ):
-    if index.size and not np.issubdtype(index.dtype, np.integer):  # an empty list has none
+    if index.size and not np.issubdtype(index.dtype, np.integer):  # an empty list is float
       raise ValueError(f"{name} must be integers, got {index.dtype}")
     if index.size and (index.min() < 0 or index.max() >= size):
       wrong = int(np.flatnonzero((index < 0) | (index >= size))[0])
-      raise ValueError(f"{name}[{wrong}]={index[wrong]} is no node: give numbers in [0, {size})")
+      raise ValueError(f"{name} must lie in [0, {size}), got {index[wrong]} at position {wrong}")
   return senders.astype(np.int32), receivers.astype(np.int32)
 
 
@@ -166,15 +169,15 @@ def make_rows(
   chunk_size: int | None,
   multiple: int,
 ) -> tuple[Rows, np.ndarray]:
-  """Returns the rows of one direction in NumPy, and for each edge of the list its slot, `[E]`.
+  """Returns the rows of one direction, in NumPy, and the slot of each edge, `[E]`.
 
   Args:
     senders: `[E]` int32.
     receivers: `[E]` int32.
-    edges: `[E]` what `Rows.edges` says in each slot.
-    num_receivers: static.
-    chunk_size: slots of a row; None as in `layout`.
-    multiple: of which the number of rows is.
+    edges: `[E]`, the entries of `Rows.edges`.
+    num_receivers: number of nodes that can receive.
+    chunk_size: K; None chooses as in `layout`.
+    multiple: the number of rows becomes a multiple of this.
   """
   order = np.argsort(receivers, kind="stable")
   degrees = np.bincount(receivers, minlength=num_receivers)
@@ -189,7 +192,8 @@ def make_rows(
   flat = np.zeros((3, num_rows * chunk_size), np.int32)
   flat[0, slots], flat[1, slots], flat[2, slots] = senders[order], edges[order], 1
   shaped = flat.reshape(3, num_rows, chunk_size)
-  owners = np.full(num_rows, max(num_receivers - 1, 0), np.int32)  # of empty rows: still ascending
+  # Empty rows belong to the last node, so that receivers stay ascending.
+  owners = np.full(num_rows, max(num_receivers - 1, 0), np.int32)
   owners[: counts.sum()] = np.repeat(np.arange(num_receivers), counts)
   by_edge = np.zeros(len(order), np.int64)
   by_edge[order] = slots
@@ -204,9 +208,17 @@ def make_rows(
 
 
 def to_slots(neighbours: Neighbours, values: jax.Array) -> jax.Array:
-  """Returns what is given for each edge, `[E, ...]`, as `[R, K, ...]`; zeros in empty slots."""
+  """Returns values of edges `[E, ...]` in the layout of the slots, `[R, K, ...]`.
+
+  Empty slots get zeros.
+
+  Raises:
+    ValueError: if there is not one row for each edge.
+  """
   if values.shape[0] != neighbours.num_edges:
-    raise ValueError(f"values must have {neighbours.num_edges} rows, got shape {values.shape}")
+    raise ValueError(
+      f"values must have one row for each of {neighbours.num_edges} edges, got shape {values.shape}"
+    )
   if not neighbours.num_edges:
     return jnp.zeros((*neighbours.mask.shape, *values.shape[1:]), values.dtype)
   found = values[neighbours.rows.edges]
@@ -215,7 +227,7 @@ def to_slots(neighbours: Neighbours, values: jax.Array) -> jax.Array:
 
 
 def degrees(neighbours: Neighbours, weights: jax.Array) -> jax.Array:
-  """Returns the sum of the weights `[R, K, ...]` of each receiver, `[num_receivers, ...]`."""
+  """Returns the sum of weights `[R, K, ...]` over the edges of each receiver, `[N, ...]`."""
   sums = jnp.sum(weights, axis=1)
   if neighbours.num_blocks > 1:
     return _block_by_block(lambda sums, block: _join(sums, block.rows), neighbours, sums)
@@ -232,42 +244,42 @@ def neighbour_sum(
   """Returns the weighted sum over each node's neighbours.
 
   Args:
-    values: `[num_senders, ..., D]` what is sent.
+    values: `[num_senders, ..., D]` floating, the messages.
     neighbours: the graph.
-    weights: `[R, K]`, or `[R, K, ...]` with a weight for each of the first axes of what is sent,
-      such as attention heads; what empty slots say is ignored. The edge mask gives a plain sum.
-    implementation: "rows" (this module's), "segments" (XLA's segment sum, over slots), or "auto":
-      rows on a CPU, segments elsewhere.
+    weights: `[R, K]`, or `[R, K, ...]` with further axes that match the first axes of a message,
+      such as attention heads. Weights of empty slots are ignored. `neighbours.mask` as weights
+      gives a plain sum.
+    implementation: "rows" (of this module), "segments" (XLA's segment sum over all slots) or "auto"
+      (rows on a CPU, segments elsewhere).
 
   Returns:
-    `[num_receivers, ..., D]`; gradients reach `values` and `weights`. Rows have a reverse mode only
-    (`grad`, of any order); `jvp` wants segments.
+    `[num_receivers, ..., D]`. Both `values` and `weights` get gradients. "rows" supports reverse
+    mode of any order but no forward mode; use "segments" with `jax.jvp`.
 
   Raises:
-    ValueError: if a shape does not fit, or there is no such implementation.
+    ValueError: if shapes do not fit, `values` are integers, or `implementation` is unknown.
   """
   if weights.shape[:2] != neighbours.mask.shape:
     raise ValueError(
-      f"weights must begin with [R, K] = {list(neighbours.mask.shape)} as the slots do, got shape "
-      f"{weights.shape}: to_slots brings weights of edges there"
+      f"weights must have shape [R, K, ...], [R, K] = {list(neighbours.mask.shape)}, got "
+      f"{weights.shape}: convert weights [E] with to_slots"
     )
   if values.ndim < 1 or values.shape[0] != neighbours.num_senders:
     raise ValueError(
-      f"values must have a row for each of {neighbours.num_senders} senders, got {values.shape}"
+      f"values must have one row for each of {neighbours.num_senders} senders, got {values.shape}"
     )
   if not jnp.issubdtype(values.dtype, jnp.inexact):
     raise ValueError(
-      f"values must be floating, got {values.dtype}, in which weights would lose their fractions"
+      f"values must be floating, got {values.dtype}: weights would be rounded to integers"
     )
   if weights.shape[2:] != values.shape[1 : weights.ndim - 1]:
     raise ValueError(
-      f"weights of shape {weights.shape} do not fit what is sent, {values.shape}: their axes after "
-      "the slots must be its first ones after the nodes"
+      f"weights of shape {weights.shape} do not fit values of shape {values.shape}: the axes of "
+      "weights after [R, K] must be the axes of values after the first"
     )
   weights = jnp.where(_expand(neighbours.mask, weights.ndim), weights, 0).astype(values.dtype)
-  functions: dict[str, Any] = {"rows": _by_rows, "segments": _by_segments, "auto": _by_platform}
-  if implementation not in functions:
-    raise ValueError(f"implementation must be 'auto', 'rows' or 'segments', got {implementation!r}")
+  functions: dict[str, Any] = {"auto": _by_platform, "rows": _by_rows, "segments": _by_segments}
+  checks.choice("implementation", implementation, list(functions))
   function = functions[implementation]
   if neighbours.num_blocks > 1:
 
@@ -283,7 +295,7 @@ def _by_platform(values: jax.Array, neighbours: Neighbours, weights: jax.Array) 
 
 
 def _block_by_block(function: Any, neighbours: Neighbours, arrays: Any) -> jax.Array:
-  """Returns `function(arrays, neighbours)` of each block, side by side."""
+  """Returns `function(arrays, neighbours)` of each block, concatenated."""
   num_blocks = neighbours.num_blocks
   cut = jax.tree.map(
     lambda leaf: leaf.reshape(num_blocks, -1, *leaf.shape[1:]), (arrays, neighbours)
@@ -293,7 +305,7 @@ def _block_by_block(function: Any, neighbours: Neighbours, arrays: Any) -> jax.A
   sizes = neighbours.num_senders // num_blocks, neighbours.num_receivers // num_blocks
 
   def local(rows: Rows, num_senders: int, num_receivers: int) -> Rows:
-    def shift(numbers, size):  # to numbers within the block
+    def shift(numbers, size):  # to positions within the block
       first = size * jnp.arange(num_blocks, dtype=numbers.dtype)
       return numbers - first.reshape(-1, *[1] * (numbers.ndim - 1))
 
@@ -335,7 +347,7 @@ def _backward(saved: Any, cotangents: jax.Array) -> tuple[jax.Array, None, jax.A
   flat = weights.reshape(-1, *weights.shape[2:])
   moved = flat[transposed.edges]
   moved = jnp.where(_expand(transposed.mask, moved.ndim), moved, 0)
-  # Dropped by the compiler where nobody asks for the gradient of weights.
+  # The compiler drops this where the gradient of the weights is not used.
   to_weights = _products(values, cotangents, rows, weights)
   return _sum_rows(cotangents, transposed, moved), None, to_weights
 
@@ -343,9 +355,9 @@ def _backward(saved: Any, cotangents: jax.Array) -> tuple[jax.Array, None, jax.A
 def _products(
   values: jax.Array, cotangents: jax.Array, rows: Rows, weights: jax.Array
 ) -> jax.Array:
-  """Returns the product of each slot's sender and receiver, in the shape of the weights.
+  """Returns the dot product of each slot's sender and receiver, in the shape of the weights.
 
-  A block of rows at a time: what is gathered for it stays in the cache.
+  Rows are processed in blocks, so that the gathered values stay in the cache.
   """
   heads = math.prod(weights.shape[2:])
   sent = values.reshape(len(values), heads, -1)
@@ -364,10 +376,10 @@ _by_rows.defvjp(_forward, _backward)
 
 
 def _sum_rows(values: jax.Array, rows: Rows, weights: jax.Array) -> jax.Array:
-  # Else XLA computes both anew for every slot that reads them, inside the loop over slots.
+  # Without the barrier XLA recomputes both for each slot that reads them.
   values, weights = jax.lax.optimization_barrier((values, weights))
   total = jnp.zeros((), values.dtype)
-  for k in range(rows.senders.shape[1]):  # unrolled: one pass that keeps the sum in registers
+  for k in range(rows.senders.shape[1]):  # unrolled, so that the sum stays in registers
     total = total + _expand(weights[:, k], values.ndim) * values[rows.senders[:, k]]
   return _join(total, rows)
 

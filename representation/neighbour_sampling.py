@@ -1,22 +1,23 @@
-"""Samples of a graph for steps that cannot hold the whole of it: static shapes, drawn on the host.
+"""Samples of a graph that is too large for one step: static shapes, drawn on the host.
 
-A sample begins with central nodes, which alone a loss counts. Each of them gets up to `fan_outs[0]`
-of its in-neighbours, drawn without replacement; each node met there for the first time up to
-`fan_outs[1]` of its own, and so on. A node is there once, however often it is met, and with it one
-set of in-edges. With as many hops as an encoder has layers, and fan-outs no smaller than the
-largest degree, layers without normalisation over nodes give the central nodes what they would in
-the whole graph.
+A sample starts from central nodes; only these enter a loss. For each of them up to `fan_outs[0]`
+in-neighbours are drawn without replacement. For each node found in this way for the first time, up
+to `fan_outs[1]` of its in-neighbours are drawn, and so on. A node occurs once in a sample, with one
+set of in-edges, however often it is drawn.
 
-Degrees are those of the whole graph, in it or estimated: of the d in-edges of a node c are drawn,
-and each stands for d / c of them (`Graph.edge_scale`), so that a sum over neighbours has the right
-expectation, and after edges have been dropped the degree is an unbiased estimate of what it would
-be. Nodes of the last hop only send: none of their in-edges is there, `Graph.outside_degree` says
-how many there are, and normalisation does not see them (`Graph.mask`).
+With as many hops as an encoder has layers, and fan-outs of at least the largest degree, the central
+nodes get the same embeddings as in the whole graph, provided that the encoder has no normalisation
+over nodes.
 
-The sample of one step is blocks of equal shape side by side, one for each device; no edge joins
-two of them, and each is a graph of its own for normalisation over graphs.
+Sums over neighbours and degrees are unbiased. If c of the d in-edges of a node are drawn, each
+stands for d / c edges (`Graph.edge_scale`); this also holds after edges have been dropped at
+random. Nodes of the last hop only send. None of their in-edges is drawn; `Graph.outside_degree`
+holds their number, and normalisation leaves these nodes out (`Graph.mask`).
 
-Reference: Hamilton et al. 2017, https://arxiv.org/abs/1706.02216 (sampling); Chen et al. 2018,
+The sample of one step consists of blocks of equal shape, one for each device. No edge joins two
+blocks, and normalisation over a graph treats each block as a graph.
+
+References: Hamilton et al. 2017, https://arxiv.org/abs/1706.02216 (sampling); Chen et al. 2018,
 https://arxiv.org/abs/1801.10247, section 2 (why sums are scaled).
 """
 
@@ -28,18 +29,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from representation import checks, graphs, message_passing
+from representation import graphs, message_passing
+from sharding import checks
 
-_SENDER_CHUNK = 4  # most nodes of a sample send to few others
+_SENDER_CHUNK = 4  # small, because most nodes of a sample send to few others
 
 
 class Sampler:
-  """Draws samples of one graph; calls may run in several threads at once.
+  """Draws samples of one graph; several threads may call it at once.
 
   Attributes:
-    num_nodes: of one block, padding included: as many as the fan-outs can reach.
-    batch_size: central nodes of a step.
-    num_blocks: in which these are read.
+    fan_outs: the most in-neighbours that are drawn for a node, by hop.
+    num_nodes: number of nodes in a block, with padding: as many as the fan-outs can reach.
+    batch_size: number of central nodes in a step, over all blocks.
+    num_blocks: number of blocks in a step.
   """
 
   def __init__(
@@ -52,32 +55,32 @@ class Sampler:
     batch_size: int,
     num_blocks: int = 1,
   ):
-    """Sorts the edges by receiver, once.
+    """Sorts the edges by receiver.
 
     Args:
-      features: `[N, D]`, an array or a matrix of `scipy.sparse`; those of a sample are dense.
-      senders: `[E]` int; each undirected edge comes twice.
+      features: `[N, D]`, an array or a `scipy.sparse` matrix; samples hold them as a dense array.
+      senders: `[E]` int; list both directions of an undirected edge.
       receivers: `[E]` int.
-      fan_outs: the most in-neighbours that are drawn for a node, by hop from the centre.
-      batch_size: central nodes of a step, in all blocks together.
-      num_blocks: a divisor of it, such as the number of devices.
+      fan_outs: the most in-neighbours that are drawn for a node, by hop from the central nodes.
+      batch_size: number of central nodes in a step, over all blocks.
+      num_blocks: a divisor of `batch_size`, such as the number of devices.
 
     Raises:
-      ValueError: if a number is out of range, blocks cannot be equal, or an edge is one that
-        `graphs.make_graph` refuses.
+      ValueError: if a number is out of range, the blocks would not be equal, or `graphs.make_graph`
+        would refuse an edge.
     """
     total = features.shape[0]
     self.fan_outs = tuple(fan_outs)
     if not self.fan_outs:
-      raise ValueError("fan_outs must have a number for each hop, got none: give (10, 5), say")
+      raise ValueError("fan_outs must have one number for each hop, got none: give e.g. (10, 5)")
     for fan_out in self.fan_outs:
       checks.count("fan_outs", fan_out)
     checks.count("batch_size", batch_size)
     checks.count("num_blocks", num_blocks)
     if batch_size % num_blocks or batch_size > total:
       raise ValueError(
-        f"batch_size is {batch_size}: give a multiple of {num_blocks}, the number of blocks, of at "
-        f"most {total}, the number of nodes"
+        f"batch_size must be a multiple of num_blocks = {num_blocks} and at most the number of "
+        f"nodes, {total}, got {batch_size}"
       )
     senders, receivers = graphs.checked_edges(senders, receivers, total)
     order = np.argsort(receivers, kind="stable")
@@ -85,7 +88,7 @@ class Sampler:
     self._degrees = np.bincount(receivers, minlength=total)
     self._starts = np.cumsum(self._degrees) - self._degrees
     self.batch_size, self.num_blocks = batch_size, num_blocks
-    # How many nodes each hop can add, and with that the shapes of a block.
+    # The most nodes that each hop can add. They decide the shapes of a block.
     reach = [batch_size // num_blocks]
     for fan_out in self.fan_outs:
       reach.append(reach[-1] * fan_out)
@@ -93,23 +96,22 @@ class Sampler:
     self._num_rows = min(total, sum(reach[:-1]))
     self._width = max(self.fan_outs)
     edges = min(sum(reach[1:]), self._num_rows * self._width, max(len(senders), 1))
-    # Full rows, and one that is not full for each node that sends.
+    # The most rows: the full ones, and one that is not full for each node that sends.
     partial = min(edges, self.num_nodes) * (_SENDER_CHUNK - 1)
     self._num_transposed = (edges + partial) // _SENDER_CHUNK
 
   def __call__(self, nodes: Any, rng: np.random.Generator) -> graphs.Graph:
-    """Returns a sample around some nodes, of NumPy arrays with shapes that are always the same.
+    """Returns a sample of NumPy arrays, always with the same shapes.
 
     Args:
-      nodes: `[batch_size]` int central nodes; one that comes twice counts once.
-      rng: what the sample depends on, besides the nodes.
+      nodes: `[batch_size]` int, the central nodes; duplicates within a block count once.
+      rng: draws the neighbours.
 
     Raises:
-      ValueError: if there are fewer or more of them, or one is no node.
+      ValueError: if there are not `batch_size` nodes, or one of them does not exist.
     """
-    checks.row_numbers("nodes", nodes, len(self._degrees), ndim=1)
-    if len(nodes) != self.batch_size:
-      raise ValueError(f"nodes must be batch_size = {self.batch_size} numbers, got {len(nodes)}")
+    checks.row_numbers("nodes", nodes, len(self._degrees), ndim=1, fetch=True)
+    checks.shape("nodes", nodes, (self.batch_size,), "[batch_size]")
     parts = np.split(np.asarray(nodes), self.num_blocks)
     blocks = [self._block(part, rng, index) for index, part in enumerate(parts)]
     treedef = jax.tree.structure(blocks[0])
@@ -155,11 +157,11 @@ class Sampler:
   def _draw(
     self, nodes: np.ndarray, fan_out: int, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns in-neighbours `[n, fan_out]` of nodes, all different, and which entries count."""
+    """Returns distinct in-neighbours `[n, fan_out]` of n nodes, and a mask of the real entries."""
     degrees = self._degrees[nodes]
     places = np.tile(np.arange(fan_out), (len(nodes), 1))
     many = np.flatnonzero(degrees > fan_out)
-    # Floyd's sampling without replacement: its work is that of the fan-out, not of the degree.
+    # Floyd's sampling without replacement: the work grows with the fan-out, not with the degree.
     picked = np.zeros((len(many), fan_out), np.int64)
     for k in range(fan_out):
       last = degrees[many] - fan_out + k
@@ -174,7 +176,7 @@ class Sampler:
   def _layout(
     self, senders: np.ndarray, receivers: np.ndarray, index: int
   ) -> tuple[message_passing.Neighbours, np.ndarray]:
-    """Returns the edges of a block, numbered as part of all blocks, and the slot of each in it."""
+    """Returns the edges of a block, with node numbers over all blocks, and the slot of each."""
     rows, slots = message_passing.make_rows(
       senders, receivers, np.arange(len(senders)), self.num_nodes,
       chunk_size=self._width, multiple=self._num_rows,
@@ -193,7 +195,7 @@ class Sampler:
         num_receivers=self.num_blocks * self.num_nodes,
       )
 
-    # The number of edges is part of the compiled type: it is that of the slots, always the same.
+    # `num_edges` is static, so a varying number would compile again: give the number of slots.
     num_slots = rows.mask.size
     neighbours = message_passing.Neighbours(
       shift(rows, num_slots),

@@ -1,18 +1,18 @@
-"""ARMAC with tables in place of networks: by exact expectations, and from sampled episodes.
+"""ARMAC with tables in place of networks: with exact expectations, and from sampled episodes.
 
-Exact (`exact_update`): every regression of `armac` is replaced by the conditional mean it aims at.
-With a_t(s) the advantages of pi^t at the histories of s, weighted with the others' reach, and
-w_t(s) the sum of these weights,
+Exact (`exact_update`): each regression of `armac` is replaced by the conditional mean that is its
+minimum. At the histories of a state s, weight the advantages of pi^t by the others' reach. Let
+a_t(s) be their sum and w_t(s) the sum of the weights. Then
 
   W(s, .) = sum_{j<=t} a_j(s, .) / sum_{j<=t} w_j(s),   pi^{t+1} = RM(W),
 
-whatever the explorers did. This is CFR with all players updated at once, and the mean policy is its
-average. For more than two players the mean policy that episodes teach is weighted with the reach of
-the other past policies too, which is not CFR's average: refused here.
+whatever the explorers did. This is CFR that updates all players at once, and the mean policy is
+CFR's average policy. With more than two players, episodes also weight the mean policy by the reach
+of the other past policies. That is not CFR's average, so such games are refused.
 
-Sampled (`update`): the episodes of `armac.sample`, and tables that take the mean of what an epoch
-teaches them; the critic goes a fixed share of the way to each Tree-Backup target. What is left of
-the distance from equilibrium is the noise of one epoch's means.
+Sampled (`update`): the episodes of `armac_play.sample`. The actor's tables take the mean of what an
+epoch teaches them; the critic's table moves a fixed share of the way to each Tree-Backup target.
+What remains of the distance from equilibrium is the noise of one epoch's means.
 
 Reference: Gruslys et al. 2020, https://arxiv.org/abs/2008.12234.
 """
@@ -23,7 +23,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl_theory import armac, games, regret_matching, returns
+from rl_theory import (
+  armac,
+  armac_epochs,
+  armac_play,
+  games,
+  policy_arrays,
+  regret_matching,
+  returns,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -35,9 +43,9 @@ class ExactState(NamedTuple):
   """Running sums over epochs.
 
   Attributes:
-    regret_sums: `[S, A]` advantages of all past policies, weighted with the others' reach.
+    regret_sums: `[S, A]` advantages of all past policies, weighted by the others' reach.
     regret_weights: `[S]` sum of these weights.
-    policy_sums: `[S, A]` past policies, weighted with their player's own reach.
+    policy_sums: `[S, A]` past policies, weighted by their player's own reach.
     step: scalar int32, epochs done.
   """
 
@@ -51,19 +59,19 @@ def exact_init(game: games.Game) -> ExactState:
   """Returns the state before the first epoch, whose policy is uniform.
 
   Raises:
-    ValueError: if the game has not two players.
+    ValueError: if the game does not have two players.
   """
   if game.num_players != 2:
     raise ValueError(
-      f"game must have two players, got {game.num_players} in {game.layout.name}: the mean policy "
-      "of more is no longer CFR's average; cfr.solve or armac.epoch takes them"
+      f"game must have two players, got {game.num_players} in {game.layout.name}: with more the "
+      "mean policy is not CFR's average; use cfr.solve or armac_epochs.epoch"
     )
   zeros = jnp.zeros(game.legal.shape, game.utilities.dtype)
   return ExactState(zeros, zeros[:, 0], jnp.zeros_like(zeros), jnp.zeros((), jnp.int32))
 
 
 def mean_regrets(state: ExactState) -> jax.Array:
-  """Returns W `[S, A]`, 0 where the other player never let a state be reached."""
+  """Returns W `[S, A]`, 0 at states that the other player has never reached."""
   weights = state.regret_weights[:, None]
   return jnp.where(weights > 0, state.regret_sums / jnp.where(weights > 0, weights, 1), 0)
 
@@ -74,16 +82,17 @@ def exact_policy(game: games.Game, state: ExactState) -> jax.Array:
 
 
 def exact_mean_policy(game: games.Game, state: ExactState) -> jax.Array:
-  """Returns the mean policy `[S, A]`: what goes to the equilibrium."""
+  """Returns the mean policy `[S, A]`, which converges to an equilibrium."""
   return regret_matching.normalise(state.policy_sums, game.legal)
 
 
 @jax.jit
 def exact_update(state: ExactState, game: games.Game) -> tuple[ExactState, Metrics]:
-  """Returns the state after one epoch; metrics: `armac/exact_policy_change`, the largest entry.
+  """Returns the state after one epoch.
 
-  Advantages come from the values q(h, a) of single histories, not from counterfactual values: the
-  agreement with `cfr` is a result.
+  The metric `armac/exact_policy_change` is the largest change of a probability. The advantages come
+  from the values q(h, a) of single histories, not from counterfactual values, so that agreement
+  with `cfr` tests the method.
   """
   policy = exact_policy(game, state)
   values = games.history_values(game, policy)
@@ -99,7 +108,7 @@ def exact_update(state: ExactState, game: games.Game) -> tuple[ExactState, Metri
   states = jnp.where(game.info_states < 0, num_states, game.info_states)
   add = functools.partial(jax.ops.segment_sum, segment_ids=states, num_segments=num_states)
   own_reach = jnp.take_along_axis(reach, players[:, None], 1)[:, 0]
-  # The same at all histories of a state: the largest is any of them.
+  # Own reach is the same at all histories of a state, so the maximum picks any of them.
   state_reach = jax.ops.segment_max(own_reach, states, num_states)
   new = ExactState(
     state.regret_sums + add(others_reach[:, None] * advantages),
@@ -115,7 +124,7 @@ def exact_update(state: ExactState, game: games.Game) -> tuple[ExactState, Metri
 
 
 class Actor(NamedTuple):
-  """The tables of the two heads, `[S, A]` each."""
+  """The actor's two tables, `[S, A]` each: mean regrets and mean policy."""
 
   regrets: jax.Array
   policies: jax.Array
@@ -134,16 +143,16 @@ TABLES = armac.Networks(_act, _evaluate)
 
 
 def observations(game: games.Game) -> jax.Array:
-  """Returns `[H, n, 2]` int: the mover's information state, and the history, for every player."""
+  """Returns what the tables read, `[H, n, 2]` int: the mover's information state, the history."""
   rows = jnp.stack([jnp.maximum(game.info_states, 0), jnp.arange(len(game.parents))], axis=-1)
   return jnp.repeat(rows[:, None], game.num_players, axis=1)
 
 
 def init(game: games.Game, *, config: armac.Config) -> armac.State:
-  """Returns the state before the first epoch: no regrets, uniform policies, values of 0."""
+  """Returns the state before the first epoch: regrets and values of 0, uniform policies."""
   num_histories = len(game.parents)
   dtype = game.utilities.dtype
-  actor = Actor(jnp.zeros(game.legal.shape, dtype), games.uniform_policy(game))
+  actor = Actor(jnp.zeros(game.legal.shape, dtype), policy_arrays.uniform(game))
   critic = jnp.zeros((num_histories, game.num_players, game.layout.num_actions), dtype)
   params = armac.Params(actor, critic)
   past = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], config.capacity, axis=0), params)
@@ -160,21 +169,21 @@ def update(
   learning_rate: Any = 0.1,
   exact_critic: bool = False,
 ) -> tuple[armac.State, Metrics]:
-  """Returns the state after one epoch: play, learn the values, then the means of what they teach.
+  """Returns the state after one epoch: play, learn the values, average advantages and policies.
 
   Args:
     state: from `init` or an earlier `update` of the same game.
     game: the game.
     key: typed PRNG key.
     config: hyper-parameters; the numbers of optimisation steps are not used.
-    learning_rate: share of the way from a value to its target, episode after episode.
-    exact_critic: whether the values are computed from the tree instead of learned.
+    learning_rate: share of the way to its target that a value moves in each episode.
+    exact_critic: whether to compute the values from the tree instead of learning them.
 
   Returns:
-    The new state, and `armac/critic_error`: the mean distance of learned values from true ones
-    where the episodes were.
+    The new state, and the metric `armac/critic_error`: the mean absolute error of the values of
+    the actions played.
   """
-  batch = armac.sample(state, game, observations(game), key, apply_fn=TABLES, config=config)
+  batch = armac_play.sample(state, game, observations(game), key, apply_fn=TABLES, config=config)
   nodes, states = batch.observations[..., 0, 1], batch.observations[..., 0, 0]
   policy = regret_matching.regret_matching(state.params.actor.regrets, game.legal)
   after = games.history_values(game, policy)[game.children]
@@ -186,8 +195,8 @@ def update(
   error = jnp.take_along_axis(jnp.abs(critic - true_values)[nodes], taken, -1)
   error = jnp.sum(jnp.where(batch.mask[..., None, None], error, 0))
   error = error / (jnp.sum(batch.mask) * game.num_players)
-  state = armac.keep_critic(state._replace(params=state.params._replace(critic=critic)))
-  batch = armac.add_regrets(state, batch, apply_fn=TABLES, config=config)
+  state = armac_play.keep_critic(state._replace(params=state.params._replace(critic=critic)))
+  batch = armac_epochs.add_regrets(state, batch, apply_fn=TABLES, config=config)
   mine = batch.players == batch.learners[:, None]
   actor = Actor(
     _mean_by_state(batch.regrets, states, batch.mask & mine, state.params.actor.regrets),
@@ -198,13 +207,13 @@ def update(
     step=state.step + 1,
     env_steps=state.env_steps + jnp.sum(batch.mask, dtype=jnp.int32),
   )
-  return armac.next_epoch(state), {"armac/critic_error": error}
+  return armac_play.next_epoch(state), {"armac/critic_error": error}
 
 
 def _learn_values(
   critic: jax.Array, batch: armac.Batch, nodes: jax.Array, config: armac.Config, rate: Any
 ) -> jax.Array:
-  """Moves the values of each episode's actions towards their targets, one episode at a time."""
+  """Moves the values of played actions towards their targets, one episode at a time."""
   steps, rewards = batch.mask.shape[1], armac.final_rewards(batch.utilities, batch.mask)
 
   def learn(critic: jax.Array, episode: Any) -> tuple[jax.Array, None]:
@@ -225,7 +234,7 @@ def _learn_values(
 def _mean_by_state(
   rows: jax.Array, states: jax.Array, chosen: jax.Array, otherwise: jax.Array
 ) -> jax.Array:
-  """Returns the mean `[S, A]` of the chosen rows of each state, and `otherwise` where none is."""
+  """Returns the mean `[S, A]` of each state's chosen rows, and `otherwise` if it has none."""
   num_states = len(otherwise)
   ids = jnp.where(chosen, states, num_states).reshape(-1)
   add = functools.partial(jax.ops.segment_sum, segment_ids=ids, num_segments=num_states)

@@ -2,8 +2,8 @@
 
 Problem: an equilibrium of a game with imperfect information. Regret matching runs at every
 information state on the regrets r(s, a) = sum over h in s of the others' reach times
-(q(h, a) - v(h)); the average of the policies played, weighted with the player's own reach, goes to
-an equilibrium in two-player zero-sum games. The last policy need not.
+(q(h, a) - v(h)). The average of the policies, weighted by the player's own reach, converges to
+an equilibrium in two-player zero-sum games. The last policy need not converge.
 
 One iteration t = 1, 2, ...:
 
@@ -24,15 +24,15 @@ One iteration t = 1, 2, ...:
 | C^t(I, a) | `State.policy_sums` |
 | alpha, beta, gamma | `Config.positive_discount`, `negative_discount`, `averaging_power` |
 
-With `alternating` the players are updated in turn, each against the newest policies of those
-before; without it all at once. For more than two players or general sums the updates are the same
-and the guarantee is gone.
+With `alternating` the players are updated in turn, each against the newest policies of the players
+before it; otherwise all players are updated at once. With more than two players or general sums the
+updates are the same, but convergence is no longer guaranteed.
 
-Actions of symmetric games tie exactly, and regret matching jumps there: a regret of 1e-17 that
-only rounding made would be played with probability 1, where all regrets at 0 play uniformly. So an
-r that is no larger than the rounding error of the sums it comes from counts as 0: 8 ulp of the
-largest utility times chance's reach of the state. That keeps the ties of exact arithmetic; up to
-that rounding, the bound on the average policy does not depend on it.
+In symmetric games actions tie exactly, and regret matching is discontinuous there: if all regrets
+are 0 it plays uniformly, but a regret of 1e-17 that comes from rounding alone would be played with
+probability 1. So a regret r counts as 0 if it is no larger than the rounding error of its sum: 8
+units in the last place of the largest utility, times chance's reach of the state. This keeps the
+ties of exact arithmetic and changes the bound on the average policy by no more than that rounding.
 
 References: Zinkevich et al. 2007 (CFR), Tammelin 2014, https://arxiv.org/abs/1407.5042 (CFR+),
 Brown and Sandholm 2019, https://arxiv.org/abs/1809.04040 (linear and discounted CFR).
@@ -47,7 +47,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl_theory import game_tree, games, regret_matching, segments
+from rl_theory import game_tree, games, policy_arrays, regret_matching, segments
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 
@@ -59,13 +60,14 @@ Metrics = dict[str, jax.Array]
 )
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Hyper-parameters; the defaults are plain CFR. Numbers may be swept with `jax.vmap`.
+  """Hyper-parameters; the defaults are plain CFR. `jax.vmap` can map over the numbers.
 
   Attributes:
-    positive_discount: alpha: positive regrets keep t^alpha / (t^alpha + 1); inf keeps all of them.
-    negative_discount: beta: the same for negative ones; -inf forgets them (CFR+).
+    positive_discount: alpha: positive regrets are multiplied by t^alpha / (t^alpha + 1), which is
+      1 for inf.
+    negative_discount: beta, the same for negative regrets; -inf sets them to 0 (CFR+).
     averaging_power: gamma >= 0: iteration t has weight t^gamma in the average.
-    alternating: players in turn, or all at once.
+    alternating: whether to update the players in turn instead of all at once.
   """
 
   positive_discount: Any = math.inf
@@ -74,13 +76,11 @@ class Config:
   alternating: bool = True
 
   def __post_init__(self):
-    for name in ("positive_discount", "negative_discount", "averaging_power"):
+    for name in ("positive_discount", "negative_discount"):  # infinite ones have a meaning
       value = getattr(self, name)
       if isinstance(value, str) or (isinstance(value, numbers.Real) and math.isnan(value)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    power = self.averaging_power
-    if isinstance(power, numbers.Real) and not 0 <= float(power) < math.inf:
-      raise ValueError(f"averaging_power must be finite and not negative, got {power}")
+    checks.not_negative("averaging_power", self.averaging_power)
 
 
 VARIANTS = {
@@ -92,11 +92,11 @@ VARIANTS = {
 
 
 class State(NamedTuple):
-  """What an iteration changes; `current_policy` and `average_policy` read it.
+  """What an iteration changes. `current_policy` and `average_policy` turn it into policies.
 
   Attributes:
-    regrets: `[S, A]` cumulated, discounted as the variant says; 0 for illegal actions.
-    policy_sums: `[S, A]` cumulated own reach times policy.
+    regrets: `[S, A]` cumulative regrets, discounted as in the table; 0 for illegal actions.
+    policy_sums: `[S, A]` sums of own reach times policy, weighted as in the table.
     step: scalar int32, iterations done.
   """
 
@@ -106,11 +106,11 @@ class State(NamedTuple):
 
 
 class Solution(NamedTuple):
-  """What `solve` returns.
+  """The result of `solve`.
 
   Attributes:
-    average_policy: `[S, A]`, what goes to the equilibrium.
-    state: to go on from, with `update`.
+    average_policy: `[S, A]`, which converges to an equilibrium.
+    state: from which `update` can continue.
   """
 
   average_policy: jax.Array
@@ -119,15 +119,12 @@ class Solution(NamedTuple):
 
 def make_config(variant: str, *, alternating: bool = True) -> Config:
   """Returns the hyper-parameters of a variant: "cfr", "cfr+", "linear" or "discounted"."""
-  if variant not in VARIANTS:
-    listed = ", ".join(map(repr, VARIANTS))
-    raise ValueError(f"variant must be one of {listed}, got {variant!r}; sampling is in mccfr")
+  checks.choice("variant", variant, list(VARIANTS))
   return dataclasses.replace(VARIANTS[variant], alternating=alternating)
 
 
-def init(game: games.Game, *, config: Any = None) -> State:
-  """Returns the state before the first iteration; its policy is uniform. `config` is not used."""
-  del config
+def init(game: games.Game) -> State:
+  """Returns the state before the first iteration, whose policy is uniform."""
   zeros = jnp.zeros(game.legal.shape, game.utilities.dtype)
   return State(zeros, jnp.zeros_like(zeros), jnp.zeros((), jnp.int32))
 
@@ -138,7 +135,7 @@ def current_policy(game: games.Game, state: State) -> jax.Array:
 
 
 def average_policy(game: games.Game, state: State) -> jax.Array:
-  """Returns the average policy `[S, A]`; uniform at states that the player never allowed itself."""
+  """Returns the average policy `[S, A]`, uniform at states that the player's own moves avoid."""
   return regret_matching.normalise(state.policy_sums, game.legal)
 
 
@@ -151,13 +148,13 @@ def update(
   Args:
     state: from `init` or an earlier `update` of the same game.
     game: the game.
-    key: unused: nothing is random.
-    config: hyper-parameters; new numbers do not compile again.
+    key: not used, since nothing is random; `mccfr.update` needs one.
+    config: hyper-parameters; other numbers do not compile again.
 
   Returns:
-    The new state, and `cfr/regret_bound`: the sum over information states of the largest positive
-    regret over the number of iterations. For plain CFR, all players at once, it bounds the
-    `nash_conv` of the average policy of a two-player zero-sum game.
+    The new state, and the metric `cfr/regret_bound`: the sum over information states of the largest
+    positive regret, divided by the number of iterations. For plain CFR with all players updated at
+    once it bounds the `nash_conv` of the average policy in two-player zero-sum games.
   """
   del key
   constants = _constants(game)
@@ -178,14 +175,14 @@ def solve(
   """Returns the average policy after a number of iterations, run as one compiled scan.
 
   Args:
-    game: the game; may be mapped over with `jax.vmap`, as may the numbers of `config`.
+    game: the game; `jax.vmap` can map over it and over the numbers of `config`.
     num_iterations: at least 1.
     variant: "cfr", "cfr+", "linear" or "discounted".
-    alternating: players in turn, or all at once.
-    config: in place of the last two.
+    alternating: whether to update the players in turn instead of all at once.
+    config: replaces `variant` and `alternating`.
 
   Raises:
-    ValueError: if the variant is unknown or `num_iterations` is no positive integer.
+    ValueError: if the variant is unknown or `num_iterations` is not a positive integer.
 
   Example:
     >>> kuhn = games.compile_game("kuhn_poker")  # doctest: +SKIP
@@ -193,8 +190,7 @@ def solve(
     >>> games.nash_conv(kuhn, solution.average_policy)  # doctest: +SKIP
     Array(0.00017521, dtype=float32)
   """
-  if isinstance(num_iterations, bool) or not isinstance(num_iterations, int) or num_iterations < 1:
-    raise ValueError(f"num_iterations must be an integer >= 1, got {num_iterations!r}")
+  checks.count("num_iterations", num_iterations)
   if config is None:
     config = make_config(variant, alternating=alternating)
   return _solve(game, config, num_iterations)
@@ -214,11 +210,11 @@ def _solve(game: games.Game, config: Config, num_iterations: int) -> Solution:
 
 
 class _Constants(NamedTuple):
-  """What iterations share, for each player.
+  """What all iterations share, for each player.
 
   Attributes:
-    payoffs: of `games.terminal_payoffs`.
-    errors: `[Q]`, up to which a regret of one iteration may be rounding; see the module.
+    payoffs: from `games.terminal_payoffs`.
+    errors: `[Q]`, the rounding error of an iteration's regret; see the module docstring.
     uniform: `[Q]` uniform play.
   """
 
@@ -228,12 +224,12 @@ class _Constants(NamedTuple):
 
 
 class _Running(NamedTuple):
-  """A state at the sequences of each player, `[Q]`: legal actions only, and what follows from it.
+  """A state with one array `[Q]` for each player's sequences, and the policies that follow from it.
 
   Attributes:
-    regrets, policy_sums, step: of the `State`.
-    policies: what the next iteration plays.
-    reaches: own reach of the sequences under these policies.
+    regrets, policy_sums, step: of the `State`, at legal actions only.
+    policies: the policy of the next iteration.
+    reaches: own reach of the sequences under it.
   """
 
   regrets: list[jax.Array]
@@ -249,7 +245,7 @@ def _constants(game: games.Game) -> _Constants:
   return _Constants(
     list(games.terminal_payoffs(game)),
     _by_player(game, errors),
-    _by_player(game, games.uniform_policy(game)),
+    _by_player(game, policy_arrays.uniform(game)),
   )
 
 
@@ -274,7 +270,7 @@ def _stop(game: games.Game, running: _Running) -> State:
 
 
 def _match(tree: game_tree.PlayerTree, regrets: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Returns `regret_matching.regret_matching` of regrets `[Q]`."""
+  """Returns the policy `[Q]` of regret matching on regrets `[Q]`."""
   positive = jnp.maximum(regrets, 0)
   totals = segments.take(segments.segment_sum(positive, tree.states), tree.state_of)
   return jnp.where(totals > 0, positive / jnp.where(totals > 0, totals, 1), uniform)
@@ -307,7 +303,7 @@ def _iterate(
 
 
 def _kept(step: jax.Array, power: Any) -> jax.Array:
-  """Returns t^power / (t^power + 1), with all kept for inf and nothing for -inf, even at t = 1."""
+  """Returns t^power / (t^power + 1), exactly 1 for inf and 0 for -inf, even at t = 1."""
   power = jnp.asarray(power, step.dtype)
   finite = jax.nn.sigmoid(jnp.where(jnp.isfinite(power), power, 0) * jnp.log(step))
   return jnp.where(jnp.isfinite(power), finite, jnp.where(power > 0, 1, 0).astype(step.dtype))

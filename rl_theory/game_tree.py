@@ -1,9 +1,9 @@
 """The arrays of a compiled game, and how they are made from a tree.
 
-A player's information states are numbered so that all states after the same number of the player's
-own moves form one slice: own reach runs through these slices forwards and counterfactual values
-backwards. Own moves, not the depth of the tree, order the states, since states of one information
-set can lie at different depths when a move of somebody else goes unseen.
+All information states of a player after the same number of its own moves form one slice. Own reach
+is computed through these slices forwards, counterfactual values backwards. The number of own moves
+orders the states, not the depth of the tree, because the histories of one information state can lie
+at different depths if a player does not see a move of another.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from rl_theory import openspiel, segments
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-  """What about a game is known to the compiler: two games of one layout share compiled code.
+  """The static part of a game; games with the same layout share compiled code.
 
   Attributes:
     name: OpenSpiel's string of the game.
@@ -26,11 +26,11 @@ class Layout:
     num_actions: A, OpenSpiel's number of distinct actions.
     max_children: W, the largest number of children of a history.
     levels: `(start, stop)` of the histories at each depth of the tree.
-    state_levels: of each player, `(start, stop)` of the information states after 0, 1, ... moves of
-      its own.
-    sequence_levels: of each player, `(start, stop)` of the sequences at these states.
-    sampling_widths: of each player, how many histories of each depth can be met when all actions
-      of this player are tried and one of everybody else's.
+    state_levels: for each player, `(start, stop)` of its information states after 0, 1, ... own
+      moves.
+    sequence_levels: for each player, `(start, stop)` of the sequences at these states.
+    sampling_widths: for each player, the largest number of histories at each depth in a sample that
+      tries all actions of this player and one of everybody else.
     state_strings: OpenSpiel's string of each information state.
   """
 
@@ -45,7 +45,7 @@ class Layout:
   state_strings: tuple[str, ...]
 
   def __hash__(self) -> int:
-    return hash((self.name, self.levels, self.state_levels))  # the strings are many
+    return hash((self.name, self.levels, self.state_levels))  # the strings would take long
 
   def __eq__(self, other: object) -> bool:
     if self is other:
@@ -53,11 +53,11 @@ class Layout:
     return isinstance(other, Layout) and dataclasses.astuple(self) == dataclasses.astuple(other)
 
   def player_slice(self, player: int) -> slice:
-    """Returns where the player's information states lie."""
+    """Returns the slice of the player's information states."""
     return _whole(self.state_levels[player])
 
   def sequence_slice(self, player: int) -> slice:
-    """Returns where the player's sequences lie."""
+    """Returns the slice of the player's sequences."""
     return _whole(self.sequence_levels[player])
 
 
@@ -66,22 +66,22 @@ def _whole(levels: tuple[tuple[int, int], ...]) -> slice:
 
 
 class PlayerTree(NamedTuple):
-  """One player's decisions as a tree of sequences, a sequence being a state and a legal action.
+  """One player's decisions as a tree of sequences, which are pairs of a state and a legal action.
 
-  Sequences are numbered like the states, and at one state by action. The Q of one player count from
-  its own first, and Q stands for "no move yet"; so does Q of all players together.
+  Sequences are in the order of their states, and at one state in the order of actions. Here a
+  player's Q sequences are numbered from its own first one, and number Q means "no move yet".
 
   Attributes:
-    terminals: the terminal histories, by number among them, below each sequence `[Q + 1]` and
-      below no later one.
-    opponents: tables like `terminals.rows` `[n, w, players - 1]`: the last sequences of the others,
-      numbered among those of all players.
-    states: the sequences as segments by state.
+    terminals: the terminal histories (numbered among themselves) whose last own sequence is q, as
+      segments for q in `[Q + 1]`.
+    opponents: tables laid out like `terminals.rows`, `[n, w, players - 1]`: the others' last
+      sequences, numbered among those of all players.
+    states: the sequences of each state, as segments.
     state_of: `[Q]` the state of a sequence, numbered from the player's first.
-    level_states: of each level, `states` of this level alone.
-    parents: of each level but the first, `[Q_k]` the sequence that leads to the state of a
-      sequence, numbered from the start of the level before.
-    children: of each level but the first, its states as segments by what leads to them.
+    level_states: for each level, `states` of that level alone.
+    parents: for each level but the first, `[Q_k]` the sequence that leads to a sequence's state,
+      numbered from the start of the level before.
+    children: for each level but the first, the states that each sequence leads to, as segments.
   """
 
   terminals: segments.Segments
@@ -121,33 +121,33 @@ class PlayerTree(NamedTuple):
 class Game:
   """A game as arrays, made by `games.compile_game`.
 
-  H histories breadth first (the root is 0, children of one history are adjacent), Z terminal ones,
-  S information states of all n players: those of player 0 first, each player's by number of own
-  moves before it, then in order of first visit; Q sequences, pairs of a state and a legal action.
-  Another `utilities` of the same shape is another game on the same tree: put it in with
-  `dataclasses.replace`, also under `jax.vmap`.
+  There are H histories in breadth-first order (the root is 0, children of one history are
+  adjacent), of which Z are terminal, and S information states of all n players. The states of
+  player 0 come first; each player's are sorted by the number of own moves before them, then by
+  first visit. The Q sequences are pairs of a state and a legal action. To change the payoffs on the
+  same tree, replace `utilities` with `dataclasses.replace`, also under `jax.vmap`.
 
   Attributes:
     parents: `[H]` the history before, -1 for the root.
     actions: `[H]` OpenSpiel's number of the action that leads here, -1 for the root.
-    players: `[H]` who moves: 0, 1, ..., `CHANCE` or `TERMINAL`.
-    info_states: `[H]` the mover's information state, else -1.
+    players: `[H]` the player who moves: 0, 1, ..., `CHANCE` or `TERMINAL`.
+    info_states: `[H]` the mover's information state, -1 if no player moves.
     first_children: `[H]` the first child; the others follow it.
     num_children: `[H]`.
-    children: `[H, A]` the history after each action of a player, -1 for illegal ones and where no
+    children: `[H, A]` the history after each action of a player, -1 for illegal actions and if no
       player moves.
     chance_probs: `[H]` probability of the edge into h if chance moved, else 1.
     chance_reach: `[H]` product of `chance_probs` on the path to h.
-    utilities: `[H, n]` what the players get at terminal histories, else 0.
+    utilities: `[H, n]` of the players at terminal histories, else 0.
     terminals: `[Z]` the terminal histories.
-    sequences: `[H, n]` each player's last state and action before h as a sequence, or Q for none.
-    sequence_places: `[Q]` where in a flat policy a sequence is, s A + a.
+    sequences: `[H, n]` each player's last sequence before h, Q for none.
+    sequence_places: `[Q]` the place s A + a of a sequence in a flat policy.
     sequence_numbers: `[S, A]` the sequence of a legal action, Q for illegal ones.
     legal: `[S, A]` which actions are legal.
-    state_players: `[S]` whose information state it is.
+    state_players: `[S]` the player of each information state.
     state_chance_reach: `[S]` sum of `chance_reach` over the histories of an information state.
     player_trees: each player's decisions, for passes over information states only.
-    layout: what is static.
+    layout: the static part.
   """
 
   parents: Any
@@ -172,7 +172,7 @@ class Game:
 
   @property
   def num_players(self) -> int:
-    """Number of players n, chance not counted."""
+    """Number of players n, without chance."""
     return self.layout.num_players
 
   @property
@@ -192,7 +192,8 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
   """Returns the game of a tree.
 
   Raises:
-    ValueError: if a player forgets own moves, or one information state has two sets of actions.
+    ValueError: if a player forgets its own moves, or one information state has different legal
+      actions at different histories.
   """
   num_actions, num_players = tree.num_actions, tree.utilities.shape[1]
   num_states = len(tree.state_strings)
@@ -204,7 +205,7 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
   first_visits[tree.info_states[movers][::-1]] = movers[::-1]
   state_players = tree.players[first_visits]
 
-  # Numbers of the information states: until here by first visit.
+  # Up to here information states are numbered by first visit; renumber them.
   sequences, moves = _last_sequences(tree, levels)
   state_moves = moves[first_visits, state_players]
   new_to_old = np.lexsort((np.arange(num_states), state_moves, state_players))
@@ -225,7 +226,7 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
   legal[info_states[tree.parents[decided]], tree.actions[decided]] = True
   _check_legal(info_states[movers], num_children[movers], legal, strings)
 
-  # Legal pairs only: in a game of bids most of [S, A] is illegal.
+  # Only legal pairs are sequences: in bidding games most of [S, A] is illegal.
   sequence_places = np.flatnonzero(legal.reshape(-1))
   num_sequences = len(sequence_places)
   numbers = np.full(none_yet + 1, num_sequences)
@@ -330,7 +331,7 @@ def _check_recall(
     raise ValueError(
       f"game {tree.name} has imperfect recall: at information state "
       f"{tree.state_strings[state]!r} player {tree.players[first_visits[state]]} does not know its "
-      "own earlier moves; best responses and CFR need a game with perfect recall"
+      "own earlier moves; best responses and CFR need perfect recall"
     )
 
 
@@ -341,7 +342,7 @@ def _check_legal(
   if wrong.size:
     raise ValueError(
       f"information state {strings[info_states[wrong[0]]]!r} has different legal actions at "
-      "different histories: the mover could tell them apart"
+      "different histories, so the mover could tell them apart: correct the game's strings"
     )
 
 
@@ -395,7 +396,7 @@ def _sampling_widths(
   num_children: np.ndarray,
   player: int,
 ) -> tuple[int, ...]:
-  """Returns how many histories of each depth a traversal meets that samples all other players."""
+  """Returns the largest number of histories at each depth, see `Layout.sampling_widths`."""
   counts = np.zeros((len(tree.parents), len(levels)), np.int32)
   for depth, (start, stop) in reversed(list(enumerate(levels))):
     inner = start + np.flatnonzero(num_children[start:stop])

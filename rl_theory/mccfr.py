@@ -1,34 +1,35 @@
 """Monte Carlo CFR: regrets from sampled histories, by outcome sampling or external sampling.
 
-Problem, regrets, policies and averages as in `cfr`; only the cost of an iteration differs. One
-update samples for each player i in turn, and adds unbiased estimates of its regrets:
+The problem, the regrets, the policies and the averages are those of `cfr`; an iteration costs less.
+One update samples for each player i in turn and adds unbiased estimates of the player's regrets:
 
-- "outcome": one history to the end. Player i explores (a share epsilon of uniform play), the others
-  follow their policies, and what was sampled is divided by its probability.
-- "external": all actions of player i, one of everybody else at each history met.
+- "outcome" samples one history to its end. Player i explores with a share epsilon of uniform play,
+  the others follow their policies, and samples are divided by their probability.
+- "external" tries all actions of player i, and samples one of everybody else at each history.
 
-The average policy is cumulated where the method visits: for "outcome" at the states of player i,
-own reach * pi over the sampling probability; for "external" at the states of the next player, pi.
+The average policy is accumulated at the states that are visited. "outcome" adds own reach * pi
+divided by the sampling probability at the states of player i. "external" adds pi at the states of
+the next player.
 
 | paper symbol | here |
 |---|---|
-| pi_i(z[I]), pi_-i(z[I]), q(z[I]) | own, others' and sampling probability of the way to a state |
+| pi_i(z[I]), pi_-i(z[I]), q(z[I]) | own, others' and sampling reach: `own`, `others`, `sampled` |
 | epsilon | `Config.epsilon` |
 
 Reference: Lanctot et al. 2009, "Monte Carlo sampling for regret minimization in extensive games",
-https://papers.nips.cc/paper/3713. For more than two players the average of "external" is a
-heuristic: a state is met as often as all sampled players allow.
+https://papers.nips.cc/paper/3713. With more than two players the average of "external" is a
+heuristic, because the visits of a state also depend on the reach of the other sampled players.
 """
 
 import dataclasses
 import functools
-import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rl_theory import cfr, games, regret_matching, rollouts
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 State = cfr.State
@@ -46,9 +47,10 @@ class Config:
   """Hyper-parameters.
 
   Attributes:
-    epsilon: in (0, 1], share of uniform play in what the updated player samples; "outcome" only.
+    epsilon: in (0, 1], share of uniform play when the updated player samples; "outcome" only. At 0
+      actions that are not played would never be explored.
     sampling: "outcome" or "external".
-    num_samples: independent samples for each player and update, whose estimates are averaged.
+    num_samples: independent samples for each player and update; their estimates are averaged.
   """
 
   epsilon: Any = 0.6
@@ -56,13 +58,10 @@ class Config:
   num_samples: int = 1
 
   def __post_init__(self):
-    if self.sampling not in SAMPLING:
-      raise ValueError(f"sampling must be one of 'outcome', 'external', got {self.sampling!r}")
-    count = self.num_samples
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-      raise ValueError(f"num_samples must be an integer >= 1, got {count!r}")
-    if isinstance(self.epsilon, numbers.Real) and not 0 < float(self.epsilon) <= 1:
-      raise ValueError(f"epsilon must lie in (0, 1], got {self.epsilon}: 0 never explores")
+    checks.choice("sampling", self.sampling, SAMPLING)
+    checks.count("num_samples", self.num_samples)
+    checks.positive("epsilon", self.epsilon)
+    checks.probabilities("epsilon", self.epsilon)
 
 
 @jax.jit
@@ -78,7 +77,7 @@ def update(
     config: hyper-parameters.
 
   Returns:
-    The new state, and `mccfr/nodes`: the mean number of histories that a sample met.
+    The new state, and the metric `mccfr/nodes`: the mean number of histories in a sample.
   """
   traverse = _outcome if config.sampling == "outcome" else _external
   met = []
@@ -112,15 +111,14 @@ def solve(
 
   Args:
     game: the game.
-    key: typed PRNG key; map over keys with `jax.vmap` for independent runs.
+    key: typed PRNG key; `jax.vmap` over keys gives independent runs.
     num_iterations: at least 1; each updates every player once.
     config: hyper-parameters; outcome sampling by default.
 
   Raises:
-    ValueError: if `num_iterations` is no positive integer.
+    ValueError: if `num_iterations` is not a positive integer.
   """
-  if isinstance(num_iterations, bool) or not isinstance(num_iterations, int) or num_iterations < 1:
-    raise ValueError(f"num_iterations must be an integer >= 1, got {num_iterations!r}")
+  checks.count("num_iterations", num_iterations)
   return _solve(game, key, Config() if config is None else config, num_iterations)
 
 
@@ -134,15 +132,15 @@ def _solve(game: games.Game, key: jax.Array, config: Config, num_iterations: int
 
 
 class _Increments(NamedTuple):
-  """What one sample adds: `[X, W]` rows of X histories with W children at most.
+  """What one sample adds to the tables, in rows for X histories with at most W children.
 
   Attributes:
-    states: `[X]` where regrets are added; S for nowhere.
-    policy_states: `[X]` where the average is added; S for nowhere.
+    states: `[X]` the state to which regrets are added; S for none.
+    policy_states: `[X]` the state to which the policy is added; S for none.
     actions: `[X, W]` the action of each child; A beyond the last.
     regrets: `[X, W]`.
     policies: `[X, W]`.
-    nodes: number of histories met.
+    nodes: scalar, the number of histories in the sample.
   """
 
   states: jax.Array
@@ -156,12 +154,12 @@ class _Increments(NamedTuple):
 def _scatter(
   table: jax.Array, states: jax.Array, actions: jax.Array, added: jax.Array, config: Config
 ) -> jax.Array:
-  """Returns the table `[S, A]` with rows added; places outside of it are dropped."""
+  """Returns the table `[S, A]` with rows added; entries outside the table are dropped."""
   return table.at[states[..., None], actions].add(added / config.num_samples, mode="drop")
 
 
 class _Local(NamedTuple):
-  """One history's moves: its children `[W]` with their actions, probabilities and validity."""
+  """A history's children `[W]` with their actions, probabilities and legality; state and mover."""
 
   children: jax.Array
   actions: jax.Array
@@ -172,7 +170,7 @@ class _Local(NamedTuple):
 
 
 def _look(game: games.Game, regrets: jax.Array, node: jax.Array) -> _Local:
-  """Returns the moves at a history: regret matching's for a player, chance's own."""
+  """Returns the moves at a history, with a player's probabilities from regret matching."""
   state = game.info_states[node]
   row = jnp.maximum(state, 0)
   found = rollouts.moves(game, node)
@@ -184,7 +182,7 @@ def _look(game: games.Game, regrets: jax.Array, node: jax.Array) -> _Local:
 def _outcome(
   key: jax.Array, game: games.Game, player: int, regrets: jax.Array, config: Config
 ) -> _Increments:
-  """Samples one history to its end; all quantities are those on the way to a node."""
+  """Samples one history to its end; the carried reaches are those of the path to a node."""
   num_states, num_actions = game.legal.shape
   one = jnp.ones((), regrets.dtype)
 
@@ -209,7 +207,7 @@ def _outcome(
   uniforms = jax.random.uniform(key, (max(len(game.layout.levels) - 1, 1),), regrets.dtype)
   (last, *_), path = jax.lax.scan(step, (jnp.zeros((), jnp.int32), one, one, one), uniforms)
   moves, slots, ratios, drawn, _, others, own = path
-  # The value of the way that was taken, importance-weighted, from the end backwards.
+  # The importance-weighted value of the sampled path, from the end backwards.
   end = game.utilities[last, player]
   after = jnp.concatenate([jnp.cumprod(ratios[::-1])[::-1][1:], jnp.ones(1, ratios.dtype)]) * end
   taken = jnp.arange(game.layout.max_children) == slots[:, None]
@@ -230,12 +228,14 @@ def _outcome(
 def _external(
   key: jax.Array, game: games.Game, player: int, regrets: jax.Array, config: Config
 ) -> _Increments:
-  """Goes down level by level with all histories met, then up with their values."""
+  """Goes down level by level through the sampled histories, then up with their values."""
   del config
   num_states, num_actions = game.legal.shape
   widths = game.layout.sampling_widths[player]
   next_player = (player + 1) % game.num_players
-  uniforms = jax.random.uniform(key, (sum(widths),), regrets.dtype)  # one draw of all is cheap
+  uniforms = jax.random.uniform(
+    key, (sum(widths),), regrets.dtype
+  )  # one draw for all levels is cheaper
   nodes, levels = jnp.zeros(1, jnp.int32), []
   for depth, width in enumerate(widths):
     real = nodes >= 0

@@ -1,8 +1,8 @@
-"""Reads whole game trees from OpenSpiel; the only room that knows OpenSpiel.
+"""Reads whole game trees from OpenSpiel; the only module that imports it.
 
-The rules of a game always come from OpenSpiel, never from here. A tree is read breadth first into
-flat arrays and kept on disk under the game's string and OpenSpiel's version, so that a large game
-is walked once. OpenSpiel is imported when it is needed: arrays already compiled work without it.
+The rules of a game always come from OpenSpiel. A tree is read in breadth-first order into flat
+arrays and cached on disk under the game's string and OpenSpiel's version, so that a large game is
+walked once. OpenSpiel is imported only when it is needed; compiled arrays work without it.
 """
 
 import difflib
@@ -18,21 +18,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CHANCE, TERMINAL = -1, -2  # values of `players` beside 0, 1, ...
-_FORMAT = 1  # of the files in the cache: raise it whenever a field of `Tree` changes its meaning
+CHANCE, TERMINAL = -1, -2  # values of `players` for histories where no player moves
+_FORMAT = 1  # of cache files: increase it whenever a field of `Tree` changes its meaning
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Tree(NamedTuple):
-  """All histories of a game, breadth first: the root is 0, children of one history are adjacent.
+  """All histories of a game in breadth-first order; the root is 0, siblings are adjacent.
 
   Attributes:
     parents: `[H]` int32, -1 for the root.
     actions: `[H]` int32, OpenSpiel's number of the action that leads here, -1 for the root.
-    players: `[H]` int8, who moves: 0, 1, ..., `CHANCE` or `TERMINAL`.
-    info_states: `[H]` int32, the mover's information state by order of first visit, else -1.
+    players: `[H]` int8, the player who moves: 0, 1, ..., `CHANCE` or `TERMINAL`.
+    info_states: `[H]` int32, the mover's information state, numbered by first visit; -1 if no
+      player moves.
     chance_probs: `[H]` float64, probability of the edge into h if chance moved, else 1.
-    utilities: `[H, n]` float64, what the players get at terminal histories, else 0.
+    utilities: `[H, n]` float64, of the players at terminal histories, else 0.
     state_strings: OpenSpiel's string of each information state.
     name: OpenSpiel's string of the game.
     num_actions: number of distinct actions.
@@ -55,15 +56,15 @@ def read_tree(
   """Returns the whole tree of a game.
 
   Args:
-    game_or_string: such as "kuhn_poker(players=3)", or a game of OpenSpiel. Games given by a string
-      are kept on disk, except those that are read from a file or written in Python, whose rules
-      can change under the same string.
+    game_or_string: such as "kuhn_poker(players=3)", or a game object of OpenSpiel. Games given by a
+      string are cached, except those read from a file or written in Python, whose rules can change
+      under the same string.
     max_nodes: a larger game is refused.
-    cache: where trees are kept; None means `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
+    cache: folder of the cache; None means `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
 
   Raises:
-    ImportError: if OpenSpiel is absent.
-    ValueError: if there is no such game, it is of a kind without a finite tree of information
+    ImportError: if OpenSpiel is not installed.
+    ValueError: if OpenSpiel has no such game, the game does not have a finite tree of information
       states, or it has more than `max_nodes` nodes.
   """
   game = load_game(game_or_string)
@@ -80,7 +81,7 @@ def read_tree(
 
 
 def load_game(game_or_string: Any) -> Any:
-  """Returns OpenSpiel's game, with simultaneous moves taken in turn and hidden from each other."""
+  """Returns OpenSpiel's game; simultaneous moves become hidden moves in turn."""
   pyspiel = _pyspiel()
   game = game_or_string
   if isinstance(game, str):
@@ -93,7 +94,7 @@ def load_game(game_or_string: Any) -> Any:
     try:
       game = pyspiel.load_game(game)
     except pyspiel.SpielError as error:
-      raise ValueError(f"game {game!r} was refused by OpenSpiel: {error}") from error
+      raise ValueError(f"OpenSpiel cannot load the game {game!r}: {error}") from error
   if not isinstance(game, pyspiel.Game):
     raise ValueError(f"game must be a string or a game of OpenSpiel, got {type(game).__name__}")
   kind = game.get_type()
@@ -101,33 +102,35 @@ def load_game(game_or_string: Any) -> Any:
     game = pyspiel.convert_to_turn_based(game)
     kind = game.get_type()
   if kind.dynamics != pyspiel.GameType.Dynamics.SEQUENTIAL:
-    raise ValueError(f"game {game} has the dynamics {kind.dynamics}: only games of turns compile")
+    raise ValueError(f"game must be turn-based or simultaneous, got {game} with {kind.dynamics}")
   if kind.chance_mode == pyspiel.GameType.ChanceMode.SAMPLED_STOCHASTIC:
-    raise ValueError(f"game {game} does not say the probabilities of chance, so it has no tree")
+    raise ValueError(f"game {game} samples chance without explicit probabilities: no tree exists")
   if not kind.provides_information_state_string and not _is_a_search(game):
-    raise ValueError(f"game {game} has no information state strings, by which states are told")
+    raise ValueError(f"game {game} has no information state strings, which identify the states")
   return game
 
 
 def _is_a_search(game: Any) -> bool:
-  """Whether one player meets no chance: it knows its own moves, and they are all that happens."""
+  """Returns whether the game has one player and no chance, so that own moves identify a state."""
   deterministic = game.get_type().chance_mode == _pyspiel().GameType.ChanceMode.DETERMINISTIC
   return bool(game.num_players() == 1 and deterministic)
 
 
 def information_state_tensors(name: str, parents: np.ndarray, actions: np.ndarray) -> np.ndarray:
-  """Returns `[H, n, O]` float32, what each player knows at the histories of a tree.
+  """Returns each player's information state tensor at each history, `[H, n, O]` float32.
+
+  They are 0 at chance and terminal histories.
 
   Args:
     name: OpenSpiel's string of the game.
-    parents, actions: of its tree; chance and terminal histories have zeros.
+    parents, actions: of its tree.
 
   Raises:
     ValueError: if the game has no such tensors.
   """
   game = load_game(name)
   if not game.get_type().provides_information_state_tensor:
-    raise ValueError(f"game {name} has no information state tensors: give observations of your own")
+    raise ValueError(f"game {name} has no information state tensors: pass your own observations")
   num_players = game.num_players()
   tensors = np.zeros((len(parents), num_players, game.information_state_tensor_size()), np.float32)
   states: dict[int, Any] = {}
@@ -139,25 +142,39 @@ def information_state_tensors(name: str, parents: np.ndarray, actions: np.ndarra
         tensors[node, player] = state.information_state_tensor(player)
     if children[node]:
       states[node] = state
-    if parent >= 0:  # breadth first: once all children are read the parent is no longer needed
+    if parent >= 0:  # a parent is no longer needed once all its children are read
       children[parent] -= 1
       if not children[parent]:
         del states[parent]
   return tensors
 
 
+def advance_chance(state: Any, rng: np.random.Generator) -> Any:
+  """Plays chance's moves in place, until a player moves or the game ends; returns the state."""
+  while state.is_chance_node():
+    actions, probs = zip(*state.chance_outcomes(), strict=True)
+    state.apply_action(actions[draw(rng, np.array(probs))])
+  return state
+
+
+def draw(rng: np.random.Generator, probs: np.ndarray) -> int:
+  """Returns an index drawn with probabilities `[W]`, which need not sum to 1."""
+  sums = np.cumsum(probs, dtype=float)
+  return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
+
+
 def tabular_policy(rows: dict[str, list[tuple[int, float]]]) -> Any:
-  """Returns OpenSpiel's policy with these actions and probabilities at each string."""
+  """Returns OpenSpiel's policy with these (action, probability) pairs at each string."""
   return _pyspiel().TabularPolicy(rows)
 
 
 def action_probabilities(name: str, paths: list[list[int]], policy: Any) -> list[dict[int, float]]:
-  """Returns what an OpenSpiel policy plays after each path of actions in the game `name`."""
+  """Returns an OpenSpiel policy's action probabilities after each path of actions."""
   return [dict(policy.action_probabilities(state)) for state in _states(name, paths)]
 
 
 def action_names(name: str, paths: list[list[int]], players: list[int]) -> list[dict[int, str]]:
-  """Returns the names of the legal actions of a player after each path of actions."""
+  """Returns the names of a player's legal actions after each path of actions."""
   return [
     {action: state.action_to_string(player, action) for action in state.legal_actions()}
     for state, player in zip(_states(name, paths), players, strict=True)
@@ -178,13 +195,13 @@ def _pyspiel() -> Any:
     import pyspiel
   except ImportError as error:
     raise ImportError(
-      "games come from OpenSpiel, which is not installed: pip install 'bootstrax[games]'"
+      "OpenSpiel, which provides the games, is not installed: pip install 'bootstrax[games]'"
     ) from error
   return pyspiel
 
 
 def _walk(game: Any, name: str, max_nodes: int) -> Tree:
-  """Reads the tree level by level: one level of OpenSpiel's states is held at a time."""
+  """Reads the tree level by level, so that only one level of OpenSpiel's states is in memory."""
   num_players = game.num_players()
   parents, actions, chance_probs = [-1], [-1], [1.0]
   players: list[int] = []
@@ -228,7 +245,7 @@ def _walk(game: Any, name: str, max_nodes: int) -> Tree:
           chance_probs.append(prob)
           following.append(state.child(action))
       else:
-        raise ValueError(f"game {name} has a history where player {player} moves: cannot compile")
+        raise ValueError(f"game {name} has a history where no single player moves: player {player}")
       if len(parents) > max_nodes:
         break
     if len(parents) > max_nodes:
@@ -253,8 +270,8 @@ def _walk(game: Any, name: str, max_nodes: int) -> Tree:
 
 def _too_large(name: str, max_nodes: int, size: str) -> str:
   return (
-    f"game {name} has {size}, more than max_nodes={max_nodes}: raise max_nodes if memory allows, "
-    "or take a smaller game"
+    f"game {name} has {size}, more than max_nodes={max_nodes}: increase max_nodes if memory "
+    "allows, or choose a smaller game"
   )
 
 
@@ -272,7 +289,7 @@ def _cache_path(name: str, cache: str | os.PathLike[str] | None) -> pathlib.Path
 
 
 def _save(path: pathlib.Path, tree: Tree) -> None:
-  """Writes the file beside its place and moves it there; without a disk there is only a warning."""
+  """Writes a temporary file and renames it; warns if the disk cannot be written."""
   arrays = tree._asdict()
   for name in ("state_strings", "name"):
     text = "\0".join(tree.state_strings) if name == "state_strings" else tree.name
@@ -285,14 +302,14 @@ def _save(path: pathlib.Path, tree: Tree) -> None:
       np.savez_compressed(file, **arrays)
     os.replace(scratch, path)
   except OSError as error:
-    warnings.warn(f"the game {tree.name} could not be kept in {path}: {error}", stacklevel=2)
+    warnings.warn(f"the game {tree.name} could not be cached in {path}: {error}", stacklevel=2)
   finally:
     if scratch is not None:
       scratch.unlink(missing_ok=True)
 
 
 def _load(path: pathlib.Path, name: str) -> Tree | None:
-  """Returns the tree of a file, or None where there is none that is whole and of this game."""
+  """Returns the tree of a file, or None unless the file exists, is intact and is of this game."""
   if not path.exists():
     return None
   try:

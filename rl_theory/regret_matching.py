@@ -1,20 +1,22 @@
-"""Regret matching: play actions in proportion to how much they are regretted."""
+"""Regret matching: play actions in proportion to their positive regrets."""
 
 import jax
 import jax.numpy as jnp
+
+from sharding import checks
 
 
 def regret_matching(regrets: jax.Array, legal: jax.Array) -> jax.Array:
   """Returns the policy that plays legal actions in proportion to their positive regrets.
 
-  Where no legal action has a positive regret it is uniform over the legal ones.
+  If no legal action has a positive regret, it plays all legal actions with the same probability.
 
   Args:
-    regrets: `[..., A]` of any positive scale; what illegal actions have is ignored.
+    regrets: `[..., A]`; a positive factor changes nothing, and illegal actions are ignored.
     legal: `[..., A]` bool.
 
   Returns:
-    `[..., A]` probabilities; zero throughout for a row without legal actions.
+    `[..., A]` probabilities; all 0 in a row without legal actions.
 
   Raises:
     ValueError: if the shapes differ.
@@ -26,16 +28,12 @@ def regret_matching(regrets: jax.Array, legal: jax.Array) -> jax.Array:
   Reference: Zinkevich et al. 2007, "Regret minimization in games with incomplete information",
   eq. 8; Hart and Mas-Colell 2000.
   """
-  if jnp.shape(regrets) != jnp.shape(legal):
-    raise ValueError(
-      f"regrets and legal must have one shape [..., A], got {list(jnp.shape(regrets))} and "
-      f"{list(jnp.shape(legal))}"
-    )
+  checks.same_shape(regrets=regrets, legal=legal)
   return normalise(jnp.maximum(regrets, 0), legal)
 
 
 def normalise(weights: jax.Array, legal: jax.Array) -> jax.Array:
-  """Returns weights `[..., A]` >= 0 over their sum, uniform over legal actions if that is 0."""
+  """Returns weights `[..., A]` >= 0 divided by their sum; uniform over legal actions if it is 0."""
   kept = jnp.where(legal, weights, 0)
   total = jnp.sum(kept, axis=-1, keepdims=True)
   count = jnp.sum(legal, axis=-1, keepdims=True)

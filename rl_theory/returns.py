@@ -1,9 +1,11 @@
-"""Returns of a trajectory, as targets for the values of another policy."""
+"""Targets for the action values of one policy, from trajectories of another."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from sharding import checks
 
 
 def tree_backup_targets(
@@ -18,23 +20,23 @@ def tree_backup_targets(
 ) -> jax.Array:
   """Returns the Tree-Backup(lambda) target of each step's action value.
 
-  With v = sum_b pi(b) q(b), backwards from the end, after which everything is 0,
+  With v = sum_b pi(b) q(b), and zeros after the end, the recursion runs backwards:
 
     G_k = r_k + discount (v_{k+1} + lambda pi(a_{k+1}) (G_{k+1} - q(a_{k+1}))).
 
-  The policy that is evaluated need not be the one that acted, and no ratio of the two appears.
+  The evaluated policy pi need not be the one that acted, and no importance ratio appears.
 
   Args:
     action_values: `[..., T, A]`, the estimates q.
-    policies: `[..., T, A]`, the policy pi to be evaluated; 0 for illegal actions.
-    actions: `[..., T]` int, what was done.
-    rewards: `[..., T]`, what came after it.
-    mask: `[..., T]`, non-zero at the steps; others are passed over, wherever they lie.
-    trace_decay: lambda in [0, 1]: 0 looks one step ahead, 1 as far as pi would have gone along.
+    policies: `[..., T, A]`, the policy pi to evaluate; 0 for illegal actions.
+    actions: `[..., T]` int, the actions taken.
+    rewards: `[..., T]`, received after them.
+    mask: `[..., T]`, non-zero at real steps; the others are skipped, wherever they are.
+    trace_decay: lambda in [0, 1]: 0 looks one step ahead, 1 cuts traces by pi alone.
     discount: in [0, 1].
 
   Returns:
-    `[..., T]`, 0 where masked out. No gradient is stopped.
+    `[..., T]`, 0 where masked out. Gradients flow through the targets.
 
   Raises:
     ValueError: if the shapes differ.
@@ -48,14 +50,10 @@ def tree_backup_targets(
   Reference: Precup, Sutton and Singh 2000, "Eligibility traces for off-policy policy evaluation".
   """
   shape = jnp.shape(actions)
-  for name, array in (("rewards", rewards), ("mask", mask)):
-    if jnp.shape(array) != shape:
-      raise ValueError(f"{name} must have the shape of actions {list(shape)}, got {array.shape}")
-  for name, array in (("action_values", action_values), ("policies", policies)):
-    if jnp.shape(array)[:-1] != shape:
-      raise ValueError(
-        f"{name} must have the shape of actions and an axis A, {[*shape, 'A']}, got {array.shape}"
-      )
+  checks.same_shape(actions=actions, rewards=rewards, mask=mask)
+  table_shape = (*shape, *jnp.shape(action_values)[-1:])
+  checks.shape("action_values", action_values, table_shape, "[..., T, A]")
+  checks.shape("policies", policies, table_shape, "[..., T, A]")
   values = jnp.sum(policies * action_values, axis=-1)
   taken = jnp.take_along_axis(action_values, actions[..., None], -1)[..., 0]
   probs = jnp.take_along_axis(policies, actions[..., None], -1)[..., 0]

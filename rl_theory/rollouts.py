@@ -1,4 +1,4 @@
-"""Playing compiled games at random, one move at a time."""
+"""Random play of compiled games, one move at a time."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from rl_theory import game_tree, openspiel
 
 
 class Moves(NamedTuple):
-  """What can follow a history: children `[W]`, their actions, and which of them are real."""
+  """The moves at a history: its children `[W]`, their actions, and which of the W exist."""
 
   children: jax.Array
   actions: jax.Array
@@ -27,7 +27,7 @@ def moves(game: game_tree.Game, nodes: jax.Array) -> Moves:
 def move_probs(
   game: game_tree.Game, nodes: jax.Array, found: Moves, policy: jax.Array
 ) -> jax.Array:
-  """Returns each move's probability `[..., W]`: chance's own, or that of a policy `[..., A]`."""
+  """Returns each move's probability `[..., W]`: that of chance, or of a policy `[..., A]`."""
   columns = jnp.clip(found.actions, 0, game.layout.num_actions - 1)
   chosen = jnp.take_along_axis(policy, columns, axis=-1)
   by_chance = (game.players[nodes] == openspiel.CHANCE)[..., None]
@@ -36,7 +36,10 @@ def move_probs(
 
 
 def draw(uniform: jax.Array, probs: jax.Array) -> jax.Array:
-  """Returns an index drawn with probabilities `[..., W]`, none of 0, by a number in [0, 1)."""
+  """Returns an index drawn with probabilities `[..., W]`, from a uniform number in [0, 1).
+
+  An entry of probability 0 is never drawn, and the probabilities need not sum to 1.
+  """
   sums = jnp.cumsum(probs, axis=-1)
   return jnp.argmax((sums > uniform[..., None] * sums[..., -1:]) & (probs > 0), axis=-1)
 
@@ -44,12 +47,12 @@ def draw(uniform: jax.Array, probs: jax.Array) -> jax.Array:
 def advance(
   game: game_tree.Game, nodes: jax.Array, policies: jax.Array, key: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the histories after one move, and the actions; the end of a game stays where it is.
+  """Returns the histories `[...]` after one move, and the actions; terminal histories stay.
 
   Args:
     game: the game.
     nodes: `[...]` histories.
-    policies: `[..., A]` what the player who moves there plays.
+    policies: `[..., A]` the policy of the player who moves there.
     key: typed PRNG key.
   """
   found = moves(game, nodes)

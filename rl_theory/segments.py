@@ -1,8 +1,8 @@
-"""Sums over the segments of an array, with the segments known beforehand: gathers, no scatter.
+"""Sums over segments of an array that are known in advance, by gathers instead of scatters.
 
-A scatter is serial on a CPU and atomic, so not reproducible, on a GPU. Here segments of like size
-are rows of one table of positions (padded with a position that holds zero), and a sum is a gather
-and a reduction over rows.
+A scatter is serial on a CPU; on a GPU it uses atomics, so its sums are not reproducible. Here
+segments of similar size are the rows of one table of positions, padded with a position that holds
+zero. A sum is then a gather and a reduction over rows.
 """
 
 import functools
@@ -19,9 +19,9 @@ class Segments(NamedTuple):
   """Which entries of an array `[N, ...]` belong to which of `G` segments.
 
   Attributes:
-    rows: tables `[n, w]` int32 of positions in the array, N where a row is shorter than w.
-    order: `[G]` int32, the row of each segment in the tables put one below the other; the row
-      after the last for an empty segment.
+    rows: tables `[n, w]` int32 of positions in the array; N pads rows shorter than w.
+    order: `[G]` int32, the row of each segment when the tables are stacked; the row after the last
+      for an empty segment.
   """
 
   rows: tuple[Any, ...]
@@ -29,7 +29,7 @@ class Segments(NamedTuple):
 
 
 def make(ids: np.ndarray, num_segments: int) -> Segments:
-  """Returns the segments, as NumPy arrays, of an array whose entry k belongs to segment `ids[k]`.
+  """Returns the segments of an array whose entry k belongs to `ids[k]`, as NumPy arrays.
 
   Example:
     >>> segment_sum(jnp.array([1.0, 2.0, 4.0, 8.0]), make(np.array([2, 0, 2, 2]), 4))
@@ -54,35 +54,35 @@ def make(ids: np.ndarray, num_segments: int) -> Segments:
 
 
 def take(values: jax.Array, positions: Any) -> jax.Array:
-  """Returns `values[positions]` for positions known to be valid: nothing is checked or wrapped."""
+  """Returns `values[positions]`; the positions must be valid, because nothing checks them."""
   return values.at[positions].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def gather(values: jax.Array, segments: Segments, padding: float = 0) -> tuple[jax.Array, ...]:
-  """Returns the values `[N]` in the places of the tables, `[n, w]`, and `padding` elsewhere."""
+  """Returns the values `[N]` laid out as the tables `[n, w]`, with `padding` where they pad."""
   padded = jnp.concatenate([values, jnp.full(1, padding, values.dtype)])
   return tuple(take(padded, table) for table in segments.rows)
 
 
 def sum_rows(tables: tuple[jax.Array, ...], segments: Segments, dtype: jnp.dtype) -> jax.Array:
-  """Returns the sums `[G]` of tables `[n, w]` laid out like the segments' own."""
+  """Returns the sums `[G]` over the rows of tables `[n, w]` that are laid out as by `gather`."""
   sums = [_sum_row(table) for table in tables]
   return take(jnp.concatenate([*sums, jnp.zeros(1, dtype)]), segments.order)
 
 
 def _sum_row(table: jax.Array) -> jax.Array:
-  """Sums narrow rows column by column: XLA on a CPU adds along rows one number at a time."""
+  """Sums narrow rows column by column, because XLA on a CPU adds up a row one by one."""
   if table.shape[1] > _NARROW:
     return jnp.sum(table, axis=1)
   return functools.reduce(jnp.add, [table[:, column] for column in range(table.shape[1])])
 
 
 def segment_sum(values: jax.Array, segments: Segments) -> jax.Array:
-  """Returns the sum `[G]` of the values `[N]` of each segment, 0 for an empty one."""
+  """Returns the sum of each segment of the values `[N]`, `[G]`; 0 for an empty segment."""
   return sum_rows(gather(values, segments), segments, values.dtype)
 
 
 def segment_max(values: jax.Array, segments: Segments) -> jax.Array:
-  """Returns the largest of the values `[N]` of each segment, `[G]`, -inf for an empty one."""
+  """Returns the maximum of each segment of the values `[N]`, `[G]`; -inf for an empty segment."""
   largest = [jnp.max(table, axis=1) for table in gather(values, segments, -jnp.inf)]
   return take(jnp.concatenate([*largest, jnp.full(1, -jnp.inf, values.dtype)]), segments.order)

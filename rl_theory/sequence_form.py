@@ -1,13 +1,13 @@
 """The value and an equilibrium of a two-player zero-sum game by linear programming.
 
-An independent reference for the iterative solvers: a realisation plan x of player 0 is its own
-reach of every sequence, the constraints E x = e say that the actions at a state share what leads to
-it, and with the payoffs P of pairs of sequences
+It is an independent reference for the iterative solvers. A realisation plan x of player 0 is its
+own reach of every sequence. The constraints E x = e say that the reaches of the actions at a state
+sum to the reach of the sequence that leads to it. With the payoffs P of pairs of sequences,
 
   max over x, v of v_root  with  E x = e, x >= 0, F' v <= P' x
 
-has the value of the game as optimum. Exact to the solver's tolerance, about 1e-9, and quick up to
-some thousand information states.
+is the value of the game. The result is exact up to the solver's tolerance of about 1e-9, and fast
+for up to a few thousand information states.
 
 Reference: von Stengel 1996, "Efficient computation of behavior strategies".
 """
@@ -22,20 +22,18 @@ from rl_theory import games
 
 
 def solve_zero_sum(game: games.Game) -> tuple[float, np.ndarray]:
-  """Returns player 0's value, and an equilibrium policy `[S, A]` of both players, in float64.
+  """Returns player 0's value and an equilibrium policy `[S, A]` of both players, in float64.
 
-  Each player's policy is from a program of its own. At states that the player's own plan does not
-  reach it is uniform.
+  Each player has its own linear program. A policy is uniform at states that its plan does not
+  reach.
 
   Raises:
-    ValueError: if the game has not two players, or its utilities do not sum to zero.
-    RuntimeError: if the solver gives up.
+    ValueError: if the game does not have two players, or its utilities do not sum to zero.
+    RuntimeError: if the solver fails.
   """
   utilities = np.asarray(game.utilities, float)
   if game.num_players != 2 or np.abs(utilities.sum(1)).max() > 1e-6:
-    raise ValueError(
-      f"game must have two players and sum to zero for the linear program, got {game!r}"
-    )
+    raise ValueError(f"game must have two players whose utilities sum to zero, got {game!r}")
   plans, values = [], []
   for player in range(2):
     plan, value = _best_plan(game, player, utilities)
@@ -61,10 +59,10 @@ def _best_plan(game: games.Game, player: int, utilities: np.ndarray) -> tuple[np
   columns = _local_sequences(game, player)[terminals]
   matrix = scipy.sparse.csr_matrix(
     (payoffs, (rows, columns)), shape=(other.shape[1], own.shape[1])
-  )  # duplicates add up
+  )  # duplicate entries add up
   num_own, num_other = own.shape[1], other.shape[0]
   objective = np.zeros(num_own + num_other)
-  objective[num_own + num_other - 1] = -1  # of the row that starts the other player's plan
+  objective[num_own + num_other - 1] = -1  # v_root belongs to the last row of F, the empty sequence
   result = scipy.optimize.linprog(
     objective,
     A_ub=scipy.sparse.hstack([-matrix, other.T], format="csr"),
@@ -84,8 +82,8 @@ def _best_plan(game: games.Game, player: int, utilities: np.ndarray) -> tuple[np
 def _constraints(game: games.Game, player: int) -> tuple[Any, np.ndarray]:
   """Returns E `[G + 1, Q + 1]` and e `[G + 1]`.
 
-  A row of each state says that its actions share what its last sequence has; the last row holds the
-  sequence of no move at one.
+  Each state has a row: the reaches of its actions sum to the reach of the sequence that leads to
+  it. In the last row the reach of the empty sequence is 1.
   """
   states, sequences = game.layout.player_slice(player), game.layout.sequence_slice(player)
   num_states, num_sequences = states.stop - states.start, sequences.stop - sequences.start + 1
@@ -107,7 +105,7 @@ def _constraints(game: games.Game, player: int) -> tuple[Any, np.ndarray]:
 
 
 def _local_sequences(game: games.Game, player: int) -> np.ndarray:
-  """Returns `[H]` the player's last sequence, counted from its own first."""
+  """Returns the player's last sequence before each history, `[H]`, numbered within the player."""
   own, last = game.layout.sequence_slice(player), np.asarray(game.sequences)[:, player]
   none_yet = len(game.sequence_places)
   return np.where(last == none_yet, own.stop - own.start, last - own.start)

@@ -1,4 +1,4 @@
-"""What every update shares on device meshes: make a mesh, say where leaves lie, place, step.
+"""Training on device meshes: make a mesh, place a state by rules, take one step.
 
   mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
   state = sharding.init_sharded(init, mesh, rules, key)
@@ -6,8 +6,10 @@
   for batch in batches:
     state, metrics = step(state, batch, jax.random.fold_in(key, state.step))
 
-The update stays the pure function that runs on one device. `jax.jit` with `NamedSharding`
-splits it: the batch over the axes `data` and `fsdp`, the state as the rules say.
+An update is the same pure function on one device and on a mesh. `jax.jit` with `NamedSharding`
+splits its work: the batch over the axes `data` and `fsdp`, the state by the rules. `gradient_step`
+is the step that all algorithms take, and `checks` validates their arguments (`from sharding import
+checks`).
 """
 
 from sharding.batches import DATA_AXES, accumulate_grads, shard_batch

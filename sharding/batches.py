@@ -1,4 +1,4 @@
-"""Batches: their rows over the devices of a mesh, and in micro-batches over time."""
+"""Splits the rows of a batch over the devices of a mesh, and over micro-batches in time."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding import checks
 from sharding import rules as sharding_rules
 
-# The axes that split a batch, where the mesh has them; any other axis sees the whole batch.
+# The mesh axes that split a batch; along any other axis each device has the whole batch.
 DATA_AXES = ("data", "fsdp")
 
 
@@ -18,15 +19,15 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh, axes: Sequence[str] = DATA_
   """Returns a host batch as global arrays, leading axis split over the data axes.
 
   Args:
-    batch: arrays whose leading axis is the examples. Each process passes its own rows (the same
-      rows where processes hold the same data shard, as when `tensor` spans hosts). Arrays without
-      an axis go whole to each device; Python numbers and None stay as they are.
-    mesh: where the batch goes.
-    axes: mesh axes to split over; `()` puts everything whole on each device. Those of the
-      default that the mesh lacks are skipped.
+    batch: arrays whose leading axis is the examples. Each process passes its own rows; processes
+      that hold the same data shard, as when `tensor` spans hosts, pass the same rows. Arrays
+      without an axis are replicated; Python numbers and None stay as they are.
+    mesh: the devices.
+    axes: mesh axes to split over; `()` replicates everything. The default skips axes that the mesh
+      lacks.
 
   Returns:
-    The same tree; leaves that already lie there are returned as they are.
+    The same tree; leaves that are already placed so are returned as they are.
 
   Raises:
     ValueError: if the mesh lacks an axis, or the rows of a leaf do not divide over the shards.
@@ -63,24 +64,24 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh, axes: Sequence[str] = DATA_
 def accumulate_grads(loss: Callable[..., Any], num_microbatches: int) -> Callable[..., Any]:
   """Returns a drop-in for `jax.value_and_grad(loss, has_aux=True)` that needs less memory.
 
-  With one micro-batch it *is* `jax.value_and_grad(loss, has_aux=True)`. With k of them every
-  leaf of the batch is split into k parts along axis 0, and a scan computes one part after the
-  other, so that activations are held for one part only:
+  With one micro-batch it *is* `jax.value_and_grad(loss, has_aux=True)`. With k of them every leaf
+  of the batch is split into k parts along axis 0, and a scan computes one part after another. So
+  memory holds the activations of one part only:
 
-  - the loss, the gradients and floating-point metrics are averaged, summed in float32 or wider
-    and returned in the dtype that the loss gave them; integer metrics are counts, so they are
-    summed (booleans: any);
-  - `network_state` is threaded: each part starts from the one before it where `state` has a
-    `network_state` field, and the last one is returned;
-  - part i sees `jax.random.fold_in(key, i)`; leaves without an axis (a soft label given as
-    one float) and None go whole to each part.
+  - the loss, the gradients and floating-point metrics are averaged. The sum is in float32 or wider,
+    the result in the dtype of the loss. Integer metrics are counts, so they are summed (booleans:
+    any);
+  - if `state` has a field `network_state`, each part starts from the one that the part before it
+    returned; the last one is returned;
+  - part i gets `jax.random.fold_in(key, i)`; leaves without an axis (a soft label given as one
+    float) and None go to each part unchanged.
 
-  The result equals one large batch where the loss is a mean over examples. It does not where
-  the loss couples them (batch statistics, a mean over the tokens of unequally long examples):
-  such a loss says so and refuses k > 1.
+  The result equals that of one large batch if the loss is a mean over examples. It differs if the
+  loss couples them (batch statistics, a mean over the tokens of examples of unequal length). Such
+  an algorithm must refuse k > 1.
 
-  Part i holds examples i, i + k, i + 2k, ...: each device cuts its own rows, so a batch that is
-  sharded along axis 0 stays where it is.
+  Part i holds examples i, i + k, i + 2k, ... So each device splits its own rows, and a batch that
+  is sharded along axis 0 does not move.
 
   Args:
     loss: `loss(params, state, batch, key, **kwargs) -> (scalar, (metrics, network_state))`.
@@ -88,11 +89,11 @@ def accumulate_grads(loss: Callable[..., Any], num_microbatches: int) -> Callabl
 
   Returns:
     `grad_fn(params, state, batch, key, **kwargs) -> ((loss, (metrics, network_state)), grads)`.
-    It raises `ValueError` where the batch leaves disagree in their leading axis, or k does not
-    divide it.
+    It raises `ValueError` if the leading axes of the batch's leaves differ, or k does not divide
+    them.
 
   Raises:
-    ValueError: if `num_microbatches` is no positive integer.
+    ValueError: if `num_microbatches` is not a positive integer.
 
   Example:
     >>> def loss(params, state, batch, key):
@@ -103,8 +104,7 @@ def accumulate_grads(loss: Callable[..., Any], num_microbatches: int) -> Callabl
     >>> print(value, grads)  # the mean of 1, 9, 25, 49, and its slope
     21.0 25.0
   """
-  if not isinstance(num_microbatches, int | np.integer) or num_microbatches < 1:
-    raise ValueError(f"num_microbatches is {num_microbatches!r}: give a positive integer.")
+  checks.count("num_microbatches", num_microbatches)
   value_and_grad = jax.value_and_grad(loss, has_aux=True)
   if num_microbatches == 1:
     return value_and_grad
@@ -125,7 +125,7 @@ def accumulate_grads(loss: Callable[..., Any], num_microbatches: int) -> Callabl
     start = getattr(state, "network_state", ())
     first = [leaf[0] for leaf in split]
     means, last = jax.eval_shape(run, start, 0, first)
-    if not hasattr(state, "network_state"):  # nothing to thread, but the last one is returned
+    if not hasattr(state, "network_state"):  # the scan still carries the last one out
       start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), last)
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), means)
 
@@ -166,7 +166,7 @@ def _split(batch: Any, num_parts: int) -> tuple[list[Any], Callable[[list[Any]],
     if np.ndim(leaf) > 0
   }
   if not rows:
-    raise ValueError("batch has no leaf with a leading axis: there is nothing to split.")
+    raise ValueError("batch has no leaf with a leading axis, so there is nothing to split.")
   path, size = next(iter(rows.items()))
   for other in rows:
     if rows[other] != size:
@@ -180,7 +180,7 @@ def _split(batch: Any, num_parts: int) -> tuple[list[Any], Callable[[list[Any]],
       f"{path!r}: choose a divisor of {size}, or another batch size."
     )
 
-  # Strided parts (see the docstring): rows stay on their device, [B / k, k] keeps axis 0 sharded.
+  # Strided parts keep rows on their device: the reshape to [B / k, k] keeps axis 0 sharded.
   def cut(leaf):
     return jnp.swapaxes(jnp.reshape(leaf, (size // num_parts, num_parts, *leaf.shape[1:])), 0, 1)
 

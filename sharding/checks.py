@@ -1,15 +1,21 @@
 """Checks of arguments: each error names the argument, its value and what to give instead.
 
 Shapes are always checked, before anything is computed. Values are checked where they are already
-on the host: Python numbers, lists of them and NumPy arrays. A traced value cannot be looked at, and
-looking at a JAX array waits for the device. Functions that are called rarely, such as evaluations,
-pass `fetch=True` to look at JAX arrays too.
+on the host: Python numbers, lists of them and NumPy arrays. Three kinds of value pass unseen:
+
+* a traced value, which nobody can look at;
+* a JAX array, since looking at it waits for the device. Functions that are called rarely, such as
+  evaluations, pass `fetch=True` to look at JAX arrays too;
+* what is not an array at all. JAX rebuilds a registered dataclass with `object()`, None, shardings
+  or shapes in place of its numbers, and runs the dataclass's checks on them.
 """
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -36,47 +42,66 @@ def positive(name: str, value: Any, *, fetch: bool = False) -> None:
       ...
     ValueError: tau must be positive and finite, got 0
   """
-  array = _numbers(name, value, fetch)
-  if array is not None and not np.all((array > 0) & np.isfinite(array)):
-    raise ValueError(f"{name} must be positive and finite, got {value}")
+  _require(name, value, fetch, lambda x: (x > 0) & (x < np.inf), "be positive and finite")
 
 
 def not_negative(name: str, value: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` unless every entry of `value` is finite and at least 0."""
-  array = _numbers(name, value, fetch)
-  if array is not None and not np.all((array >= 0) & np.isfinite(array)):
-    raise ValueError(f"{name} must be finite and not negative, got {value}")
+  _require(name, value, fetch, lambda x: (x >= 0) & (x < np.inf), "be finite and not negative")
 
 
 def probabilities(name: str, value: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` unless every entry of `value` lies in [0, 1]."""
-  array = _numbers(name, value, fetch)
-  if array is not None and not np.all((array >= 0) & (array <= 1)):  # also false for NaN
-    raise ValueError(f"{name} must lie in [0, 1], got {value}")
+  _require(name, value, fetch, lambda x: (x >= 0) & (x <= 1), "lie in [0, 1]")
+
+
+def fractions(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless every entry of `value` lies strictly between 0 and 1."""
+  _require(name, value, fetch, lambda x: (x > 0) & (x < 1), "lie strictly between 0 and 1")
 
 
 def finite(name: str, value: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` if `value` holds NaN or an infinity."""
   array = _numbers(name, value, fetch)
-  if array is None:
+  if array is None or np.all(np.isfinite(array)):
     return
-  flat = array.ravel()
-  bad = np.flatnonzero(~np.isfinite(flat))
-  if bad.size:
-    raise ValueError(
-      f"{name} must be finite, got {flat[bad[0]]} at position {bad[0]}: leave the row out"
-    )
+  index = tuple(map(int, np.argwhere(~np.isfinite(array))[0]))
+  where = f" at position {index[0] if len(index) == 1 else index}" if index else ""
+  raise ValueError(f"{name} must be finite, got {array[index]}{where}: leave the row out")
 
 
-def antisymmetric(name: str, value: Any, *, fetch: bool = False) -> None:
-  """Raises `ValueError` unless preferences `[..., A, A]` have P(i, j) + P(j, i) = 1."""
+def distribution(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` unless `value` holds probabilities that sum to 1 over the last axis."""
   probabilities(name, value, fetch=fetch)
   array = _numbers(name, value, fetch)
-  # 1e-4: float32 inputs, rounded by whoever made them.
+  # 1e-4: inputs are often rounded to float32 or to a few digits.
+  if array is not None and not np.allclose(array.sum(-1), 1, atol=1e-4):
+    raise ValueError(f"{name} must sum to 1 over the last axis, got {array}")
+
+
+def preference_matrix(preferences: Any, *, fetch: bool = False, **per_action: Any) -> None:
+  """Raises `ValueError` unless `preferences` says of each two actions how often one wins.
+
+  Args:
+    preferences: `[..., A, A]`, entry i, j is P(i beats j), and P(i beats j) + P(j beats i) = 1.
+    fetch: look at JAX arrays too.
+    **per_action: named arrays `[..., A]` that must have the same number of actions.
+  """
+  shapes = {"preferences": np.shape(preferences)}
+  shapes |= {name: np.shape(array) for name, array in per_action.items()}
+  num_actions = shapes["preferences"][-1:]
+  square = len(shapes["preferences"]) >= 2 and shapes["preferences"][-2:-1] == num_actions
+  if not square or any(found[-1:] != num_actions for found in shapes.values()):
+    wanted = ["preferences [..., A, A]", *(f"{name} [..., A]" for name in per_action)]
+    found = [f"{name} {list(found)}" for name, found in shapes.items()]
+    raise ValueError(f"the shapes must be {', '.join(wanted)}, got {', '.join(found)}")
+  probabilities("preferences", preferences, fetch=fetch)
+  array = _numbers("preferences", preferences, fetch)
+  # 1e-4: inputs are often rounded to float32 or to a few digits.
   if array is not None and not np.allclose(array + np.swapaxes(array, -1, -2), 1, atol=1e-4):
     raise ValueError(
-      f"{name} must be antisymmetric, P(i beats j) + P(j beats i) = 1 with 1/2 on the diagonal, "
-      f"got {value}"
+      "preferences must be antisymmetric, P(i beats j) + P(j beats i) = 1 with 1/2 on the "
+      f"diagonal, got {array}"
     )
 
 
@@ -93,7 +118,7 @@ def count(name: str, value: Any, least: int = 1) -> None:
     raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def choice(name: str, value: Any, choices: Collection[Any]) -> None:
   """Raises `ValueError` unless `value` is one of `choices`."""
   if value not in choices:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -223,30 +248,49 @@ def disjoint(name: str, array: Any, other_name: str, other: Any, *, fetch: bool 
       )
 
 
+def _require(
+  name: str, value: Any, fetch: bool, holds: Callable[[Any], Any], requirement: str
+) -> None:
+  """Raises `ValueError` unless `holds` is true of every entry; NaN makes each comparison false."""
+  # These run at every trace: most values are one Python number, which needs no array.
+  array = value if type(value) in (float, int) else _numbers(name, value, fetch)
+  if array is not None and not np.all(holds(array)):
+    raise ValueError(f"{name} must {requirement}, got {array}")
+
+
 def _numbers(name: str, value: Any, fetch: bool) -> np.ndarray | None:
-  """Returns the value as an array of numbers, None where it cannot be seen; refuses text."""
+  """Returns the value as an array of numbers, None where it cannot be seen; refuses anything else.
+
+  Types that NumPy does not know, such as bfloat16, are widened.
+  """
   if isinstance(value, str):
     raise ValueError(f"{name} must be a number, got the string {value!r}")
-  array = _on_host(value, fetch)
-  if array is not None and array.dtype.kind not in "biuf":
-    # ml_dtypes, such as bfloat16, are NumPy extension types of kind "V".
-    try:
-      return array.astype(float)
-    except (TypeError, ValueError):
-      raise ValueError(f"{name} must hold numbers, got {value!r}") from None
-  return array
+  try:
+    array = _on_host(value, fetch)
+  except ValueError as error:  # a ragged list
+    raise ValueError(f"{name} must hold numbers in rows of equal length, got {value!r}") from error
+  if array is None or array.dtype.kind in "biuf":
+    return array
+  if jnp.issubdtype(array.dtype, np.integer) or jnp.issubdtype(array.dtype, np.floating):
+    return array.astype(float)
+  raise ValueError(f"{name} must hold real numbers, got {value!r}")
 
 
 def _on_host(value: Any, fetch: bool) -> np.ndarray | None:
-  """Returns the value as an array; None where it is traced, on the device or JAX's placeholder."""
-  if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not fetch):
-    return None
-  if isinstance(value, list | tuple) and any(
-    isinstance(leaf, jax.Array) and not fetch for leaf in jax.tree.leaves(value)
-  ):
+  """Returns the value as an array; None where it passes unseen (see the module's text)."""
+  if isinstance(value, jax.Array):
+    if isinstance(value, jax.core.Tracer) or not fetch or not value.is_fully_addressable:
+      return None
+  elif isinstance(value, list | tuple):
+    leaves = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
+    if any(_on_host(leaf, fetch) is None for leaf in leaves):
+      return None
+  elif not isinstance(value, numbers.Number) and not hasattr(value, "__array__"):
     return None
   array = np.asarray(value)
-  return None if array.dtype == object else array
+  if array.dtype == object:  # a fraction, a huge integer, or a list of JAX's placeholders
+    return np.asarray(float(value)) if isinstance(value, numbers.Real) else None
+  return array
 
 
 def _dtype(array: Any) -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from sharding import checks
+
 
 def make_mesh(
   axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
@@ -15,13 +17,13 @@ def make_mesh(
   communication. `jax.make_mesh` alone gives Explicit axes, under which embedding gathers,
   scans that start from `jnp.zeros` and shuffles raise.
 
-  Put the axis that talks most (`tensor`) last: neighbours in the mesh are then neighbours in
-  the hardware.
+  Put the axis with the most communication (`tensor`) last: neighbours along it are then neighbours
+  in the hardware.
 
   Args:
     axes: number of devices along each axis, e.g. `{"data": -1, "fsdp": 4, "tensor": 2}`. At
-      most one size may be -1: it takes the devices that the others leave.
-    devices: the devices to use, all of them by default (in a run of several hosts: of all hosts).
+      most one size may be -1: that axis takes the remaining devices.
+    devices: the devices to use; by default all devices of all hosts.
 
   Returns:
     A `jax.sharding.Mesh` of exactly these devices, ordered to suit the hardware's topology.
@@ -43,7 +45,7 @@ make one of them -1 to take what is left, or pass as many `devices`.
   if not axes:
     raise ValueError('axes is empty: name at least one, e.g. {"data": -1}.')
   for name, size in axes.items():
-    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+    if not checks.is_integer(size) or (size < 1 and size != -1):
       raise ValueError(f"axes[{name!r}] is {size!r}: give a positive integer, or -1 for the rest.")
   free = [name for name, size in axes.items() if size == -1]
   if len(free) > 1:
@@ -75,13 +77,13 @@ def initialize_multihost(
 ) -> int:
   """Connects the processes of one run, one per host; returns how many there are.
 
-  Must come before the first JAX computation or device query. Without arguments JAX looks for a
-  cluster it knows (TPU pod, Slurm, Open MPI, Kubernetes); where it finds none the run has one
-  process, and nothing happens. A second call does nothing either.
+  Call it before the first JAX computation or device query. Without arguments JAX looks for a
+  cluster that it knows (TPU pod, Slurm, Open MPI, Kubernetes). If it finds none, the run has one
+  process, and the call does nothing. A second call does nothing either.
 
   Args:
-    coordinator_address: "host:port" of process 0, which listens there. Needed only where
-      JAX detects no cluster, then together with the next two.
+    coordinator_address: "host:port" at which process 0 listens. It is needed only if JAX detects no
+      cluster, together with the next two arguments.
     num_processes: how many processes take part.
     process_id: the number of this one, from 0.
 
@@ -98,8 +100,8 @@ def initialize_multihost(
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
   except ValueError as error:
     known = (coordinator_address, num_processes, process_id) != (None, None, None)
-    # JAX's answer when no cluster is detected; half a description must not pass for none, or
-    # every host would train alone.
+    # This is JAX's answer if it detects no cluster. An incomplete description is an error: without
+    # it every host would train alone.
     if known or "coordinator_address" not in str(error):
       raise ValueError(
         f"cannot connect the processes ({error}): pass coordinator_address, num_processes and "

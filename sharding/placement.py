@@ -1,4 +1,4 @@
-"""States on a mesh, and the compiled step: the one place where donation happens."""
+"""Places states on a mesh, and compiles the step, the only function that donates its argument."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from sharding import rules as sharding_rules
 def init_sharded(
   init_fn: Callable[..., Any], mesh: jax.sharding.Mesh, rules: sharding_rules.Rules, *args: Any
 ) -> Any:
-  """Returns `init_fn(*args)`, each device computing and holding only its own part.
+  """Returns `init_fn(*args)`; each device computes and holds only its own part.
 
   Args:
     init_fn: pure function of arrays to a state, e.g. `init(key)`.
-    mesh: where the state goes.
-    rules: how its leaves are split.
-    *args: arguments of `init_fn`. Arrays that are already on the mesh are used where they lie
-      (pretrained weights too large for one device: `place` them first); any others go whole to
-      every device while `init_fn` runs. All of them survive.
+    mesh: the devices.
+    rules: how the leaves of the state are split.
+    *args: arguments of `init_fn`. Arrays that are already on the mesh stay where they are; all
+      others are replicated while `init_fn` runs. So `place` pretrained weights first if they are
+      too large for one device. None of the arguments is consumed.
 
   Returns:
     The state as global arrays, no two of which share memory.
@@ -48,11 +48,11 @@ def place(tree: Any, mesh: jax.sharding.Mesh, rules: sharding_rules.Rules) -> An
 
   Args:
     tree: arrays or numbers; in a run of several processes the same in each.
-    mesh: where the leaves go.
-    rules: how they are split.
+    mesh: the devices.
+    rules: how the leaves are split.
 
   Returns:
-    The same tree as global arrays. Leaves that already lie as the rules say are not copied.
+    The same tree as global arrays. Leaves that are already placed by the rules are not copied.
 
   Raises:
     ValueError: as `sharding.infer_shardings`.
@@ -69,25 +69,26 @@ def jit_update(
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
   """Returns `update` as a step compiled once for a mesh, which reuses the state's memory.
 
-  The step consumes its state: write `state, metrics = step(state, batch, key)` and do not read
-  the former state again. Only the state is donated, never the batch or the key. A state that
-  is not on this mesh yet (host or single-device arrays, another sharding, one array in two
-  fields) is copied there first, and then the caller's arrays survive; at scale make the state with
-  `init_sharded` or `place` instead, which spares that copy. Arrays that `update` closes over
-  must not be leaves of a placed state: donation would delete them.
+  The step consumes its state: write `state, metrics = step(state, batch, key)` and do not read the
+  old state again. Only the state is donated, never the batch or the key. A state that is not on
+  this mesh yet (host or single-device arrays, another sharding, one array in two fields) is copied
+  first, and the caller's arrays survive. At scale, make the state with `init_sharded` or `place` to
+  avoid that copy. Arrays that `update` closes over must not be leaves of a placed state: donation
+  would delete them.
 
   Args:
-    update: `update(state, batch, key) -> (state, metrics)`, static arguments already bound
-      (`functools.partial`), jitted or not; it keeps the state's tree, shapes and dtypes.
+    update: `update(state, batch, key) -> (state, metrics)` with its static arguments bound
+      (`functools.partial`), jitted or not. It must keep the state's tree, shapes and dtypes.
     mesh: the mesh to run on.
-    rules: how the state is split; looked up once, for the first state that the step sees.
+    rules: how the state is split; they are applied to the first state, once.
     batch_axes: mesh axes that split the batch, see `shard_batch`.
 
   Returns:
-    `step(state, batch, key) -> (state, metrics)`: the state split by the rules, metrics whole on
-    every device. `batch` is a host or a global batch (see `shard_batch`), `key` the same in all
-    processes (made from `state.step` it is on the mesh already). It raises `ValueError` as
-    `infer_shardings` and `shard_batch` do, or if an earlier step consumed the state.
+    `step(state, batch, key) -> (state, metrics)`: the state split by the rules, the metrics
+    replicated. `batch` is a host batch or a global one (see `shard_batch`); `key` must be the same
+    in all processes (a key made from `state.step` is on the mesh already). The step raises
+    `ValueError` as `infer_shardings` and `shard_batch` do, or if an earlier step consumed the
+    state.
 
   Example:
     >>> import sharding
@@ -114,7 +115,7 @@ def jit_update(
         donate_argnums=0,
       )
     batch = batches.shard_batch(batch, mesh, batch_axes)
-    # A key on one device would be another type to the compiler than one made from `state.step`.
+    # Without this, a key on one device and a key made from `state.step` would compile twice.
     key = _place(key, jax.tree.map(lambda _: whole, key))
     state = _separate(_place(state, shardings), (batch, key))
     return compiled(state, batch, key)
@@ -131,7 +132,7 @@ def _place(tree: Any, shardings: Any) -> Any:
     if leaf.is_deleted():  # the runtime would crash on it
       raise ValueError(
         f"state holds a deleted array of shape {leaf.shape}: an earlier step consumed it. Write "
-        "`state, metrics = step(state, batch, key)`, and copy what must outlive a step."
+        "`state, metrics = step(state, batch, key)`, and copy arrays that you need after a step."
       )
     current = leaf.sharding
     if current == sharding:  # each step after the first
@@ -169,7 +170,7 @@ def _separate(state: Any, others: Any) -> Any:
 
 
 def _reachable(leaf: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Returns the leaf, whole on every device if it is bound to devices other than the mesh's."""
+  """Returns the leaf, replicated on the mesh if it is committed to other devices."""
   if not isinstance(leaf, jax.Array) or not leaf.committed:
     return leaf
   if leaf.sharding.device_set == set(mesh.devices.flat):

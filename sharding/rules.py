@@ -1,9 +1,9 @@
-r"""Rules that say how each leaf of a state lies on a mesh.
+r"""Rules that say how each leaf of a state is split over a mesh.
 
 A rule is a pair (regular expression, `PartitionSpec`). The expression is searched in the leaf's
 path, such as `params/layers/mlp/up/kernel` or `opt_state/0/mu/layers/mlp/up/kernel`, and the
-first rule that matches wins. One rule thus places a parameter, its moving-average target and
-its optimiser moments alike:
+first rule that matches wins. So one rule places a parameter, its moving-average target and its
+optimiser moments alike:
 
   RULES = (
     (r"mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
@@ -11,14 +11,14 @@ its optimiser moments alike:
     (r".*", P(None, "fsdp")),
   )
 
-A pattern is not anchored: write `^params/` or `kernel$` where that matters. Nothing is guessed:
-a leaf without a rule, or one that its rule cannot split evenly, is an error that names it. Two
-kinds of leaf are exempt, and lie whole on every device:
+A pattern is not anchored: write `^params/` or `kernel$` where that matters. A leaf without a rule,
+or one that its rule cannot split evenly, is an error that names the leaf. Two kinds of leaf are
+exempt and are replicated:
 
 - a leaf of one element (step counters, PRNG keys, adafactor's `[1]` placeholders), and
-- under `opt_state`, a leaf of lower rank than its rule: adafactor's row and column moments bear
-  the path of a matrix of which they are one row or column. To shard them, put a rule such as
-  `("v_(row|col)/", P("fsdp"))` before.
+- under `opt_state`, a leaf of lower rank than its rule: adafactor's row and column moments have the
+  path of a matrix but one axis less. To shard them, put a rule such as
+  `("v_(row|col)/", P("fsdp"))` before it.
 """
 
 import math
@@ -52,7 +52,7 @@ def infer_shardings(
 
   Args:
     tree: arrays, or their shapes as `jax.eval_shape` returns them.
-    rules: ordered pairs (regular expression, `PartitionSpec`), see the module's text.
+    rules: ordered pairs (regular expression, `PartitionSpec`), see the module's docstring.
     mesh: the mesh (or an `AbstractMesh`: no device is needed) whose axes the rules name.
 
   Returns:
@@ -98,11 +98,11 @@ def _infer_spec(
   if rule is None:
     raise ValueError(
       f"no rule matches leaf {path!r} of shape {shape}: add one, or end the rules with "
-      "('.*', PartitionSpec()) to keep what is left whole on every device."
+      "('.*', PartitionSpec()) to replicate all other leaves."
     )
   spec = rule[1]
   if len(spec) > len(shape):
-    if re.search("(^|/)opt_state/", path):  # a factored moment, see the module's text
+    if re.search("(^|/)opt_state/", path):  # a factored moment, see the module's docstring
       return jax.sharding.PartitionSpec()
     raise ValueError(
       f"leaf {path!r} of shape {shape} has fewer dimensions than rule {rule} has entries: put "
@@ -122,9 +122,9 @@ def _infer_spec(
 
 
 def _check_rules(rules: Rules, sizes: dict[str, int]) -> None:
-  """Raises `ValueError` for a malformed rule, used or not: a typing slip must not wait."""
+  """Raises `ValueError` for a malformed rule, even if no leaf uses it."""
   for index, rule in enumerate(rules):
-    # A forgotten comma turns `(("kernel", spec),)` into a pair, whose items are no rules.
+    # Without its comma, `(("kernel", spec),)` is the pair itself, whose items are not rules.
     pair = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)
     if not pair or not isinstance(rule[1], jax.sharding.PartitionSpec):
       raise ValueError(
@@ -134,7 +134,9 @@ def _check_rules(rules: Rules, sizes: dict[str, int]) -> None:
     try:
       re.compile(rule[0])
     except re.error as error:
-      raise ValueError(f"rules[{index}]: {rule[0]!r} is no regular expression: {error}.") from error
+      raise ValueError(
+        f"rules[{index}]: {rule[0]!r} is not a regular expression: {error}."
+      ) from error
     names = [name for entry in rule[1] for name in _axis_names(entry)]
     for name in names:
       if name not in sizes:

@@ -87,6 +87,15 @@ def preferences(rng, num_actions):
   return upper + np.tril(1 - upper.T, -1) + np.eye(num_actions) / 2
 
 
+def random_game(rng, num_actions):
+  """A preference matrix and reference log-probabilities; in one game of four the winner is sure."""
+  matrix = preferences(rng, num_actions)
+  if rng.random() < 0.25:
+    upper = np.triu(matrix > 0.5, 1)
+    matrix = upper + np.tril(1 - upper.T, -1) + np.eye(num_actions) / 2
+  return matrix, np.log(rng.dirichlet(np.ones(num_actions)))
+
+
 def bradley_terry(rewards):
   """P(i beats j) = sigmoid(r_i - r_j)."""
   return 1 / (1 + np.exp(rewards[None, :] - rewards[:, None]))

@@ -28,6 +28,20 @@ if not flags.FLAGS.is_parsed():
   flags.FLAGS.mark_as_parsed()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_samples_of_the_user(tmp_path_factory):
+  """What fixtures of modules draw is kept for this session alone."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("BOOTSTRAX_SAMPLE_CACHE", str(tmp_path_factory.mktemp("samples")))
+    yield
+
+
+@pytest.fixture(autouse=True)
+def _own_samples(_no_samples_of_the_user, tmp_path, monkeypatch):
+  """Every test starts with no samples; weights and games stay where they are."""
+  monkeypatch.setenv("BOOTSTRAX_SAMPLE_CACHE", str(tmp_path / "samples"))
+
+
 @pytest.fixture
 def x64():
   """Runs one test in float64 and puts the former setting back."""

@@ -27,7 +27,7 @@ from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from representation import bgrl, graphs
 from representation.baselines import grace
-from representation.networks import gcn
+from representation.networks import adapters, gcn, mlp
 from rl_theory import armac
 from rl_theory.baselines import nfsp
 
@@ -77,11 +77,10 @@ class Case:
     batch: eight examples (so that eight devices have one each).
     apply_fn: the network.
     config: hyper-parameters at which losses and gradients are of size one (for absolute 1e-5).
-    hyperparameter: name of a numeric field of the config, and another value for it (several where
-      the field holds several); None where
-      the config has none.
-    trees: keyword arguments of `init` beside the parameters, such as `ref_params`.
-    couples_examples: True where the loss is not a mean over examples; it must then refuse
+    hyperparameter: name of a numeric field of the config and another value for it (several where
+      the field holds several); None where the config has no such field.
+    trees: keyword arguments of `init` beside the parameters, such as `ema_params`.
+    couples_examples: True where the loss is not a mean over examples; `update` must then refuse
       micro-batches.
     rules: how the state is split over a mesh with axes `data` and `fsdp`.
   """
@@ -276,7 +275,9 @@ def _values(params, observations):
   return (jnp.tanh(flat @ params["kernel"]) @ params["head"]).reshape(-1, 2, 3)
 
 
-def _armac(*, actor: bool = False) -> Case:
+def _armac(network: str) -> Case:
+  """The critic's or the actor's loss and update, which share all the rest."""
+  pair = {name: getattr(armac, f"{name}_{network}") for name in ("loss", "update")}
   rng = np.random.default_rng(8)
 
   def normal(*shape):
@@ -289,7 +290,7 @@ def _armac(*, actor: bool = False) -> Case:
     normal(8, 4, 2, 5), jnp.asarray(rng.integers(0, 2, (8, 4))), jnp.ones((8, 4, 3), bool),
     jnp.asarray(rng.integers(0, 3, (8, 4))), jnp.asarray(rng.random((8, 4)) < 0.8),
     jnp.asarray(rng.integers(0, 2, 8)), jnp.zeros(8, jnp.int32), past_policies, policies,
-    normal(8, 2), normal(8, 4, 3) if actor else None,
+    normal(8, 2), normal(8, 4, 3) if network == "actor" else None,
   )  # fmt: skip
   params = armac.Params(
     {"kernel": normal(5, 6), "regrets": normal(6, 3), "policy": normal(6, 3)},
@@ -297,8 +298,9 @@ def _armac(*, actor: bool = False) -> Case:
   )
   past = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
   return Case(
-    armac, params, batch, armac.Networks(_act, _values), armac.Config(trace_decay=0.9, capacity=2),
-    None if actor else ("trace_decay", 0.2), trees={"past": past},
+    types.SimpleNamespace(**vars(armac) | pair), params, batch, armac.Networks(_act, _values),
+    armac.Config(trace_decay=0.9, capacity=2),
+    None if network == "actor" else ("trace_decay", 0.2), trees={"past": past},
   )  # fmt: skip
 
 
@@ -331,7 +333,7 @@ def _graph():
 
 def _bgrl() -> Case:
   graph = _graph()
-  encoder, predictor = gcn.Encoder(gcn.GCN((6, 4))), gcn.Predictor(gcn.MLP(6, 4))
+  encoder, predictor = adapters.Encoder(gcn.GCN((4,))), adapters.Predictor(mlp.MLP(6, 4))
   keys = jax.random.split(jax.random.key(0), 3)
   (params, online), (target_params, target) = (encoder.init(key, graph) for key in keys[:2])
   params = bgrl.Params(params, predictor.init(keys[2], jnp.zeros((1, 4))))
@@ -344,7 +346,8 @@ def _bgrl() -> Case:
 
 def _grace(*, num_negatives: int = 0) -> Case:
   graph = _graph()
-  encoder, projector = gcn.Encoder(gcn.GCN((6, 4))), gcn.Predictor(gcn.MLP(6, 4, jax.nn.elu))
+  encoder = adapters.Encoder(gcn.GCN((4,)))
+  projector = adapters.Predictor(mlp.MLP(6, 4, jax.nn.elu))
   params, network_state = encoder.init(jax.random.key(0), graph)
   params = grace.Params(params, projector.init(jax.random.key(1), jnp.zeros((1, 4))))
   return Case(
@@ -355,7 +358,8 @@ def _grace(*, num_negatives: int = 0) -> Case:
 
 
 BUILDERS: dict[str, Callable[[], Case]] = {
-  "armac": _armac, "armac_actor": functools.partial(_armac, actor=True), "bgrl": _bgrl,
+  "armac_actor": functools.partial(_armac, "actor"),
+  "armac_critic": functools.partial(_armac, "critic"), "bgrl": _bgrl,
   "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
   "grace_negatives": functools.partial(_grace, num_negatives=3), "ipo": _ipo, "kto": _kto,
   "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model,
@@ -405,6 +409,17 @@ def _assert_identical(actual, expected, what):
 class _Pair:  # not a pytree: one leaf
   first: Any
   second: Any
+
+
+def _gradient(case, state, batch, key):
+  """Returns the gradient of the loss at `state.params`."""
+
+  def value(params):
+    return case.module.loss(
+      params, state, batch, key, apply_fn=case.apply_fn, config=case.config
+    )[0]  # fmt: skip
+
+  return jax.grad(value)(state.params)
 
 
 def _types(tree):
@@ -579,26 +594,20 @@ def eight_devices_equal_one(case, tmp_path):
   state, step, key = _start(case, SGD), _step(case, SGD), _key(0)
   one = step(state, case.batch, key)
 
-  def gradient(params, state, batch, key):
-    return jax.grad(
-      lambda p: case.module.loss(
-        p, state, batch, key, apply_fn=case.apply_fn, config=case.config
-      )[0]
-    )(params)  # fmt: skip
+  def with_gradient(state, batch, key):  # one program for both: most of the time is compilation
+    new, metrics = step(state, batch, key)
+    return new, (metrics, _gradient(case, state, batch, key))
 
-  one_gradient = jax.jit(gradient)(state.params, state, case.batch, key)
+  one = one[0], (one[1], jax.jit(functools.partial(_gradient, case))(state, case.batch, key))
   for axes in ({"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 4}):
     mesh = sharding.make_mesh(axes)
-    many = sharding.jit_update(step, mesh, case.rules)(state, case.batch, key)
-    for leaf in jax.tree.leaves(many):
-      assert len(leaf.sharding.device_set) == 8
-    _assert_close(many, one, f"update on {axes}: ")
-    placed = sharding.place(state, mesh, case.rules)
     batch = sharding.shard_batch(case.batch, mesh)
     split = [leaf for leaf in jax.tree.leaves(batch) if not leaf.sharding.is_fully_replicated]
     assert split, "the batch is not split"
-    many_gradient = jax.jit(gradient)(placed.params, placed, batch, key)
-    _assert_close(many_gradient, one_gradient, f"gradient on {axes}: ")
+    many = sharding.jit_update(with_gradient, mesh, case.rules)(state, case.batch, key)
+    for leaf in jax.tree.leaves(many):
+      assert len(leaf.sharding.device_set) == 8
+    _assert_close(many, one, f"update, metrics and gradient on {axes}: ")
 
 
 def donation_goes_through_jit_update(case, tmp_path):
@@ -645,7 +654,10 @@ def restored_run_continues_bit_for_bit(case, tmp_path):
 
 
 def nothing_but_params_gets_a_gradient(case, tmp_path):
-  """References, targets and whatever else the state holds are constants of the loss."""
+  """References, targets and whatever else the state holds are constants of the loss.
+
+  And nothing but that gradient moves the parameters: the step is the optimiser's.
+  """
   state = _start(case, ADAM)
   leaves, treedef = jax.tree.flatten(state)
   floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -665,9 +677,10 @@ def nothing_but_params_gets_a_gradient(case, tmp_path):
   assert any(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradients))
   for gradient in others:
     np.testing.assert_array_equal(gradient, 0)
-  after, _ = _step(case, ADAM)(state, case.batch, _key(0))
-  for name in [name for name in state._fields if name.startswith("ref_")]:
-    _assert_identical(getattr(after, name), getattr(state, name), f"{name} moved")
+  state = _start(case, SGD)._replace(params=params)
+  after, _ = _step(case, SGD)(state, case.batch, _key(0))
+  expected = jax.tree.map(lambda leaf, gradient: leaf - 0.1 * gradient, params, gradients)
+  _assert_close(after.params, expected, "a step of SGD: ")
 
 
 def micro_batches_equal_one_batch(case, tmp_path):
@@ -754,18 +767,37 @@ CLAUSES = (
 )
 
 
-# A second or two a clause and algorithm. These always run, one of each shape; the others run in
-# continuous integration and with the slow tests.
-_ALWAYS = {"copg", "dro", "ipo", "nash_md"}
+# These always run, one algorithm of each shape. The others are marked slow: continuous integration
+# runs them.
+_ALWAYS = {
+  "a policy and pairs": "ipo",
+  "several completions of a prompt": "copg",
+  "a policy and a value function": "dro",
+  "a moving target": "nash_md",
+  "a loss that couples examples": "kto",
+  "two networks with a state of their own, and a target": "bgrl",
+  "two networks that are trained in turn, and their past": "armac_critic",
+}
+_case = functools.cache(lambda name: BUILDERS[name]())
+
+
+def _parameters():
+  for name in BUILDERS:
+    # One process runs all clauses of an algorithm (`--dist loadgroup`) and compiles it once.
+    marks = [pytest.mark.xdist_group(name)]
+    if name not in _ALWAYS.values():
+      marks.append(pytest.mark.slow)
+    yield pytest.param(name, marks=marks)
+
+
+def test_an_algorithm_of_each_shape_always_runs():
+  assert set(_ALWAYS.values()) <= set(BUILDERS)
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.__name__)
-@pytest.mark.parametrize(
-  "name",
-  [pytest.param(n, marks=() if n in _ALWAYS else pytest.mark.slow) for n in BUILDERS],
-)
+@pytest.mark.parametrize("name", _parameters())
 def test_contract(name, clause, tmp_path):
-  clause(BUILDERS[name](), tmp_path)
+  clause(_case(name), tmp_path)
 
 
 # --- the contract can fail: broken copies of IPO, each caught by the clause that is about it ---
@@ -776,7 +808,7 @@ def _module(**changes):
 
 
 def _with_loss(change):
-  """IPO with another loss: `change(value, metrics, params, state, batch)` returns both anew."""
+  """IPO with the loss and metrics that `change(value, metrics, params, state, batch)` returns."""
 
   def loss(params, state, batch, key, *, apply_fn, config):
     """Broken. Args: those of `ipo.loss`."""
@@ -910,6 +942,8 @@ BROKEN: dict[str, tuple[Callable, Callable[[], Any]]] = {
   "gradient into the state": (nothing_but_params_gets_a_gradient, lambda: _with_loss(
     lambda value, metrics, params, state, batch: (
       value + optax.global_norm(state.params), metrics))),
+  "decay beside the optimiser": (nothing_but_params_gets_a_gradient, lambda: _changed_state(
+    lambda state: state._replace(params=jax.tree.map(lambda leaf: 0.999 * leaf, state.params)))),
   "sum over examples": (micro_batches_equal_one_batch, lambda: _with_loss(
     lambda value, metrics, params, state, batch: (
       value * batch.chosen_tokens.shape[0], metrics))),

@@ -12,7 +12,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments import evaluation, report, training
+from experiments.loop import training
+from experiments.report import plots, results, statistics
 
 P = jax.sharding.PartitionSpec
 SIZE, DIM = 64, 8
@@ -74,9 +75,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
   )
 
 
-def build(config: Any, workdir: Any) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment."""
-  del workdir
   optimizer = optax.adam(config.optimizer.learning_rate)
   algorithm = config.algorithm
 
@@ -109,19 +109,19 @@ def build(config: Any, workdir: Any) -> training.Experiment:
     data = batches()
     outputs = np.asarray(data.inputs @ np.asarray(state.params["kernel"]))[:, 0]
     errors = (outputs - data.outputs) ** 2
-    figure, axes = report.subplots()
+    figure, axes = plots.subplots()
     axes[0][0].plot(data.outputs, outputs, ".")
-    return evaluation.Result(
-      metrics={"error": evaluation.mean_interval(errors), "size": SIZE},
-      tables=[report.checks_table("Criteria <b>", [("error is finite", True), ("never", False)])],
-      figures=[report.Figure("fit", "Predictions & targets", figure)],
+    return results.Result(
+      metrics={"error": statistics.mean_interval(errors), "size": SIZE},
+      tables=[results.checks_table("Criteria <b>", [("error is finite", True), ("never", False)])],
+      figures=[results.Figure("fit", "Predictions & targets", figure)],
       notes=["A note with <script>."],
       arrays={"errors": errors},
     )
 
   def sample(state):
     kernel = np.asarray(state.params["kernel"])[:, 0]
-    return report.Table(
+    return results.Table(
       "Weights", ["weight", "value"], [[i, float(w)] for i, w in enumerate(kernel)]
     )
 
@@ -130,11 +130,11 @@ def build(config: Any, workdir: Any) -> training.Experiment:
     np.save(folder / "kernel.npy", np.asarray(state.params["kernel"]))
 
   def figures(history, result):
-    figure, axes = report.subplots()
+    figure, axes = plots.subplots()
     axes[0][0].plot([record["loss"] for record in history], label="loss")
     axes[0][0].legend()
     assert result.arrays["errors"].shape == (SIZE,)
-    return [report.Figure("loss", "The loss.", figure)]
+    return [results.Figure("loss", "The loss.", figure)]
 
   return training.Experiment(
     init=init,

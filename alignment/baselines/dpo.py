@@ -1,14 +1,14 @@
 """DPO: Direct Preference Optimisation, the Bradley-Terry classifier on log-ratios.
 
-Problem: as in `alignment.ipo`, labelled pairs of completions; a logistic regression instead of a
-least-squares one:
+Problem: labelled pairs of completions, as in `alignment.ipo`. The regression is logistic where
+IPO's is least squares:
 
   mean of -q log sigmoid(beta h) - (1 - q) log sigmoid(-beta h),
   h = log-ratio(chosen) - log-ratio(rejected).
 
-If preferences are Bradley-Terry with rewards r, the optimum is ref * exp(r / beta), normalised. A
-completion that never loses (or never wins) in the data has no finite optimum at any beta: the
-margin grows for ever. That is the failure which IPO repairs.
+If preferences are Bradley-Terry with rewards r, the optimum is ref * exp(r / beta), normalised. If
+a completion never loses (or never wins) in the data, no beta gives a finite optimum: the margin
+grows without bound. IPO repairs this failure.
 
 Reference: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; compared with in Azar et al.
 2023, https://arxiv.org/abs/2310.12036.
@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 Batch = sequences.PreferenceBatch
@@ -50,7 +51,8 @@ class Config:
   Attributes:
     beta: positive; larger keeps the policy closer to the reference.
     reduction: "sum" (the paper's: log-probabilities of sequences) or "mean" (per token).
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   beta: Any = 0.1
@@ -99,7 +101,7 @@ def dpo_loss(
     `[B]` non-negative losses, not averaged; gradients reach both inputs.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `beta` is not positive, or concrete
+    ValueError: if the shapes differ, or `beta` is not positive, or
       `chosen_probs` lie outside [0, 1].
 
   Example:
@@ -121,12 +123,10 @@ def dpo_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -141,21 +141,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean DPO loss of a batch.
+  """Returns the mean DPO loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: B labelled pairs.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    apply_fn: `apply_fn(params, Sequences) -> [2 B, T]`, log-probability of each completion token.
   """
   del state, key
   chosen, rejected = sequences.pair_log_ratios(
@@ -186,25 +176,12 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: B labelled pairs; `config.num_microbatches` must divide B.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `beta` does not compile again.
+    batch: B labelled pairs.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `dpo/margin` (mean h), `dpo/accuracy` (share of
-    pairs with h > 0), `dpo/chosen_log_ratio`, `dpo/rejected_log_ratio`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss`, `grad_norm`, `dpo/margin` (mean h), `dpo/accuracy`
+    (share of pairs with h > 0), `dpo/chosen_log_ratio` and `dpo/rejected_log_ratio` (means, nats).
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

@@ -1,15 +1,16 @@
-"""KTO: Kahneman-Tversky Optimisation, from completions that are each just good or bad.
+"""KTO: Kahneman-Tversky Optimisation, from completions labelled good or bad.
 
-Problem: completions y of prompts x with one label each, desirable or not; no pairs. The loss of a
-sample is the shortfall of a saturating value of its log-ratio r against a point of reference,
+Problem: completions y of prompts x with one label each, desirable or not; there are no pairs. Each
+sample has a value, a sigmoid of its log-ratio r relative to a reference point z. The loss is what
+the value lacks to its maximum,
 
   desirable:   w_D (1 - sigmoid(beta (r - z))),    undesirable:   w_U (1 - sigmoid(beta (z - r))),
 
-with z an estimate of KL(pi || ref) that all samples of a batch share: the positive part of the mean
-log-ratio of completions that belong to other prompts. It carries no gradient.
+where z estimates KL(pi || ref): it is the positive part of the mean log-ratio of completions that
+belong to other prompts. All samples of a batch share it, and it carries no gradient.
 
-There is no closed form to be compared with: a completion that is more often good than bad is pushed
-up only until its sigmoid saturates, the others towards zero.
+There is no closed form to compare with: the probability of a completion that is more often good
+than bad rises until its sigmoid saturates, and that of the others falls towards zero.
 
 Reference: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306; compared with in Richemond et
 al. 2024, https://arxiv.org/abs/2405.19107 (desirable: a reward above the mean of its batch).
@@ -21,8 +22,8 @@ al. 2024, https://arxiv.org/abs/2405.19107 (desirable: a reward above the mean o
 | z_0 | `kl` |
 | lambda_D, lambda_U | `desirable_weight`, `undesirable_weight` |
 
-Deviations: the mismatched completions come with the batch (`mismatched_*`), so that their reference
-log-probabilities are cached like the others'. z couples the examples of a batch: there are no
+Deviations: the mismatched completions are part of the batch (`mismatched_*`), so that their
+reference log-probabilities can be cached. z couples the examples of a batch, so there are no
 micro-batches.
 """
 
@@ -34,7 +35,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignment import checks, sequences
+import sharding
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 
@@ -53,7 +56,7 @@ class Config:
     desirable_weight: positive weight of desirable samples. With n_D and n_U of each kind the paper
       advises desirable_weight n_D / (undesirable_weight n_U) in [1, 4/3].
     undesirable_weight: positive weight of the others.
-    num_microbatches: must be 1, since the point of reference is one for the batch.
+    num_microbatches: must be 1, since the reference point is shared by the batch.
   """
 
   beta: Any = 0.1
@@ -67,13 +70,13 @@ class Config:
     checks.positive("undesirable_weight", self.undesirable_weight)
     if self.num_microbatches != 1:
       raise ValueError(
-        f"num_microbatches must be 1, got {self.num_microbatches}: KTO's point of reference is "
+        f"num_microbatches must be 1, got {self.num_microbatches}: KTO's reference point is "
         "estimated from the whole batch; make the batch smaller or use more devices"
       )
 
 
 class Batch(NamedTuple):
-  """Labelled completions, and beside each prompt one that belongs to another prompt.
+  """Labelled completions, and for each prompt a completion of another prompt.
 
   Attributes:
     tokens: `[B, T]` int, completion tokens, right-padded, without the prompt.
@@ -126,10 +129,10 @@ def kto_loss(
 
   Args:
     log_ratios: `[B]` log pi(y|x) - log ref(y|x), nats, summed over completion tokens.
-    labels: `[B]` 1 for desirable, 0 for undesirable; what lies between mixes the two losses.
+    labels: `[B]` 1 for desirable, 0 for undesirable; values between mix the two losses.
     beta: positive; larger keeps the policy closer to the reference.
-    kl: scalar or `[B]`, the point of reference, an estimate of KL(pi || ref). No gradient reaches
-      it, and what is negative counts as zero.
+    kl: scalar or `[B]`, the reference point, an estimate of KL(pi || ref). No gradient reaches it,
+      and negative values count as zero.
     desirable_weight: positive.
     undesirable_weight: positive.
 
@@ -137,7 +140,7 @@ def kto_loss(
     `[B]` losses between 0 and the weight, not averaged; gradients reach `log_ratios`.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete argument is out of range.
+    ValueError: if the shapes differ, or an argument is out of range.
 
   Example:
     >>> kto_loss(jnp.array([0.0, 500.0]), jnp.array([1, 0]), beta=0.1, kl=0.0)
@@ -163,12 +166,10 @@ def kto_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -183,21 +184,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean KTO loss of a batch.
+  """Returns the mean KTO loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: B labelled completions and B mismatched ones.
-    key: unused: nothing is random.
     apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
   """
   del state, key
   prompt = (batch.prompt_tokens, batch.prompt_mask)
@@ -212,7 +203,7 @@ def loss(
     checks.shape("apply_fn(params, sequences)", logps, jnp.shape(tokens), "[B, T]")
     return sequences.log_ratios(logps, mask, ref_logps, reduction="sum")
 
-  # A pass of its own: it needs no gradient, and so no backward half.
+  # A separate forward pass: without a gradient it needs no backward pass.
   mismatched = ratios(jax.lax.stop_gradient(params), "mismatched_")
   kl = jnp.maximum(jnp.mean(mismatched), 0.0)
   log_ratios = ratios(params, "")
@@ -252,24 +243,12 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
     batch: B labelled completions and B mismatched ones.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `beta` or weight does not compile again.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `kto/kl` (the point of reference),
+    The new state, and the metrics `loss`, `grad_norm`, `kto/kl` (the reference point),
     `kto/desirable_log_ratio` and `kto/undesirable_log_ratio` (means over the samples of each kind).
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
   """
-  (_, (metrics, _)), grads = jax.value_and_grad(loss, has_aux=True)(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

@@ -1,17 +1,18 @@
-"""Online IPO and IPO-MD: the regression of IPO on pairs that the policy itself has just drawn.
+"""Online IPO and IPO-MD: the regression of IPO on fresh pairs of the policy's own samples.
 
-Problem: that of `alignment.nash_md`, a preference P(y beats y' | x), possibly cyclic, to be
-answered by the Nash equilibrium of the regularised game. Both completions come from the policy, a
-judge gives P, and IPO's margin is regressed onto it:
+Problem: find the Nash equilibrium of the regularised game of a preference P(y beats y' | x),
+possibly cyclic, as in `alignment.nash_md`. Both completions come from the policy, a judge gives P,
+and IPO's margin is regressed onto it:
 
   (h - (2 P(y beats y') - 1) / (2 tau))^2,   h = log-ratio(y) - log-ratio(y').
 
-The samples carry no gradient. The expected gradient is 4 / tau times that of self-play, so it stops
-at the equilibrium (`oracles.regularised_nash`), while `ipo` on a fixed data set stops elsewhere.
+The samples carry no gradient. The expected gradient is 4 / tau times that of self-play, so training
+stops at the equilibrium (`preference_games.regularised_nash`). `ipo` on a fixed data set stops
+elsewhere.
 
-In IPO-MD both completions come from the mixture pi^(1 - beta) ref^beta (see
-`nash_md.geometric_mixture_logits`) and it stops where Nash-MD-PG with that beta does
-(`oracles.nash_md_pg_fixed_point`). The loss is the same: only the samples differ.
+In IPO-MD both completions come from the mixture pi^(1 - beta) ref^beta
+(`nash_md.geometric_mixture_logits`), and training stops at the fixed point of Nash-MD-PG with that
+beta (`preference_games.nash_md_pg_fixed_point`). The loss is the same; only the samples differ.
 
 Reference: Calandriello et al. 2024, https://arxiv.org/abs/2403.08635 (ICML 2024).
 
@@ -22,7 +23,7 @@ Reference: Calandriello et al. 2024, https://arxiv.org/abs/2403.08635 (ICML 2024
 | tau | `tau` |
 | y, y' | `first`, `second` |
 
-Deviations: the paper's loss is multiplied by no power of tau here, as in `ipo`.
+Deviations: the loss is not multiplied by a power of tau, as in `ipo`.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, ipo, sequences
+from alignment import ipo, sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 
@@ -51,7 +53,8 @@ class Config:
   Attributes:
     tau: positive, in units of the preference per nat; larger keeps the policy closer to the
       reference.
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   tau: Any = 1.0
@@ -63,7 +66,7 @@ class Config:
 
 
 class Batch(NamedTuple):
-  """Two completions of each prompt, just drawn from the policy (or both from the mixture).
+  """Two completions of each prompt, both drawn from the current policy (or from the mixture).
 
   Attributes:
     first_tokens: `[B, T]` int, y, without the prompt.
@@ -121,7 +124,7 @@ def online_ipo_loss(
     `[B]` non-negative losses, not averaged; gradients reach both log-ratios.
 
   Raises:
-    ValueError: if the shapes differ, or a concrete `tau` or `preferences` is out of range.
+    ValueError: if the shapes differ, or `tau` or `preferences` is out of range.
 
   Example:
     >>> online_ipo_loss(jnp.zeros(2), jnp.zeros(2), jnp.array([1.0, 0.5]), tau=0.1)
@@ -139,12 +142,10 @@ def online_ipo_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -153,10 +154,10 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
 def sample(
   state: State, prompts: sequences.Prompts, key: Any, *, sample_fn: sequences.SampleFn
 ) -> tuple[sequences.Sequences, sequences.Sequences]:
-  """Returns two completions of each prompt, y and y', to be judged.
+  """Returns two completions of each prompt, y and y', for a judge to compare.
 
   Args:
-    state: the state to be updated with what is drawn.
+    state: the state that the samples will update.
     prompts: N prompts.
     key: typed PRNG key.
     sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws two completions of each
@@ -166,12 +167,12 @@ def sample(
     Two `Sequences` of N rows and N prompts.
 
   Raises:
-    ValueError: if what is drawn does not fit the prompts, or is not two completions of each.
+    ValueError: if `sample_fn` does not draw two completions of each prompt.
   """
   both = sequences.sample(state.params, prompts, key, sample_fn=sample_fn)
   if (count := sequences.rows_per_prompt(both)) != 2:
     raise ValueError(
-      f"sample_fn drew {count} completions of each prompt: a pair needs 2, give it num_samples=2"
+      f"sample_fn drew {count} completions of each prompt: a pair needs 2, so set num_samples=2"
     )
   first, second = (both._replace(tokens=both.tokens[i::2], mask=both.mask[i::2]) for i in (0, 1))
   return first, second
@@ -186,27 +187,17 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean online IPO loss of a batch.
+  """Returns the mean online IPO loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: B judged pairs.
-    key: unused: nothing is random once the batch is drawn.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    apply_fn: `apply_fn(params, Sequences) -> [2 B, T]`, log-probability of each completion token.
   """
   del state, key
   batch_size = sequences.check_rows(batch, "first", "second")
   for name in ("first_ref_logps", "second_ref_logps"):
     checks.shape(name, getattr(batch, name), (batch_size,), "[B]")
-  pairs = sequences.PreferenceBatch(*batch)  # the same fields, told apart by a label there
+  pairs = sequences.PreferenceBatch(*batch)  # the same fields; `chosen` is the first one
   first, second = sequences.pair_log_ratios(params, pairs, apply_fn=apply_fn, reduction="sum")
   value = jnp.mean(online_ipo_loss(first, second, batch.preferences, tau=config.tau))
   metrics = {
@@ -231,27 +222,13 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: B pairs drawn from `state.params` (IPO-MD: from the mixture) and judged;
-      `config.num_microbatches` must divide B.
-    key: unused: nothing is random once the batch is drawn.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `tau` does not compile again.
+    batch: B judged pairs, drawn from `state.params` (IPO-MD: from the mixture).
 
   Returns:
-    The new state; metrics `loss`, `grad_norm`, `online_ipo/decidedness` (mean of |2 P - 1|),
-    `online_ipo/margin` (mean of |h|) and `online_ipo/kl` (mean log-ratio of all samples: an
-    estimate of the KL where they are the policy's own).
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss`, `grad_norm`, `online_ipo/decidedness` (mean of
+    |2 P - 1|), `online_ipo/margin` (mean of |h|) and `online_ipo/kl` (mean log-ratio of all
+    samples, which estimates the KL if the policy drew them).
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

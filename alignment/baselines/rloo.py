@@ -1,14 +1,14 @@
 """RLOO: the policy gradient with a leave-one-out baseline, and plain REINFORCE with a KL penalty.
 
-Problem: K completions of each prompt, drawn *from the policy itself*, each with a reward R; wanted
-is the policy that maximises E_pi[R] - beta KL(pi || ref). Each sample is weighted with its
-regularised reward R - beta log-ratio minus the mean of the K - 1 others:
+Problem: K completions of each prompt, drawn *from the policy itself*, each with a reward R. We want
+the policy that maximises E_pi[R] - beta KL(pi || ref). The weight of a sample is its regularised
+reward R_beta = R - beta log-ratio, minus the mean of the K - 1 others:
 
   gradient = sum over i of (R_beta,i - mean over j != i of R_beta,j) grad log pi(y_i).
 
-The baseline is independent of its sample and so costs no bias. On anybody else's samples this is no
-policy gradient; it is then that of `alignment.copg`, the same sum, and has the same optimum.
-REINFORCE (`baseline="none"`) is right on the policy's own samples only.
+The baseline does not depend on its sample, so the gradient is unbiased. On samples of another
+policy the sum is no policy gradient, but still the gradient of `alignment.copg`, with the same
+optimum. REINFORCE (`baseline="none"`) is correct on the policy's own samples only.
 
 Reference: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740; compared with in Flet-Berliac et
 al. 2024, https://arxiv.org/abs/2406.19185.
@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, copg, sequences
+from alignment import copg, sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 Batch = copg.Batch
@@ -52,8 +53,8 @@ class Config:
     beta: positive, in units of the reward per nat; larger keeps the policy closer to the
       reference.
     baseline: "leave_one_out", or "none" for REINFORCE.
-    num_microbatches: parts into which a batch is split (along prompts) to save memory; same
-      result.
+    num_microbatches: parts into which the prompts of a batch are split to save memory, a divisor
+      of B. The result is the same.
   """
 
   beta: Any = 0.05
@@ -98,12 +99,12 @@ def rloo_loss(
     baseline: "leave_one_out" (K >= 2) or "none".
 
   Returns:
-    `[B]` losses, summed over the samples and not averaged over prompts; their level means nothing.
-    Gradients reach `logps` only, and not through the weights.
+    `[B]` losses, summed over the samples and not averaged over prompts; their value means nothing.
+    Gradients reach `logps` only; the weights carry none.
 
   Raises:
     ValueError: if the shapes differ or are not `[B, K]` with enough samples, `baseline` is unknown,
-      or a concrete `beta` is not positive.
+      or `beta` is not positive.
 
   Example:
     >>> loss = lambda logps: rloo_loss(
@@ -120,8 +121,8 @@ def rloo_loss(
   least = 2 if baseline == "leave_one_out" else 1
   if len(shape) != 2 or shape[1] < least:
     raise ValueError(
-      f"logps, ref_logps and rewards must have shape [B, K] with K >= {least} samples a prompt, "
-      f"got {list(shape)}"
+      f"logps, ref_logps and rewards must have shape [B, K] with K >= {least} samples of each "
+      f"prompt, got {list(shape)}"
     )
   regularised = jnp.asarray(rewards) - beta * (jnp.asarray(logps) - ref_logps)
   if baseline == "leave_one_out":
@@ -135,12 +136,10 @@ def rloo_loss(
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:
-  """Returns the first state; `params` should be the reference's (log-ratios start at zero).
+  """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy. Start at the reference, where all log-ratios are zero.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -149,20 +148,20 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
 def sample(
   state: State, prompts: sequences.Prompts, key: Any, *, sample_fn: sequences.SampleFn
 ) -> sequences.Sequences:
-  """Returns completions drawn from the policy, to be scored.
+  """Returns completions drawn from the policy, for a reward to score.
 
   Args:
-    state: the state to be updated with what is drawn.
+    state: the state that the samples will update.
     prompts: B prompts.
     key: typed PRNG key.
     sample_fn: `sample_fn(params, prompt_tokens, prompt_mask, key)` draws K completions of each
       prompt, see `sequences.SampleFn`.
 
   Returns:
-    `Sequences` of B K rows and B prompts; `Batch` wants them as `[B, K, T]`.
+    `Sequences` of B K rows and B prompts; reshape them to `[B, K, T]` for `Batch`.
 
   Raises:
-    ValueError: if what is drawn does not fit the prompts.
+    ValueError: if the samples do not fit the prompts.
   """
   return sequences.sample(state.params, prompts, key, sample_fn=sample_fn)
 
@@ -176,22 +175,13 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean loss of a batch.
+  """Returns the mean loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate; those that drew the batch.
-    state: unused; every algorithm's `loss` takes it.
+    params: parameters of the policy, which must have drawn the batch.
     batch: K scored samples of the policy for each of B prompts.
-    key: unused: nothing is random once the batch is drawn.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token;
-      it sees B K completions of B prompts.
-    config: hyper-parameters.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    apply_fn: `apply_fn(params, Sequences) -> [B K, T]`, log-probability of each completion token,
+      for B K completions of B prompts.
   """
   del state, key
   flat = sequences.flatten_samples(batch.tokens, batch.mask, batch.prompt_tokens, batch.prompt_mask)
@@ -227,27 +217,13 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: K scored samples of `state.params` for each of B prompts; `config.num_microbatches` must
-      divide B.
-    key: unused: nothing is random once the batch is drawn.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: hyper-parameters; a new `beta` does not compile again.
+    batch: K scored samples of `state.params` for each of B prompts.
 
   Returns:
-    The new state; metrics `loss` (its level means nothing), `grad_norm`, and means over the batch
-    of `rloo/reward`, `rloo/kl` (log-ratio of the policy's own samples: an estimate of the KL) and
-    `rloo/regularised_reward`, which estimates the objective.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss` (its value means nothing), `grad_norm`, and the means
+    over all samples of `rloo/reward`, `rloo/kl` (log-ratio, which estimates the KL) and
+    `rloo/regularised_reward` (which estimates the objective).
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

@@ -1,17 +1,16 @@
-"""SFT: supervised fine-tuning, the maximum-likelihood start of every method here.
+"""SFT: supervised fine-tuning by maximum likelihood, from which every other method starts.
 
-Problem: completions y of prompts x to be imitated. The loss is -log pi(y | x); its optimum is the
-distribution the completions were drawn from. What comes out is the reference of the others.
+Problem: imitate completions y of prompts x. The loss is -log pi(y | x), and its optimum is the
+distribution from which the completions were drawn. The other methods use the result as reference.
 
-Reference: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3; called SFT in all of the
-papers of this package.
+Reference: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.
 
 | paper | here |
 |---|---|
 | pi_theta | `params` through `apply_fn` |
 
 Deviations: `reduction="mean"` divides by the number of completion tokens of each sequence, so that
-long completions do not weigh more than short ones.
+long completions weigh as much as short ones.
 """
 
 import dataclasses
@@ -23,7 +22,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 
@@ -39,7 +39,8 @@ class Config:
 
   Attributes:
     reduction: "sum" (maximum likelihood of sequences) or "mean" (per token of each sequence).
-    num_microbatches: parts into which a batch is split to save memory; same result.
+    num_microbatches: parts into which a batch is split to save memory, a divisor of B. The result
+      is the same.
   """
 
   reduction: str = "sum"
@@ -105,9 +106,7 @@ def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config
   """Returns the first state.
 
   Args:
-    params: parameters of the policy; kept in the state, not copied.
-    optimizer: the one that `update` will get.
-    config: unused; every algorithm's `init` takes it.
+    params: parameters of the policy.
   """
   del config
   return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -122,21 +121,11 @@ def loss(
   apply_fn: sequences.ApplyFn,
   config: Config,
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the mean loss of a batch.
+  """Returns the mean loss, and `(metrics, ())`.
 
   Args:
-    params: parameters of the policy, the only input to differentiate.
-    state: unused; every algorithm's `loss` takes it.
     batch: B completions.
-    key: unused: nothing is random.
     apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    config: the reduction.
-
-  Returns:
-    The scalar loss, and `(metrics, ())`.
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
   """
   del state, key
   checks.same_shape(tokens=batch.tokens, mask=batch.mask)
@@ -160,25 +149,12 @@ def update(
   """Returns the state after one gradient step, and metrics from before it.
 
   Args:
-    state: not donated.
-    batch: B completions; `config.num_microbatches` must divide B.
-    key: unused: nothing is random.
-    apply_fn: `apply_fn(params, Sequences) -> [B, T]`, log-probability of each completion token.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
-    config: the reduction.
+    batch: B completions.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm` and `sft/token_logp` (mean over the sequences of the
-    mean log-probability of their tokens).
-
-  Raises:
-    ValueError: if the shapes of the batch do not fit.
+    The new state, and the metrics `loss`, `grad_norm` and `sft/token_logp` (mean over the sequences
+    of the mean log-probability of their tokens).
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, _)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics["grad_norm"] = optax.global_norm(grads)
-  return State(params, opt_state, state.step + 1), metrics

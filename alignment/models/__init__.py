@@ -1,1 +1,1 @@
-"""Networks for `alignment`: a decoder, its weights in and out, and sampling from it."""
+"""Networks for `alignment`: a decoder, readers and writers of its weights, and sampling."""

@@ -1,7 +1,7 @@
 """Llama models in GGUF files (llama.cpp's format): config, dequantised weights and tokenizer.
 
-The header is read here rather than by `gguf.GGUFReader`, which takes seconds over the 10^5 strings
-of a vocabulary and cannot tell a file that was cut short; the package dequantises.
+We read the header ourselves: `gguf.GGUFReader` takes seconds for the 10^5 strings of a vocabulary
+and does not notice a truncated file. The gguf package does the dequantisation.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -82,8 +82,8 @@ def load(
     NumPy arrays on the host, and the tokenizer.
 
   Raises:
-    ValueError: the file is absent, cut short, no GGUF, or of a kind that `transformer` does not
-      compute; names the path and the field or tensor.
+    ValueError: the file is absent, truncated, not GGUF, or of a kind that `transformer` does not
+      compute. The message names the path and the field or tensor.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -91,9 +91,9 @@ def load(
   with open(path, "rb") as file:
     if path.stat().st_size < 24:
       raise ValueError(
-        f"{path} has {path.stat().st_size} bytes: cut short or no GGUF; copy it again"
+        f"{path} has {path.stat().st_size} bytes, so it is truncated or not GGUF: copy it again"
       )
-    # Left to the garbage collector: closing it here would fail while views of it are alive.
+    # The garbage collector closes it: closing it here would fail while views of it exist.
     buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   metadata, tensors = _read_header(path, buffer)
   config = _config(path, metadata, tensors)
@@ -111,7 +111,7 @@ def load(
 def _dequantize(path: pathlib.Path, name: str, tensor: _Tensor, buffer: mmap.mmap) -> np.ndarray:
   stored = np.frombuffer(buffer, np.uint8, tensor.num_bytes, tensor.start)
   block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
-  # A few thousand blocks at a time: rows as they come are too short, the embedding is too long.
+  # A few thousand blocks at a time: single rows are too short, the embedding is too long.
   step = max(1, _BYTES_AT_ONCE // block_bytes)
   result = np.empty(math.prod(tensor.shape), np.float32)
   try:
@@ -123,13 +123,13 @@ def _dequantize(path: pathlib.Path, name: str, tensor: _Tensor, buffer: mmap.mma
   except NotImplementedError:
     raise ValueError(
       f"{path}: tensor {name} is quantised as {tensor.kind.name}, which the gguf package cannot "
-      "read: take another quantisation of the model (Q8_0, Q4_1, F16, ...)"
+      "read: use another quantisation of the model (Q8_0, Q4_1, F16, ...)"
     ) from None
   return result.reshape(tensor.shape)
 
 
 class _Cursor:
-  """Reads little-endian values in a row and notices the end of the file."""
+  """Reads little-endian values one after another and notices the end of the file."""
 
   def __init__(self, path: pathlib.Path, buffer: mmap.mmap):
     self.path, self.buffer, self.offset = path, buffer, 0
@@ -138,8 +138,8 @@ class _Cursor:
     start, self.offset = self.offset, self.offset + size
     if self.offset > len(self.buffer):
       raise ValueError(
-        f"{self.path} is cut short: it ends at byte {len(self.buffer)}, inside its header, which "
-        f"goes on to byte {self.offset} at least; copy or fetch it again"
+        f"{self.path} is truncated: it ends at byte {len(self.buffer)}, inside its header of at "
+        f"least {self.offset} bytes; copy or download it again"
       )
     return start
 
@@ -158,7 +158,9 @@ class _Cursor:
     if kind == _STRING:
       return self.string()
     if kind != _ARRAY:
-      raise ValueError(f"{self.path} has a value of unknown type {kind}: corrupt? Copy it again")
+      raise ValueError(
+        f"{self.path} has a value of unknown type {kind}; is it corrupt? Copy it again"
+      )
     kind, count = self.scalar("I"), self.scalar("Q")
     if kind in _SCALARS:
       form = np.dtype(_SCALARS[kind]).newbyteorder("<")
@@ -171,14 +173,16 @@ def _read_header(
   path: pathlib.Path, buffer: mmap.mmap
 ) -> tuple[dict[str, Any], dict[str, _Tensor]]:
   if buffer[:4] != b"GGUF":
-    raise ValueError(f"{path} is no GGUF file (it starts with {buffer[:4]!r}): give another path")
+    raise ValueError(
+      f"{path} is not a GGUF file (it starts with {buffer[:4]!r}): give another path"
+    )
   cursor = _Cursor(path, buffer)
   cursor.scalar("I")
   version = cursor.scalar("I")
   if version not in (2, 3):
     raise ValueError(
-      f"{path} is GGUF version {version}, or big-endian: only little-endian versions 2 and 3 are "
-      "read; convert it again with a current llama.cpp"
+      f"{path} is GGUF version {version}, or big-endian. Only little-endian versions 2 and 3 are "
+      "supported: convert it again with a current llama.cpp"
     )
   num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
   metadata = {}
@@ -194,14 +198,14 @@ def _read_header(
       kind = gguf.GGMLQuantizationType(code)
     except ValueError:
       raise ValueError(
-        f"{path}: tensor {name} has the unknown type {code}: update the gguf package, or take "
+        f"{path}: tensor {name} has the unknown type {code}: update the gguf package, or use "
         "another quantisation of the model"
       ) from None
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % block:
       raise ValueError(
-        f"{path}: tensor {name} of shape {list(shape)} is not made of whole {kind.name} blocks of "
-        f"{block}: corrupt? Copy it again"
+        f"{path}: tensor {name} of shape {list(shape)} does not divide into {kind.name} blocks of "
+        f"{block}; is it corrupt? Copy it again"
       )
     tensors[name] = _Tensor(shape, kind, start, math.prod(shape) // block * block_bytes)
   alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
@@ -210,8 +214,8 @@ def _read_header(
   size = max((t.start + t.num_bytes for t in tensors.values()), default=begin)
   if len(buffer) < size:
     raise ValueError(
-      f"{path} is cut short: {len(buffer)} bytes, where its header announces {size}; copy or fetch "
-      "it again"
+      f"{path} is truncated: it has {len(buffer)} bytes, and its header announces {size}; copy or "
+      "download it again"
     )
   return metadata, tensors
 
@@ -234,8 +238,8 @@ def _config(
   scaling = metadata.get("llama.rope.scaling.type", "none")
   if scaling != "none" or "rope_freqs.weight" in tensors:
     raise ValueError(
-      f"{path} stretches its rotary positions ({scaling}, rope_freqs.weight), which this reader "
-      "does not: load the model's Hugging Face folder, whose config.json says how"
+      f"{path} scales its rotary frequencies ({scaling}, rope_freqs.weight), which this reader "
+      "does not support: load the model's Hugging Face folder, whose config.json has the scaling"
     )
   if metadata.get("llama.expert_count", 0):
     raise ValueError(
@@ -269,7 +273,7 @@ def _config(
 
 
 def _shortest(value: float) -> float:
-  """The decimal number that was rounded to float32: 1e-05, not 9.999999747378752e-06."""
+  """Returns the decimal number that was rounded to float32: 1e-05, not 9.999999747378752e-06."""
   return float(str(np.float32(value)))
 
 
@@ -318,12 +322,12 @@ def _bpe(path: pathlib.Path, tokens: list[str], merges: list[str], kind: str) ->
     return models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=False, ignore_merges=whole)
   except Exception as error:  # the library raises bare Exception
     raise ValueError(
-      f"{path}: vocabulary and merges do not fit ({error}): corrupt? Copy it again"
+      f"{path}: vocabulary and merges do not fit ({error}); is it corrupt? Copy it again"
     ) from error
 
 
 def _pre_tokenizer(path: pathlib.Path, kind: str) -> pre_tokenizers.PreTokenizer:
-  """How llama.cpp cuts a text into words, by the name it gives each scheme."""
+  """Returns the word splitter that llama.cpp uses for a scheme of this name."""
   if kind in ("gpt-2", "default"):
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
   if kind in ("smollm", "starcoder", "refact"):
@@ -341,6 +345,6 @@ def _pre_tokenizer(path: pathlib.Path, kind: str) -> pre_tokenizers.PreTokenizer
       ]
     )
   raise ValueError(
-    f"{path} cuts words as {kind!r}; known are gpt-2, smollm, starcoder, refact, llama-bpe: load "
-    "the model's Hugging Face folder, whose tokenizer.json says how"
+    f"{path} splits words by the scheme {kind!r}; supported are gpt-2, smollm, starcoder, refact, "
+    "llama-bpe: load the model's Hugging Face folder, whose tokenizer.json has the scheme"
   )

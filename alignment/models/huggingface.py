@@ -1,9 +1,9 @@
-"""Llama checkpoints as Hugging Face folders: `config.json` and safetensors, in and out.
+"""Reads and writes Llama checkpoints as Hugging Face folders: `config.json` and safetensors.
 
 `load` reads a local folder into the parameters of `transformer`; `save` writes one that
-`transformers.AutoModelForCausalLM.from_pretrained` opens. What the decoder does not compute
-(biases, sliding windows, other rotary scalings, quantised weights) is refused by name: a model
-that loads computes what its authors meant.
+`transformers.AutoModelForCausalLM.from_pretrained` opens. If a checkpoint needs something that the
+decoder does not compute (biases, sliding windows, other rotary scalings, quantised weights), `load`
+raises an error that names it: a model that loads computes the function that its authors trained.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from alignment.models import layout, transformer
 from alignment.models import tokenizer as tokenizer_lib
+from sharding import checks
 
 _Path = str | os.PathLike[str]
 _Dtype = Literal["float32", "bfloat16"]
@@ -43,7 +44,7 @@ _NAMES = {
 }
 _HEAD, _EMBEDDING = _NAMES["head/kernel"], _NAMES["embed/embedding"]
 
-# What transformers assumes where a config.json is silent.
+# Defaults of transformers for fields that a config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
   "llama": {"max_position_embeddings": 2048},
   "mistral": {
@@ -61,10 +62,11 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
   """Returns the config of a decoder from the fields of a `config.json`.
 
   Args:
-    fields: as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them.
+    fields: in the format of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+      (`rope_parameters`).
 
   Raises:
-    ValueError: a field is missing, or asks for a computation that `transformer` does not do.
+    ValueError: a field is missing, or needs a computation that `transformer` does not do.
 
   Example:
     >>> from_config_json({
@@ -82,9 +84,8 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
   fields = {**_DEFAULTS[model_type], **fields}
 
   def integer(name: str) -> int:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"{name} must be an integer >= 1 in config.json, got {value!r}")
+    value: Any = fields.get(name)
+    checks.count(name, value)
     return value
 
   num_heads, width = integer("num_attention_heads"), integer("hidden_size")
@@ -96,7 +97,9 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
         "choose a checkpoint without"
       )
   if fields.get("hidden_act", "silu") not in ("silu", "swish"):
-    raise ValueError(f"hidden_act={fields['hidden_act']!r} is not supported: only 'silu' is")
+    raise ValueError(
+      f"hidden_act={fields['hidden_act']!r} is not supported: the decoder has 'silu' only"
+    )
   if window is not None and window < length:
     raise ValueError(
       f"sliding_window={window} is not supported: set it to null and max_position_embeddings to "
@@ -171,11 +174,11 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     folder: a local folder.
 
   Returns:
-    The config and the parameters as NumPy arrays on the host, in the type they are stored in
-    (`config.param_dtype`; float16, or a mixture of types, is widened to float32, which is exact).
+    The config and the parameters as NumPy arrays on the host, in the stored type
+    (`config.param_dtype`). Float16 or a mixture of types is widened to float32, which is exact.
 
   Raises:
-    ValueError: names the file, the field or the tensor, and what to do.
+    ValueError: the message names the file, the field or the tensor, and says what to do.
   """
   folder = pathlib.Path(folder)
   if not (folder / "config.json").is_file():
@@ -186,7 +189,7 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     raise ValueError(f"{folder / 'config.json'}: {error}") from error
   with contextlib.ExitStack() as stack:
     tensors = _open(folder, stack)
-    # Buffers of old releases, computed from the config.
+    # Old releases store these buffers, which follow from the config.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     if config.tied_head and _HEAD in found:
       _check_tied(folder, tensors)
@@ -225,15 +228,15 @@ def save(
 ) -> None:
   """Writes a folder that `load` and transformers' `AutoModelForCausalLM` read.
 
-  Everything is written beside the folder first and moved into place at the end: an interrupted or
-  failed save leaves what was there. Parameters with "adjacent" rotary pairs are reordered to the
-  "half" pairs that the format means; the model stays the same function.
+  All files are written to a folder beside it first and moved into place at the end, so that an
+  interrupted or failed save leaves the earlier checkpoint. Parameters with "adjacent" rotary pairs
+  are reordered to the "half" pairs of the format; the model stays the same function.
 
   Args:
     folder: absent, empty, or an earlier checkpoint, which is replaced.
     config: the config of `params`.
     params: float32 or bfloat16, fully addressable from this process; stored bit by bit.
-    tokenizer: saved beside the weights; gives `config.json` its end, start and padding ids.
+    tokenizer: saved beside the weights; its end, start and padding ids go into `config.json`.
 
   Raises:
     ValueError: `params` do not fit `config`, or `folder` holds files of another kind.
@@ -256,7 +259,7 @@ def save(
     (fresh / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
       tokenizer.save(fresh)
-    # Temporary folders and safetensors files are made private; a checkpoint is not.
+    # Temporary folders and safetensors files are private; others may read a checkpoint.
     fresh.chmod(0o755)
     for path in fresh.iterdir():
       path.chmod(0o644)
@@ -323,7 +326,7 @@ def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[
       file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
     except (safetensors.SafetensorError, OSError) as error:
       raise ValueError(
-        f"{path} ({path.stat().st_size} bytes) is cut short or no safetensors file: {error}; "
+        f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}; "
         "copy it again"
       ) from error
     names = set(file.keys())
@@ -388,7 +391,7 @@ def _replace_folder(fresh: pathlib.Path, folder: pathlib.Path) -> None:
   if not folder.exists():
     fresh.rename(folder)
     return
-  # A folder with contents cannot be replaced in one step: step aside, move in, step back on error.
+  # A folder with contents cannot be replaced in one step: move it aside, and back on an error.
   aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
   folder.rename(aside / folder.name)
   try:

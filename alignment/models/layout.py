@@ -1,8 +1,8 @@
-"""The parameter tree of `transformer` beside the flat, layer by layer tensors of a checkpoint.
+"""Conversion between the parameter tree of `transformer` and the flat tensors of a checkpoint.
 
-Checkpoints store one matrix a layer, `[out, in]`; `transformer` stacks the layers on axis 0 and
-multiplies from the right, `[L, in, out]`. A file format adds a table from the paths below to its
-own names, with `{}` where the layer's number goes.
+Checkpoints store one matrix `[out, in]` for each layer. `transformer` stacks the layers on axis 0
+and multiplies from the right, `[L, in, out]`. A file format adds a table from the paths below to
+its own names, with `{}` in place of the layer's number.
 """
 
 from collections.abc import Callable, Mapping
@@ -64,7 +64,7 @@ def stored_shapes(
 def check_names(
   config: transformer.TransformerConfig, names: Names, found: set[str], where: Any
 ) -> None:
-  """Raises `ValueError` naming `where` and the tensors when any is missing or one too many."""
+  """Raises `ValueError`, which names `where` and the tensors, if any is missing or unknown."""
   wanted = stored_shapes(config, names).keys()
   for problem, those in (("lacks", wanted - found), ("has unknown", found - wanted)):
     if those:
@@ -90,7 +90,7 @@ def stack(
   read: Callable[[str], np.ndarray],
   dtype: Any,
 ) -> transformer.Params:
-  """Returns parameters as NumPy arrays, out of the tensors that `read(stored name)` returns.
+  """Returns parameters as NumPy arrays, made from the tensors that `read(stored name)` returns.
 
   Args:
     config: the shape of the model.
@@ -99,7 +99,7 @@ def stack(
     dtype: of the result.
 
   Returns:
-    The tree of `transformer`, with one copy of the model in memory, plus one tensor.
+    The tree of `transformer`. Memory holds one copy of the model and one tensor at a time.
   """
   params: transformer.Params = {}
   for path, shape in shapes(config).items():
@@ -119,7 +119,7 @@ def unstack(
   """Returns contiguous tensors by stored name: the inverse of `stack`.
 
   Raises:
-    ValueError: when `params` is not the tree of `config`; names the path.
+    ValueError: `params` is not the tree of `config`; the message names the path.
   """
   expected, leaves = shapes(config), _flatten(params)
   if leaves.keys() != expected.keys():

@@ -1,7 +1,7 @@
-"""Lets a `flax.nnx` module in where a pure function and a parameter pytree are wanted.
+"""Turns a `flax.nnx` module into a pure function and pytrees of parameters and state.
 
-NNX keeps running statistics inside the module and loses them across a plain `jax.jit`; here they
-are an argument and a result, like everything else that changes.
+NNX keeps running statistics inside the module, and a plain `jax.jit` loses them. Here they are an
+argument and a result, as all other state is.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from flax import nnx
 
 
 def from_nnx(module: nnx.Module) -> tuple[Any, Any, Callable[..., tuple[Any, Any]]]:
-  """Takes an NNX module apart into parameters, network state and a pure function.
+  """Splits an NNX module into parameters, network state and a pure function.
 
   Args:
-    module: any module; it is never changed. Its mode is frozen in: call `module.train()` or
-      `module.eval()` before.
+    module: any module; it is never changed. The function keeps its mode: call `module.train()` or
+      `module.eval()` first.
 
   Returns:
-    `(params, network_state, apply)`: nested dicts of the `nnx.Param` arrays and of all others but
-    the random streams, and `apply(params, network_state, *args, key=None, **kwargs) -> (output,
-    network_state)`, which runs the module. Every random stream in it (one a dropout layer, say)
-    starts from `key`, each its own way.
+    `(params, network_state, apply)`. `params` is a nested dict of the `nnx.Param` arrays,
+    `network_state` one of all other arrays except the random streams.
+    `apply(params, network_state, *args, key=None, **kwargs) -> (output, network_state)` runs the
+    module. `key` seeds each of its random streams (one for each dropout layer, say) differently.
 
   Raises:
-    ValueError: (`apply`) if the module has random streams and `key` is None: every call would
-      draw the same numbers.
+    ValueError: `apply` raises it if the module has random streams and `key` is None: every call
+      would draw the same numbers.
   """
   graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
   params, streams, network_state = (nnx.to_pure_dict(state) for state in states)
@@ -42,7 +42,9 @@ def from_nnx(module: nnx.Module) -> tuple[Any, Any, Callable[..., tuple[Any, Any
 
   def apply(params, network_state, *args, key: jax.Array | None = None, **kwargs):
     if leaves and key is None:
-      raise ValueError("key is missing: the module has random streams, and draws need a new one")
+      raise ValueError(
+        "key is missing: the module has random streams, so pass a new key to each call"
+      )
     seeded = jax.tree.unflatten(structure, [fresh(i, leaf, key) for i, leaf in enumerate(leaves)])
     # A copy, because NNX refuses to write to variables made outside a `jax.grad`.
     merged = nnx.merge(graph, params, seeded, network_state, copy=True)

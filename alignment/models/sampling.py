@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import checks
 from alignment.models import attention, transformer
+from sharding import checks
 
 
 class Samples(NamedTuple):

@@ -1,8 +1,8 @@
-"""A decoder that says a number: values, rewards and preferences of `transformer`'s family.
+"""A decoder with a scalar head, which returns one number: a value, a reward or a preference.
 
-Parameters are the decoder's, its output embedding aside, with `scalar_head/kernel` `[D]` and
-`scalar_head/bias` `[]`. The number is read at the last real token, after the final norm: the last
-prompt token for the value of a prompt, the last completion token (EOS) for a reward.
+The parameters are the decoder's without its output embedding, plus `scalar_head/kernel` `[D]` and
+`scalar_head/bias` `[]`. The head reads the hidden state of the last real token, after the final
+norm: the last prompt token for the value of a prompt, the last completion token (EOS) for a reward.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ import safetensors.numpy
 from jax.sharding import PartitionSpec
 
 import sharding
-from alignment import checks, sequences
+from alignment import sequences
 from alignment.models import attention, huggingface, transformer
 from alignment.models import tokenizer as tokenizer_lib
+from sharding import checks
 
 _HEAD_FILE = "scalar_head.safetensors"
 
@@ -33,13 +34,13 @@ SHARDING_RULES: sharding.Rules = (
 
 
 def from_decoder(params: transformer.Params) -> transformer.Params:
-  """Returns the parameters of a scalar model that starts from a decoder's body and says zero.
+  """Returns the parameters of a scalar model with a decoder's body and a head of zeros.
 
-  The body is shared, not copied; an untied head is left out.
+  The body is shared, not copied; an untied output embedding is left out.
   """
   body = {name: value for name, value in params.items() if name != "head"}
   width = params["embed"]["embedding"].shape[1]
-  # Zero: the first number of every input is 0, and its gradient is that of a linear probe.
+  # Zero: the first output is 0 for every input, and the first gradient is that of a linear probe.
   return body | {"scalar_head": {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}}
 
 
@@ -51,17 +52,17 @@ def features(
   *,
   config: transformer.TransformerConfig,
 ) -> jax.Array:
-  """Returns what the head reads of each row: the hidden state of its last real token.
+  """Returns the features that the head reads: the hidden state of each row's last real token.
 
   Args:
-    params: of a scalar model or of a decoder.
+    params: parameters of a scalar model or of a decoder.
     tokens: `[B, T]` int ids.
-    mask: `[B, T]` non-zero on real tokens, wherever they are; padding between them is skipped.
+    mask: `[B, T]` non-zero on real tokens; padding may be anywhere, also between them.
     config: the shape of the model.
 
   Returns:
-    `[B, D]` float32, after the final norm; of a row without any real token it is finite and means
-    nothing.
+    `[B, D]` float32, after the final norm. For a row without any real token the numbers are finite
+    and mean nothing.
 
   Raises:
     ValueError: if shapes differ or T exceeds `config.max_length`.
@@ -84,7 +85,7 @@ def scalars(
   *,
   config: transformer.TransformerConfig,
 ) -> jax.Array:
-  """Returns `[B]` float32, a number for each row; arguments and errors as `features`."""
+  """Returns `[B]` float32, one number for each row; arguments and errors as `features`."""
   head = params["scalar_head"]
   return features(params, tokens, mask, config=config) @ head["kernel"] + head["bias"]
 
@@ -118,10 +119,10 @@ def make_apply_fn(
 def make_policy_and_value_fn(
   config: transformer.TransformerConfig, *, logps_chunk: int = 8192
 ) -> Callable[[Any, sequences.Sequences], tuple[jax.Array, jax.Array]]:
-  """Returns what `dro` wants: `apply_fn(params, Sequences) -> ([B, T], [B])`.
+  """Returns the network that `dro` takes: `apply_fn(params, Sequences) -> ([B, T], [B])`.
 
-  `params.policy` are those of a decoder, `params.value` those of a scalar model of the same shape;
-  the value is read at the last prompt token, once for each prompt.
+  `params.policy` belongs to a decoder, `params.value` to a scalar model of the same shape. The
+  value is read at the last prompt token, once for each prompt.
   """
   policy_fn = transformer.make_apply_fn(config, logps_chunk=logps_chunk)
 
@@ -143,9 +144,9 @@ def save(
   """Writes a scalar model: a Hugging Face folder `body` and `scalar_head.safetensors` beside it.
 
   Args:
-    folder: made where it is absent; an earlier model in it is replaced.
+    folder: created if it is absent; an earlier model in it is replaced.
     config: the config of `params`.
-    params: of a scalar model, fully addressable from this process.
+    params: parameters of a scalar model, fully addressable from this process.
     tokenizer: saved with the body.
 
   Raises:
@@ -155,23 +156,23 @@ def save(
   folder = pathlib.Path(folder)
   body = {name: value for name, value in params.items() if name != "scalar_head"}
   head = {name: np.asarray(value) for name, value in params["scalar_head"].items()}
-  # No half-replaced pair: while there is no head, there is no model.
+  # Remove the head first: an interrupted save then leaves no model rather than a mixed one.
   (folder / _HEAD_FILE).unlink(missing_ok=True)
   config = dataclasses.replace(config, tied_head=True)  # there is no output embedding
   huggingface.save(folder / "body", config, body, tokenizer=tokenizer)
   partial = folder / f".{_HEAD_FILE}.tmp"
   safetensors.numpy.save_file(head, partial)
-  partial.chmod(0o644)  # the library makes it private; a model is not
+  partial.chmod(0o644)  # the library makes it private; others may read a model
   os.replace(partial, folder / _HEAD_FILE)
 
 
 def load(
   folder: str | os.PathLike[str],
 ) -> tuple[transformer.TransformerConfig, transformer.Params, tokenizer_lib.Tokenizer]:
-  """Reads what `save` wrote: config, parameters as NumPy arrays, tokenizer.
+  """Reads a model that `save` wrote: config, parameters as NumPy arrays, tokenizer.
 
   Raises:
-    ValueError: names the file that is missing or damaged, and what to do.
+    ValueError: a file is missing or damaged; the message names it and says what to do.
   """
   path = pathlib.Path(folder) / _HEAD_FILE
   if not path.is_file():

@@ -1,7 +1,7 @@
-"""A tokenizer with its special ids and chat template, out of a folder or a GGUF file.
+"""A tokenizer with its special ids and chat template, read from a folder or a GGUF file.
 
-Wraps a `tokenizers.Tokenizer`; `transformers` is not needed (its import takes a second and more)
-but reads the folders that `save` writes.
+It wraps a `tokenizers.Tokenizer`. `transformers` is not needed (its import takes more than a
+second), but it can read the folders that `save` writes.
 """
 
 import dataclasses
@@ -27,10 +27,11 @@ class Tokenizer:
   """Text to token ids and back.
 
   Attributes:
-    backend: the tokenizer proper.
-    eos_id: ends a completion.
-    pad_id: fills rows; often equal to `eos_id`, so masks decide what is padding, never ids.
-    bos_id: starts a text, in models that were trained with one.
+    backend: the tokenizer itself.
+    eos_id: the token that ends a completion.
+    pad_id: the token that fills rows. It often equals `eos_id`, so masks say what is padding, not
+      ids.
+    bos_id: the token that starts a text, for models that were trained with one.
     chat_template: Jinja source, or None for a model without a chat format.
   """
 
@@ -51,7 +52,7 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """Number of tokens, special ones included. A model may have more rows, which mean nothing."""
+    """Number of tokens, special ones included. A model's embedding may have more, unused rows."""
     return self.backend.get_vocab_size()
 
   @functools.cached_property
@@ -65,19 +66,20 @@ class Tokenizer:
 
     Args:
       text: any string.
-      add_special_tokens: add what the tokenizer puts around a text, such as a start token. Right
-        for the beginning of a prompt, wrong for a completion and for the output of `apply_chat`.
+      add_special_tokens: add the tokens that the tokenizer puts around a text, such as a start
+        token. Use it at the beginning of a prompt, but not for a completion or the output of
+        `apply_chat`.
     """
     return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """Returns the text of `ids` (bytes that are no UTF-8 become replacement characters)."""
+    """Returns the text of `ids`; invalid UTF-8 becomes replacement characters."""
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
   def apply_chat(
     self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
   ) -> str:
-    """Writes a conversation as the text that the model was trained on.
+    """Returns a conversation in the text format that the model was trained on.
 
     Args:
       messages: `{"role": "user", "content": "Hello"}` and so on.
@@ -87,7 +89,7 @@ class Tokenizer:
       Text for `encode`, special tokens spelled out.
 
     Raises:
-      ValueError: without a chat template, or when the template refuses the messages.
+      ValueError: there is no chat template, or it refuses the messages.
     """
     if self.chat_template is None:
       raise ValueError(
@@ -105,7 +107,7 @@ class Tokenizer:
       raise ValueError(f"the chat template refuses these messages: {error}") from error
 
   def save(self, folder: _Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads as well."""
+    """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers can read too."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -129,11 +131,11 @@ def load(folder: _Path) -> Tokenizer:
   """Reads the tokenizer of a Hugging Face folder.
 
   Args:
-    folder: holds `tokenizer.json`, and the special tokens in `tokenizer_config.json` (by text) or
-      `config.json` (by id). Without a padding token the end-of-text token pads.
+    folder: holds `tokenizer.json`, and the special tokens in `tokenizer_config.json` (as text) or
+      `config.json` (as ids). Without a padding token the end-of-text token serves as padding.
 
   Raises:
-    ValueError: a file is absent or unreadable, or nothing names the end-of-text token.
+    ValueError: a file is absent or unreadable, or no file names the end-of-text token.
   """
   folder = pathlib.Path(folder)
   path = folder / "tokenizer.json"
@@ -199,7 +201,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _template(source: str) -> jinja2.Template:
-  # Sandboxed: templates come with the weights, from anybody.
+  # Sandboxed: templates come with the weights, and anyone may have written them.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
   )

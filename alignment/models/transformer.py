@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from alignment import checks, sequences
+from alignment import chunked_likelihood, sequences
 from alignment.models import attention, fused_attention
+from sharding import checks
 
 Params = dict[str, Any]
 
@@ -431,7 +432,7 @@ def make_apply_fn(
         variables, prompt, prompt_mask > 0, tokens, mask, method="completion_states"
       )
     embedding = output_embedding(params)
-    return sequences.chunked_token_logps(hidden, embedding, batch.tokens, chunk_size=logps_chunk)
+    return chunked_likelihood.token_logps(hidden, embedding, batch.tokens, chunk_size=logps_chunk)
 
   return apply_fn
 

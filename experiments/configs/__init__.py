@@ -1,1 +1,1 @@
-"""One module a paper: `PRESETS` says what each preset is, `get_config(preset)` returns it."""
+"""The presets of one paper or study per file: `PRESETS` lists them, `get_config` returns one."""

@@ -1,7 +1,8 @@
-"""The two starting points that the configs of the alignment papers share.
+"""The starting points that the configs of the papers share.
 
 Every config has the same sections in the same order: seed, algorithm, network, data, optimizer,
-sharding, train, eval, checkpoint. A paper's config fills `algorithm` and overrides what differs.
+sharding, train, eval, checkpoint. A config of games has `environment` in place of `data`. A paper's
+config fills `algorithm` and overrides what differs.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import ml_collections
 
 
 class Preset(NamedTuple):
-  """One line of `--list`."""
+  """One line of `--list`: what runs, how long it takes, and the result that we measured."""
 
   description: str
   time: str
@@ -18,7 +19,7 @@ class Preset(NamedTuple):
 
 
 def check_preset(preset: str, presets: dict[str, Preset]) -> None:
-  """Raises ValueError, naming the choices, when `preset` is not one of `presets`."""
+  """Raises a ValueError that lists the choices if `preset` is not one of `presets`."""
   if preset not in presets:
     raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}")
 
@@ -31,9 +32,9 @@ def _config(paper: str, preset: str, **sections: Any) -> ml_collections.ConfigDi
 
 
 def bandit(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
-  """Tabular runs: `data.name` picks the problem, all seeds and settings run as one program.
+  """A tabular run: `data.name` picks the problem; all seeds and settings are one program.
 
-  One step of the training loop is `train.inner_steps` optimisation steps in one compiled scan.
+  One step of the training loop is a compiled scan of `train.inner_steps` optimisation steps.
   """
   return _config(
     paper,
@@ -52,9 +53,9 @@ def bandit(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collecti
 def game(
   paper: str, preset: str, name: str, *, algorithm: dict[str, Any], bar: float = 0.0
 ) -> ml_collections.ConfigDict:
-  """Solves a game of OpenSpiel: all seeds run as one program, measured on the whole tree.
+  """Solves a game of OpenSpiel: all seeds are one program; NashConv is exact.
 
-  With a `bar` above 0 the run passes if the NashConv of every seed ends below it.
+  If `bar` is above 0, the run passes if the NashConv of every seed ends below it.
   """
   return _config(
     paper,
@@ -71,7 +72,7 @@ def game(
 
 
 def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
-  """Learns embeddings of the nodes of one graph, a step on the whole of it at a time."""
+  """Learns embeddings of the nodes of one graph; each step reads the whole graph."""
   return _config(
     paper,
     preset,
@@ -87,7 +88,7 @@ def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collectio
     data={
       "name": "csbm",
       "directory": "",
-      "edges": "symmetrise",  # one-way edges; or "keep", "error"
+      "edges": "symmetrise",  # what to do with one-way edges; or "keep", "error"
       "binarise": False,
     },
     optimizer={"learning_rate": 5e-4, "warmup_steps": 1000, "weight_decay": 1e-5},
@@ -99,7 +100,7 @@ def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collectio
 
 
 def random_bandits(paper: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
-  """The tabular runs of the baselines (`experiments/bandit_grid.py`): 4,000 steps on 8 bandits."""
+  """The tabular runs of the baselines: 4,000 steps on 8 random bandits."""
   config = bandit(paper, "bandit", algorithm=algorithm)
   config.data = ml_collections.ConfigDict(
     {"name": paper + "_bandit", "num_bandits": 8, "num_arms": 5, "batch_size": 256}
@@ -115,9 +116,9 @@ def language_model(
 ) -> ml_collections.ConfigDict:
   """Aligns a pretrained model on its own samples, scored by a reward function.
 
-  The defaults are the working point of `make demo`: 40 steps of 8 prompts on two CPU cores, little
-  more than one pass over the data. (A second pass learns the completions by heart: their margins
-  jump by 20 nats and the held-out reward does not follow.)
+  The defaults are those of `make demo`: 40 steps of 8 prompts on two CPU cores, little more than
+  one pass over the data. (A second pass memorises the completions: their margins jump by 20 nats,
+  and the held-out reward does not follow.)
   """
   return _config(
     paper,
@@ -133,20 +134,20 @@ def language_model(
     reward="vader",  # or module:function(prompts, completions) -> array of floats
     data={
       "name": "sentiment",
-      # Own data: prompts, scored completions, or preference pairs; a file, tfds:NAME, hf:NAME or
+      # Your data: prompts, scored completions or preference pairs. A file, tfds:NAME, hf:NAME or
       # another source of experiments/data/rows.py.
       "prompts": "",
       "scored": "",
       "preferences": "",
-      "demonstrations": "",  # what SFT imitates: {prompt, completion} of any such source
-      "preference_fields": "prompt,chosen,rejected",  # what that data set calls them
-      "cache": "",  # where samples and reference log-probabilities are kept; empty: user cache
+      "demonstrations": "",  # for SFT: {prompt, completion} from any such source
+      "preference_fields": "prompt,chosen,rejected",  # their names in your data set
+      "cache": "",  # folder of samples and reference log-probabilities; empty: user cache
       "num_prompts": 272,
       "num_samples": 4,
-      "prompt_template": "{prompt}",  # what the model reads; rewards see the prompt itself
-      "prompt_length": 64,  # the longest prompt that is accepted, in tokens
+      "prompt_template": "{prompt}",  # the model reads this; rewards see the prompt alone
+      "prompt_length": 64,  # tokens of the longest prompt that is accepted
       "completion_length": 20,
-      "truncate": False,  # cut the beginning of longer prompts and the end of own completions
+      "truncate": False,  # cut the start of long prompts and the end of your completions
       "temperature": 1.0,
       "top_k": 0,
       "top_p": 1.0,
@@ -155,7 +156,7 @@ def language_model(
     optimizer={
       "learning_rate": 8e-5,
       "warmup_steps": 5,
-      "final_scale": 0.0,  # the cosine ends at learning_rate * final_scale
+      "final_scale": 0.0,  # the cosine decays to learning_rate * final_scale
       "clip_norm": 1.0,
       "b1": 0.9,
       "b2": 0.999,
@@ -171,26 +172,26 @@ def language_model(
 def online_language_model(
   paper: str, preset: str, *, algorithm: dict[str, Any], num_samples: int, pairwise: bool = False
 ) -> ml_collections.ConfigDict:
-  """The same for a method that draws its own completions, `num_samples` a prompt in every step.
+  """The same for methods that draw completions: `num_samples` for each prompt, in each step.
 
-  With `pairwise` a judge compares two of them: a function of the user's, or the rewards.
+  With `pairwise`, a judge compares two of them: your own function, or the rewards.
   """
   make = tiny_language_model if preset == "tiny" else language_model
   config = make(paper, preset, algorithm=algorithm)
   config.data.num_samples = num_samples
   if pairwise:
-    # The judge, module:function(prompts, firsts, seconds) -> P(first beats second). Where it is
-    # empty the rewards judge: sigmoid(their difference / preference_scale).
+    # The judge: module:function(prompts, firsts, seconds) -> P(first beats second). If it is empty,
+    # the rewards judge: P = sigmoid(difference / preference_scale).
     config.preference = ""
     config.data.preference_scale = 0.25
-    config.data.mixture_beta = 0.0  # weight of the reference in the mixture that is drawn from
+    config.data.mixture_beta = 0.0  # weight of the reference in the sampled mixture
   return config
 
 
 def tiny_language_model(
   paper: str, preset: str = "tiny", *, algorithm: dict[str, Any], learning_rate: float = 3e-3
 ) -> ml_collections.ConfigDict:
-  """The same run on a random two-layer character model: seconds, no weights, no network."""
+  """The same on a random two-layer character model: takes seconds, needs no weights."""
   config = language_model(paper, preset, algorithm=algorithm)
   config.network.model = "tiny-random"
   config.reward = "vowels"

@@ -1,13 +1,13 @@
-r"""Every alignment method on a small language of digits, judged at equal sequence KL.
+r"""All alignment methods on a small language of digits, compared at equal sequence KL.
 
-A reference is trained by imitation and writes the offline pairs; each method is then trained at
-three values of its regulariser, on three seeds, under two judges (a scalar reward, and a preference
-that is intransitive), all of which is one program. Each method is a run of its own: interrupt, type
-the same command, and it continues.
+A reference is trained by imitation and writes the offline pairs. Then each method trains with three
+values of its regulariser, three seeds and two judges (a scalar reward and an intransitive
+preference), all in one program. Each method is a run of its own, so you can interrupt the
+comparison and continue it with the same command.
 
 Command:   python -m experiments.main --config=comparison:digits --workdir=runs/comparison
 Hardware:  two CPU cores
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -16,14 +16,14 @@ from experiments.configs import base
 
 PRESETS = {
   "digits": base.Preset(
-    "sixteen methods, two judges, three settings, three seeds, a two-layer transformer",
+    "sixteen methods, two judges, three settings, three seeds",
     "80 minutes",
-    "24 of 24 criteria; tables of docs/results/comparison.md",
+    "24 of 24 criteria; docs/results/comparison.md",
   ),
-  "tiny": base.Preset("two methods, a few steps", "1 minute", "runs"),
+  "tiny": base.Preset("two methods, a few steps", "1 minute", "smoke test"),
 }
 
-# Each paper's own letter: they are not comparable, which is why the comparison is at equal KL.
+# Each paper has its own regulariser. They are not comparable, so we compare at equal KL.
 REGULARISERS = {
   "dpo": {"beta": (3.0, 1.0, 0.3)},
   "ipo": {"tau": (0.5, 0.17, 0.05)},

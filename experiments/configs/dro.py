@@ -1,15 +1,16 @@
 r"""DRO, Richemond et al. 2024, https://arxiv.org/abs/2405.19107.
 
-`bandit` is three prompts with five completions each (the paper has no such experiment): the value
-is what lets every scored completion be used alone. Beside DRO-V, what the paper's ablations vary:
-one value for all prompts, no value, DRO-P over a batch; and KTO. `sentiment` trains DRO-V, a policy
-and a value, on single completions of a 135-million-parameter model. `paper` has the published
-settings on UltraFeedback, which you supply as JSON lines; the paper's networks are encoder-decoders
-(T5-L, 770 million) with AdaFactor, here a decoder of that size with Adam.
+`bandit` has three prompts with five completions each. It is ours; the paper has no such experiment.
+It shows that DRO needs a value for each prompt to learn from single completions. It runs DRO-V,
+the variants of the paper's ablations (one value for all prompts, no value, DRO-P over a batch) and
+KTO. `sentiment` trains DRO-V, a policy and a value, on single completions of a model of 135 million
+parameters. `paper` has the published settings on UltraFeedback, which you supply as JSON lines. The
+paper's networks are encoder-decoders (T5-L, 770 million) trained with AdaFactor; ours is a decoder
+of about that size with Adam.
 
 Command:   python -m experiments.main --config=dro:sentiment --workdir=runs/dro-sentiment
 Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -18,20 +19,22 @@ from experiments.configs import base
 
 PRESETS = {
   "bandit": base.Preset(
-    "DRO-V, a shared value, no value, DRO-P and KTO on three prompts, three tau",
+    "DRO-V, one shared value, no value, DRO-P and KTO on three prompts",
     "1 minute",
-    "DRO-V within 1e-4 of its closed form; a shared value and DRO-P share a biased one",
+    "DRO-V within 1e-7 of its closed form; one shared value is 0.33 off",
   ),
-  "tiny": base.Preset("random two-layer character model, no weights", "20 seconds", "runs"),
+  "tiny": base.Preset(
+    "a random two-layer character model; no weights needed", "20 seconds", "smoke test"
+  ),
   "sentiment": base.Preset(
-    "SmolLM2-135M towards positive continuations, single scored completions",
+    "SmolLM2-135M writes positive continuations; single scored completions",
     "not measured",
-    "unrun",
+    "not run",
   ),
   "paper": base.Preset(
-    "UltraFeedback, 1B policy and value; needs --config.data.scored=FILE and an accelerator",
+    "UltraFeedback, 1B policy and value; needs data.scored and an accelerator",
     "hours",
-    "unrun",
+    "not run",
   ),
 }
 
@@ -41,12 +44,12 @@ def get_config(preset: str = "bandit") -> ml_collections.ConfigDict:
   base.check_preset(preset, PRESETS)
   if preset == "bandit":
     return _bandit(preset)
-  # In units of standardised rewards: 0.2 is about the working point of the other methods' presets.
+  # In units of standardised rewards. 0.2 goes about as far as the presets of the other methods.
   algorithm = {"tau": 0.2, "rescale": True, "num_microbatches": 1}
   if preset == "tiny":
     return base.tiny_language_model("dro", algorithm=algorithm)
   config = base.language_model("dro", preset, algorithm=algorithm)
-  config.train.batch_size = 32  # completions, four a prompt: the pass over the data stays as long
+  config.train.batch_size = 32  # completions, four for each prompt: as many steps a pass
   if preset == "paper":
     config.algorithm.update({"tau": 1.0, "num_microbatches": 4})
     config.network.update(

@@ -1,12 +1,13 @@
-r"""Reward against KL on the sentiment task: a run for each of `algorithms`, and one figure.
+r"""Reward against KL on the sentiment task: one run for each of `algorithms`, and one figure.
 
-Each algorithm trains as its own preset does, evaluated along the way; its path through the plane of
-sequence KL and reward is one curve. Runs already in the work directory are not repeated. Any method
-with a `sentiment` preset can be listed: `--config.algorithms="('srpo', 'nash_md')"`.
+Each algorithm trains as its own preset does, and is evaluated on the way. Its path through the
+plane of sequence KL and reward is one curve. Runs that are already finished in the work directory
+are not repeated. Any method with a `sentiment` preset can be listed: `--config.algorithms="('srpo',
+'nash_md')"`.
 
 Command:   python -m experiments.main --config=frontier:sentiment --workdir=runs/frontier
 Hardware:  two CPU cores
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -15,9 +16,11 @@ from experiments.configs import base
 
 PRESETS = {
   "sentiment": base.Preset(
-    "reward against KL of CoPG, IPO and DPO, SmolLM2-135M", "30 minutes", "one figure"
+    "reward against KL of CoPG, IPO and DPO, SmolLM2-135M",
+    "30 minutes",
+    "at equal KL the three are within each other's intervals",
   ),
-  "tiny": base.Preset("the same on the random character model", "1 minute", "runs"),
+  "tiny": base.Preset("the same on the random character model", "1 minute", "smoke test"),
 }
 
 

@@ -1,12 +1,13 @@
-r"""GRACE, Zhu et al. 2020, https://arxiv.org/abs/2006.04131: what BGRL is compared with.
+r"""GRACE, Zhu et al. 2020, https://arxiv.org/abs/2006.04131: the baseline of BGRL.
 
-Everything but the loss is that of `bgrl` with the same preset: data, corruptions, encoder,
-optimiser. The projector is as wide as the embeddings. `algorithm.num_negatives` = k tells each node
-from k others in a step, not from all; with all of them, N nodes need two arrays of [2N, 2N].
+Data, corruptions, encoder and optimiser are those of the `bgrl` preset of the same name; only the
+loss differs. The projector is as wide as the embeddings. With `algorithm.num_negatives` = k each
+node is compared with k others in a step; 0 compares it with all others, which needs two arrays of
+[2N, 2N] for N nodes.
 
 Command:   python -m experiments.main --config=grace:csbm --workdir=runs/grace-csbm
 Hardware:  two CPU cores
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -14,13 +15,15 @@ import ml_collections
 from experiments.configs import base, bgrl
 
 PRESETS = {
-  "tiny": base.Preset("a block model of 300 nodes, 30 steps", "30 seconds", "runs"),
+  "tiny": base.Preset("a block model of 300 nodes, 30 steps", "30 seconds", "smoke test"),
   "csbm": base.Preset(
     "a block model of 2,000 nodes, 1,000 steps",
     "13 minutes",
-    "accuracy 0.746 +- 0.006 (untrained 0.622, bgrl 0.720)",
+    "accuracy 0.746 +- 0.006 (untrained 0.622; BGRL 0.720)",
   ),
-  "amazon_photo": base.Preset("co-purchases, 7,650 nodes, all negatives", "not measured", "unrun"),
+  "amazon_photo": base.Preset(
+    "co-purchases, 7,650 nodes, all negatives", "not measured", "not run"
+  ),
 }
 
 

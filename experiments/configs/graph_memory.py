@@ -1,12 +1,12 @@
 r"""Memory of a step of BGRL and of GRACE against the number of nodes.
 
-Thakoor et al. 2021, https://arxiv.org/abs/2102.06514, compare it on their data sets; here random
-graphs grow at a constant mean degree, with the encoder of Amazon Computers. Steps are compiled,
-not run, so that any machine measures any size.
+Thakoor et al. 2021, https://arxiv.org/abs/2102.06514, compare it on their data sets. Here random
+graphs grow at a constant mean degree, with the encoder of Amazon Computers. Steps are compiled and
+not run, so any machine can measure any size.
 
 Command:   python -m experiments.main --config=graph_memory:paper --workdir=runs/graph-memory
 Hardware:  two CPU cores
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ PRESETS = {
   "paper": base.Preset(
     "1,000 to 32,000 nodes, 18 compilations",
     "6 minutes",
-    "3 of 3 criteria: slopes 1.00 (BGRL), 1.92 (GRACE), 1.01 (32 negatives)",
+    "3 of 3 criteria; slopes 1.00 (BGRL), 1.92 (GRACE), 1.01 (32 negatives)",
   ),
   "tiny": base.Preset("1,000 to 4,000 nodes, a small encoder", "1 minute", "3 of 3 criteria"),
 }
@@ -32,7 +32,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
       "paper": "graph_memory",
       "preset": preset,
       "seed": 0,
-      "algorithm": {"num_negatives": 32},  # of the third curve
+      "algorithm": {"num_negatives": 32},  # for the third curve
       "network": {
         "widths": (16, 8) if tiny else (256, 128),
         "predictor_width": 16 if tiny else 512,

@@ -1,15 +1,18 @@
-r"""How BGRL and GRACE depend on one hyper-parameter, or on how much a graph tells.
+r"""Accuracy of BGRL and GRACE against one hyper-parameter, or against the signal of the graph.
 
-On the contextual block model, so no files are needed. `masks`: accuracy against the probability
-that a column is masked, and that an edge is dropped (arXiv:2102.06514). `decay`: against the decay
-tau of the target, held constant. `negatives`: GRACE against its number of negatives
-(arXiv:2006.04131). `threshold`: against the signal lambda^2 + mu^2 / gamma, half of it in edges and
-half in features; below 1 nobody without labels can tell the classes (arXiv:1807.08479).
-`predictor`: with batch normalisation in the predictor, after graph normalisation in the encoder.
+The graph is a contextual block model, so no files are needed. The x-axes are:
+
+  masks      the probability of masking a column, and of dropping an edge (arXiv:2102.06514)
+  decay      the decay tau of the target, held constant
+  negatives  the number of negatives of GRACE (arXiv:2006.04131)
+  threshold  the signal lambda^2 + mu^2 / gamma, half in the edges and half in the features; below 1
+             no method without labels can tell the classes (arXiv:1807.08479)
+  predictor  without and with batch normalisation in the predictor, over graph normalisation in the
+             encoder
 
 Command:   python -m experiments.main --config=graph_sweep:decay --workdir=runs/graph-decay
 Hardware:  two CPU cores
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -18,21 +21,23 @@ from experiments.configs import base
 
 PRESETS = {
   "masks": base.Preset(
-    "BGRL, 12 probabilities, 3 seeds", "4 minutes", "2 of 2 criteria; best from 0.3 to 0.5"
+    "BGRL, 12 probabilities, 3 seeds", "4 minutes", "2 of 2 criteria; best at 0.3 to 0.5"
   ),
   "decay": base.Preset(
     "BGRL, 6 decays, 3 seeds", "2 minutes", "2 of 2 criteria; 0.764 (decay 0) to 0.721 (0.999)"
   ),
   "negatives": base.Preset(
-    "GRACE, 6 numbers of negatives, 3 seeds", "7 minutes", "1 of 2 criteria: 0.768 to 0.770, flat"
+    "GRACE, 6 numbers of negatives, 3 seeds", "7 minutes", "1 of 2 criteria; flat, 0.768 to 0.770"
   ),
   "threshold": base.Preset("BGRL, 8 graphs, 3 seeds", "4 minutes", "3 of 3 criteria"),
   "predictor": base.Preset(
-    "BGRL, 2 predictors, 3 seeds", "2 minutes", "0 of 2 criteria: no more collapse with it"
+    "BGRL, 2 predictors, 3 seeds",
+    "2 minutes",
+    "0 of 2 criteria; batch normalisation does not collapse here",
   ),
-  "tiny": base.Preset("BGRL, 2 decays, 2 seeds, 200 nodes", "1 minute", "runs"),
+  "tiny": base.Preset("BGRL, 2 decays, 2 seeds, 200 nodes", "1 minute", "smoke test"),
 }
-# What is varied, and its values.
+# The swept hyper-parameters and their values.
 _SWEEPS = {
   "masks": (("feature_mask_prob", "edge_drop_prob"), (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)),
   "decay": (("target_decay",), (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)),
@@ -53,7 +58,7 @@ def get_config(preset: str = "decay") -> ml_collections.ConfigDict:
       "paper": "graph_sweep",
       "preset": preset,
       "seed": 0,
-      # What is varied and its values; 0 negatives are all.
+      # The swept hyper-parameter and its values; 0 negatives means all.
       "sweep": {"over": over, "at": values, "num_seeds": 2 if tiny else 3},
       "method": "grace:csbm" if preset == "negatives" else "bgrl:csbm",
       "algorithm": {},

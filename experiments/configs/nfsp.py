@@ -1,11 +1,12 @@
-r"""NFSP, Heinrich and Silver 2016, https://arxiv.org/abs/1603.01121: a baseline of ARMAC's paper.
+r"""NFSP, Heinrich and Silver 2016, https://arxiv.org/abs/1603.01121: a baseline of the ARMAC paper.
 
-The presets learn faster than the published settings (OpenSpiel's, the defaults of `nfsp.Config`):
-larger learning rates, smaller memories. `paper` has the published ones, on Leduc poker.
+The presets use larger learning rates and smaller memories than the published settings, and learn
+faster. `paper` has the published settings (OpenSpiel's, the defaults of `nfsp.Config`) on Leduc
+poker.
 
 Command:   python -m experiments.main --config=nfsp:kuhn --workdir=runs/nfsp-kuhn
 Hardware:  two CPU cores
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -13,7 +14,7 @@ import ml_collections
 from experiments.configs import armac, base
 
 PRESETS = {
-  "tiny": base.Preset("Kuhn poker, two seeds, a few epochs", "30 seconds", "runs"),
+  "tiny": base.Preset("Kuhn poker, two seeds, a few epochs", "30 seconds", "smoke test"),
   "kuhn": base.Preset(
     "Kuhn poker, three seeds", "70 seconds", "NashConv 0.041, seeds 0.039 to 0.044"
   ),
@@ -28,7 +29,7 @@ PRESETS = {
     "11 minutes",
     "NashConv 0.215, seeds 0.210 to 0.224",
   ),
-  "paper": base.Preset("Leduc poker with the published settings", "hours", "unrun"),
+  "paper": base.Preset("Leduc poker with the published settings", "hours", "not run"),
 }
 
 
@@ -58,7 +59,7 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
     config.algorithm.update({"num_episodes": 32, "batch_size": 16})
     config.train.update({"num_steps": 10, "inner_steps": 5})
   elif preset != "kuhn":
-    # The setting that was tried on Leduc; memories are the library's defaults.
+    # Tried on Leduc only. The memories are the defaults of `nfsp.Config`.
     config.algorithm.update({"epsilon_decay": 1e7, "learning_starts": 1000})
     config.algorithm.update({"replay_capacity": 200_000, "reservoir_capacity": 200_000})
     config.network.widths = (128,)

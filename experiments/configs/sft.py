@@ -1,14 +1,15 @@
-r"""Supervised fine-tuning on {prompt, completion}, the reference of the alignment runs.
+r"""Supervised fine-tuning on {prompt, completion}: makes the reference of the alignment runs.
 
-`summarise` tunes SmolLM2 on one-sentence summaries of scientific abstracts and is judged by ROUGE-L
-with the human references of other abstracts; the command names the three (docs/results):
+`summarise` fine-tunes SmolLM2 on one-sentence summaries of scientific abstracts, and measures
+ROUGE-L with the human references of other abstracts. The command names all three files
+(docs/results/human_preferences.md):
 
   bootstrax --config=sft:summarise --config.data.demonstrations=scitldr:TRAIN.jsonl.gz \
     --config.data.prompts=scitldr:DEV.jsonl.gz --config.reward=rouge_l:scitldr:DEV.jsonl.gz
 
 Command:   python -m experiments.main --config=sft:tiny --workdir=runs/sft-tiny
 Hardware:  two CPU cores
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -16,11 +17,13 @@ import ml_collections
 from experiments.configs import base
 
 PRESETS = {
-  "tiny": base.Preset("random two-layer character model, made-up words", "20 seconds", "runs"),
+  "tiny": base.Preset(
+    "a random two-layer character model, random words", "20 seconds", "smoke test"
+  ),
   "summarise": base.Preset(
-    "SmolLM2-135M on abstracts and their TLDRs; needs data.demonstrations, data.prompts, reward",
+    "SmolLM2-135M on abstracts and TLDRs; needs data.demonstrations and data.prompts",
     "9 minutes",
-    "held-out ROUGE-L 0.140 [0.129, 0.151] from 0.105 [0.097, 0.113]",
+    "held-out ROUGE-L rises from 0.105 to 0.140 [0.129, 0.151]",
   ),
 }
 

@@ -1,15 +1,15 @@
 r"""SRPO, Choi et al. 2024, https://arxiv.org/abs/2406.01660.
 
-`bandit` is a three-armed bandit of our own design in the spirit of the paper's (whose constants we
-do not know): who wrote the data decides what IPO and DPO call best, and does not move SRPO. With
-it, in closed form on ten ordered arms, what revising an answer up to five times brings.
-`sentiment` trains a 135-million-parameter language model to continue and to rewrite. `paper` is the
-TL;DR run (7B); of its settings only the data, the evaluation and the idea of the templates are
-known to us: beta, alpha and the optimiser are those of an independent reproduction at 1B.
+`bandit` is our own three-armed bandit in the spirit of the paper's, whose constants we do not know.
+The data policy decides which arm IPO and DPO prefer, and does not change SRPO's optimum. The run
+also computes, in closed form on ten ordered arms, what up to five revisions of an answer gain.
+`sentiment` trains a model of 135 million parameters to continue a text and to revise its own
+continuation. `paper` is the TL;DR run (7B). We know the paper's data, its evaluation and the idea
+of its templates; beta, alpha and the optimiser come from an independent reproduction at 1B.
 
 Command:   python -m experiments.main --config=srpo:sentiment --workdir=runs/srpo-sentiment
 Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
-Wall time, expected result: the table PRESETS below, also printed by --list
+Wall time, expected result: in PRESETS below; --list prints them
 """
 
 import ml_collections
@@ -18,20 +18,22 @@ from experiments.configs import base
 
 PRESETS = {
   "bandit": base.Preset(
-    "SRPO, IPO and DPO on data of three behaviour policies, and revisions",
+    "SRPO, IPO and DPO on data of three policies, and revisions",
     "1 minute",
-    "SRPO within 0.01 of its closed form whoever wrote the data; IPO's favourite changes",
+    "SRPO within 0.01 of its closed form on all data; IPO's best arm changes",
   ),
-  "tiny": base.Preset("random two-layer character model, no weights", "20 seconds", "runs"),
+  "tiny": base.Preset(
+    "a random two-layer character model; no weights needed", "20 seconds", "smoke test"
+  ),
   "sentiment": base.Preset(
-    "SmolLM2-135M towards positive continuations, and three revisions of each",
+    "SmolLM2-135M writes positive continuations and revises each three times",
     "not measured",
-    "unrun",
+    "not run",
   ),
   "paper": base.Preset(
-    "TL;DR with a 7B policy; needs --config.data.preferences=FILE and an accelerator",
+    "TL;DR with a 7B policy; needs data.preferences and an accelerator",
     "hours",
-    "unrun",
+    "not run",
   ),
 }
 
@@ -46,7 +48,7 @@ def get_config(preset: str = "bandit") -> ml_collections.ConfigDict:
     config = base.tiny_language_model("srpo", algorithm=algorithm)
   else:
     config = base.language_model("srpo", preset, algorithm=algorithm)
-  # The reviser continues the prompt again, once it has read a first attempt.
+  # The revision policy reads a first attempt and continues the prompt again.
   config.data.revision_template = (
     "A first attempt: {answer}\nA better one, from the start: {prompt}"
   )

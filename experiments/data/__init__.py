@@ -1,1 +1,1 @@
-"""Where experiments get prompts, rewards, pretrained weights and batches from."""
+"""Data of the experiments: prompts, pairs, rewards, graphs, pretrained weights and batches."""

@@ -1,4 +1,4 @@
-"""Shuffled batches of arrays in memory, resumable to the very example, on Grain."""
+"""Shuffled batches of arrays in memory, with Grain; a saved position resumes at the same batch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,42 +16,42 @@ def batches(
   drop_remainder: bool = True,
   make: Callable[[Any, np.random.Generator], Any] | None = None,
 ) -> "Batches":
-  """Returns an endless (or `num_epochs` long) iterator over shuffled batches.
+  """Returns an iterator over shuffled batches of N examples.
 
-  Every N consecutive examples are one epoch, in an order of its own that depends on `seed` and
-  the epoch only. Epochs follow each other without a gap: where `batch_size` does not divide N, a
-  batch holds the end of one and the beginning of the next, and no example is left out.
+  Each epoch visits all examples in a new order, which depends only on `seed` and the number of the
+  epoch. If `batch_size` does not divide N, a batch may hold the end of one epoch and the start of
+  the next, so that no example is left out.
 
   Args:
-    arrays: pytree (NamedTuple, dict, ...) of NumPy arrays with the same leading axis N; None
-      fields stay None.
-    batch_size: examples of a batch, at most N.
-    seed: of the shuffles.
-    num_epochs: None repeats for ever.
-    drop_remainder: leaves out a last, smaller batch (there is one only with `num_epochs`).
-    make: `make(examples, rng) -> batch`, called ahead of time by two threads; what its generator
-      draws depends on `seed` and the number of the batch only.
+    arrays: pytree (NamedTuple, dict, ...) of NumPy arrays with the same leading axis N; fields that
+      are None stay None.
+    batch_size: examples in a batch, at most N.
+    seed: seed of the shuffles.
+    num_epochs: number of epochs; None for an endless iterator.
+    drop_remainder: whether to drop a last, smaller batch, which only occurs with `num_epochs`.
+    make: `make(examples, rng) -> batch`, which two threads call ahead of time. The random numbers
+      of `rng` depend only on `seed` and the number of the batch.
 
   Raises:
-    ValueError: leading axes differ, no examples, or `batch_size` outside 1..N.
+    ValueError: the leading axes differ, there are no examples, or `batch_size` lies outside 1..N.
   """
   named = jax.tree_util.tree_leaves_with_path(arrays)
   sizes = {
     jax.tree_util.keystr(path): np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in named
   }
   if not sizes or None in sizes.values() or len(set(sizes.values())) > 1:
-    raise ValueError(f"arrays need one leading axis of examples, the same for all; found {sizes}")
+    raise ValueError(f"all arrays must have the same leading axis of examples, found {sizes}")
   num_examples = next(iter(sizes.values()))
   if not num_examples:
-    raise ValueError("arrays hold no examples: the data set is empty")
+    raise ValueError("arrays hold no examples; supply a data set that is not empty")
   if not 1 <= batch_size <= num_examples:
     raise ValueError(
       f"batch_size is {batch_size} but there are {num_examples} examples; choose 1 to "
       f"{num_examples}, or supply more data"
     )
   if num_epochs is not None and num_epochs < 1:
-    raise ValueError(f"num_epochs is {num_epochs}; choose 1 or more, or None for ever")
-  # Both settings and data size fix the order: a saved position means nothing under others.
+    raise ValueError(f"num_epochs is {num_epochs}; choose 1 or more, or None for endless batches")
+  # These fix the order of the examples, so a saved position is valid only with equal ones.
   order = {
     "num_examples": num_examples,
     "batch_size": batch_size,
@@ -63,7 +63,7 @@ def batches(
 
 
 class Batches(Iterator[tuple[np.ndarray, Any]]):
-  """Yields (ids `[B]` of the examples, batch with the structure of `arrays`); see `batches`."""
+  """Yields (ids `[B]` of the examples, batch); see `batches`."""
 
   def __init__(self, arrays: Any, order: dict[str, Any], make: Callable[..., Any] | None = None):
     import grain
@@ -76,7 +76,7 @@ class Batches(Iterator[tuple[np.ndarray, Any]]):
     dataset = dataset.repeat(order["num_epochs"])
     dataset = dataset.batch(order["batch_size"], drop_remainder=order["drop_remainder"])
     dataset = dataset.map(read) if make is None else dataset.random_map(read)
-    # Rows alone are not worth a thread or a prefetch buffer.
+    # Taking rows of arrays is fast; only `make` is worth threads and a prefetch buffer.
     threads, ahead = (0, 0) if make is None else (2, 4)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     self._iterator = iter(dataset.to_iter_dataset(options))
@@ -86,14 +86,14 @@ class Batches(Iterator[tuple[np.ndarray, Any]]):
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position as a dict that JSON can hold."""
+    """Returns the position as a dictionary of JSON values."""
     return {**self._order, "position": self._iterator.get_state()}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position from `get_state`: the next batch is the one that came next there.
+    """Returns to a position that `get_state` saved; the next batch is the one that came next then.
 
     Raises:
-      ValueError: the state comes from data of another size or from other settings.
+      ValueError: the position was saved with data of another size or with other settings.
     """
     differ = [name for name, value in self._order.items() if state.get(name, "absent") != value]
     if differ or "position" not in state:

@@ -1,4 +1,4 @@
-"""The contextual stochastic block model: a graph and features that tell two classes apart together.
+"""The contextual stochastic block model: both edges and features carry information on two classes.
 
 | paper  | here             | meaning                                                            |
 |--------|------------------|--------------------------------------------------------------------|
@@ -9,9 +9,9 @@
 | mu     | `feature_signal` | features are sqrt(mu / n) v_i u + z_i / sqrt(p), with u ~ N(0, I/p) |
 |        |                  | and noise z_i ~ N(0, I)                                            |
 
-As n, p and then d grow, the classes can be found better than by chance where
-lambda^2 + mu^2 / gamma > 1, and cannot where it is less: two parts too weak alone can do together.
-It is the data set of runs that have no files.
+As n and p, and then d, go to infinity, the classes can be recovered better than by chance if
+lambda^2 + mu^2 / gamma > 1, and cannot if it is below 1. Edges and features that are each too weak
+alone can therefore suffice together. Runs without data files use this data set.
 
 Reference: Deshpande et al. 2018, https://arxiv.org/abs/1807.08479.
 """
@@ -33,15 +33,15 @@ def sample(
   feature_signal: float,
   seed: int | Sequence[int],
 ) -> graphs.Graph:
-  """Returns a sample with dense features `[N, D]` and labels 0 and 1, in time linear in its edges.
+  """Draws a graph with dense features `[N, D]` and labels 0 and 1, in time linear in its edges.
 
   Args:
     num_nodes: n, at least 2.
     num_features: p, positive.
     mean_degree: d, positive; both edge probabilities must lie in [0, 1].
-    edge_signal: lambda; negative joins the classes with each other rather than within.
+    edge_signal: lambda; if negative, nodes of different classes are joined more often.
     feature_signal: mu, not negative.
-    seed: not negative; the sample is the same while NumPy's generators are.
+    seed: not negative; the sample is reproducible as long as NumPy's generators do not change.
 
   Raises:
     ValueError: an argument is out of range.
@@ -84,21 +84,22 @@ def sample_several(
   feature_signal: float,
   seed: int,
 ) -> graphs.Graph:
-  """Returns graphs side by side whose nodes have several labels, as the protein graphs of PPI do.
+  """Draws several graphs whose nodes have several binary labels, like the protein graphs of PPI.
 
-  Each label is a block model of its own over the same nodes, with one direction in the features for
-  all graphs; edges are those of all labels together, features their sum over sqrt(num_labels). The
-  last quarter of the graphs (at least one) is for testing, as many before them for validation. Its
-  time is `num_graphs` times that of the edges, since edges between graphs are drawn, then dropped.
+  Each label has a block model of its own over the same nodes. The direction of its features is the
+  same in all graphs. The edges are the union over labels, and the features are the sum over labels
+  divided by sqrt(num_labels). The last quarter of the graphs (at least one) is the test set, and
+  the same number before them is the validation set. Edges between graphs are drawn and then
+  dropped, so the time is `num_graphs` times that of drawing the edges that remain.
 
   Args:
-    num_graphs: at least 3.
-    num_labels: independent of each other; at least 2.
-    num_nodes: of each graph.
-    num_features: of each node.
-    mean_degree: of each label's edges within a graph; the rest as in `sample`, for each label.
-    edge_signal: as in `sample`.
-    feature_signal: as in `sample`.
+    num_graphs: number of graphs, at least 3.
+    num_labels: number of independent labels, at least 2.
+    num_nodes: number of nodes in each graph.
+    num_features: number of features of each node.
+    mean_degree: mean degree within a graph from the edges of one label.
+    edge_signal: as in `sample`, for each label.
+    feature_signal: as in `sample`, for each label.
     seed: as in `sample`.
 
   Raises:
@@ -107,7 +108,7 @@ def sample_several(
   for name, count, least in (("num_graphs", num_graphs, 3), ("num_labels", num_labels, 2)):
     if count < least:
       raise ValueError(f"{name} is {count}; at least {least} are needed")
-  # With these, probabilities within a graph are those of `num_nodes` alone.
+  # Scaled so that probabilities within a graph are those of `sample` with `num_nodes` nodes.
   parts = [
     sample(
       num_graphs * num_nodes,
@@ -140,7 +141,7 @@ def sample_several(
 
 
 def threshold(num_nodes: int, num_features: int, *, feature_signal: float) -> float:
-  """Returns the |edge_signal| above which the classes can be found: sqrt(1 - mu^2 / gamma), or 0.
+  """Returns the |edge_signal| above which classes can be recovered: sqrt(1 - mu^2 / gamma), or 0.
 
   Example:
     >>> threshold(1000, 500, feature_signal=1.0) ** 2  # gamma = 2
@@ -160,18 +161,19 @@ def _check_sizes(num_nodes: int, num_features: int, feature_signal: float) -> No
 
 
 def _distinct(draw: np.random.Generator, num_pairs: int, prob: float) -> np.ndarray:
-  """Returns which of `num_pairs` pairs are joined, each with probability `prob`."""
-  # Without replacement NumPy needs memory for the chosen, or for at most 20 times as many.
+  """Draws which of `num_pairs` pairs are joined, each with probability `prob`."""
+  # Without replacement, NumPy's memory is at most 20 times the number of pairs that are drawn.
   return draw.choice(num_pairs, draw.binomial(num_pairs, prob), replace=False, shuffle=False)
 
 
 def _within(draw: np.random.Generator, nodes: np.ndarray, prob: float) -> np.ndarray:
+  """Draws edges `[2, E]` among `nodes`."""
   count = len(nodes)
   if count < 2:
     return np.zeros((2, 0), np.int64)
   pairs = _distinct(draw, count * (count - 1) // 2, prob)
-  # Pair k is (i, k - i (i - 1) / 2), where i is the largest with i (i - 1) / 2 <= k: exact in
-  # float64 up to 6e7 nodes.
+  # Pair k is (i, k - i (i - 1) / 2), where i is the largest integer with i (i - 1) / 2 <= k. In
+  # float64 this is exact up to 6e7 nodes.
   larger = ((1 + np.sqrt(1 + 8 * pairs)) / 2).astype(np.int64)
   return np.stack([nodes[larger], nodes[pairs - larger * (larger - 1) // 2]])
 
@@ -179,6 +181,7 @@ def _within(draw: np.random.Generator, nodes: np.ndarray, prob: float) -> np.nda
 def _between(
   draw: np.random.Generator, first: np.ndarray, second: np.ndarray, prob: float
 ) -> np.ndarray:
+  """Draws edges `[2, E]` between the nodes of `first` and those of `second`."""
   if not (len(first) and len(second)):
     return np.zeros((2, 0), np.int64)
   pairs = _distinct(draw, len(first) * len(second), prob)

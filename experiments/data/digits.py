@@ -1,15 +1,17 @@
-"""A language small enough to train every method on: prompts of digits, a rule, and two judges.
+"""A toy language of digits on which every method can be trained, with two preference oracles.
 
-A prompt is eight random digits. A completion opens with one of three style marks and goes on with
-digits; people (`imitations`) copy the prompt or sort it, with slips. Two judges compare answers:
+A prompt is eight random digits. A completion starts with one of three style marks, followed by
+digits. Simulated people (`imitations`) copy the prompt or sort it, with mistakes. Two oracles
+compare completions:
 
-* "scalar": a reward, the share of the seven neighbouring places of a sorted answer that hold an
-  ordered pair of digits of the prompt, minus 0.05 a token; preferences are Bradley-Terry in it.
-* "intransitive": between different styles a cycle decides (a beats b beats c beats a, four times
-  out of five), within one style the reward does. No reward explains it.
+* "scalar": Bradley-Terry preferences from a reward. The reward is the number of neighbouring digits
+  that are in order and both occur in the prompt, divided by the seven of a sorted answer (at most
+  1), minus 0.05 for each token.
+* "intransitive": between two styles a cycle decides: a beats b, b beats c and c beats a, each with
+  probability 0.8. Within a style the reward decides. No reward explains these preferences.
 
-Everything is a pure function of arrays on the device. Token ids: padding, start, end and separator,
-three marks, ten digits.
+All functions are pure functions of arrays on the device. The token ids are padding, start, end and
+separator, three marks, ten digits.
 """
 
 import functools
@@ -24,18 +26,18 @@ PAD, BOS, EOS, SEP = range(4)
 FIRST_MARK, FIRST_DIGIT, VOCAB_SIZE = 4, 7, 17
 NUM_STYLES, PROMPT_DIGITS = 3, 8
 PROMPT_LENGTH = PROMPT_DIGITS + 2  # start, digits, separator
-LENGTH = 12  # of a completion, end included
+LENGTH = 12  # of a completion, with its end token
 REVISION_LENGTH = PROMPT_LENGTH + LENGTH + 1
-STYLE_SHARES = (0.5, 0.3, 0.2)  # of the people, and so of the reference
+STYLE_SHARES = (0.5, 0.3, 0.2)  # how often people, and the reference trained on them, use a mark
 NO_STYLE = NUM_STYLES
 LENGTH_COST, BRADLEY_TERRY_SCALE, CYCLE_PROB = 0.05, 0.1, 0.8
 ORACLES = ("scalar", "intransitive")
 
 
 class Quality(NamedTuple):
-  """All that the judges look at.
+  """The properties of completions that the oracles compare.
 
-  rewards: `[B]` the scalar reward.  styles: `[B]` 0, 1, 2, or `NO_STYLE` without a mark.
+  rewards: `[B]` scalar rewards.  styles: `[B]` 0, 1 or 2, and `NO_STYLE` without a mark.
   """
 
   rewards: Any
@@ -53,9 +55,13 @@ def prompts(key: jax.Array, count: int) -> sequences.Prompts:
 
 @jax.jit
 def imitations(key: jax.Array, asked: sequences.Prompts) -> sequences.Sequences:
-  """Returns what people answer: the digits copied (6 in 10) or sorted, with slips.
+  """Returns completions of simulated people: the digits copied (60 %) or sorted, with mistakes.
 
-  Each digit is left out once in ten times and replaced by a random one once in ten.
+  Each digit is left out with probability 0.1 and replaced by a random one with probability 0.1.
+
+  Args:
+    key: PRNG key.
+    asked: B prompts.
   """
   count = len(asked.tokens)
   keys = jax.random.split(key, 5)
@@ -71,14 +77,18 @@ def imitations(key: jax.Array, asked: sequences.Prompts) -> sequences.Sequences:
 
 @jax.jit
 def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
-  """Returns how people revise an answer they are shown: mostly lightly, sometimes anew.
+  """Returns revisions of completions by simulated people.
 
-  Seven in ten keep the answer and swap two random neighbours, twice; of those one in five changes
-  the mark. The others answer the prompt as if they had been shown nothing.
+  With probability 0.7 the completion is kept but for two swaps of random neighbours; the mark is
+  drawn again with probability 0.2. Otherwise a new completion of `imitations` replaces it.
+
+  Args:
+    key: PRNG key.
+    shown: B completions, each with a prompt row of its own.
   """
   count = len(shown.tokens)
   keys = jax.random.split(key, 5)
-  anew = imitations(keys[0], sequences.Prompts(shown.prompt_tokens, shown.prompt_mask))
+  fresh = imitations(keys[0], sequences.Prompts(shown.prompt_tokens, shown.prompt_mask))
   num_digits = _is_digit(shown).sum(1)
   tokens = shown.tokens
   rows, starts = jnp.arange(count), _has_mark(shown).astype(jnp.int32)
@@ -90,13 +100,16 @@ def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
   tokens = tokens.at[:, 0].set(jnp.where(remark, _marks(keys[4], count), tokens[:, 0]))
   light = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.7, (count, 1))
   return shown._replace(
-    tokens=jnp.where(light, tokens, anew.tokens), mask=jnp.where(light, shown.mask, anew.mask)
+    tokens=jnp.where(light, tokens, fresh.tokens), mask=jnp.where(light, shown.mask, fresh.mask)
   )
 
 
 @jax.jit
 def revision_prompts(shown: sequences.Sequences) -> sequences.Prompts:
-  """Returns prompts that show an answer: start, digits, separator, answer, separator `[B, 23]`."""
+  """Returns prompts `[B, 23]` that show a completion.
+
+  A row is start, digits, separator, completion, separator.
+  """
   rows = sequences.repeat_prompts(shown)
   end = jnp.ones((len(rows.tokens), 1), rows.tokens.dtype)
   return sequences.Prompts(
@@ -106,8 +119,8 @@ def revision_prompts(shown: sequences.Sequences) -> sequences.Prompts:
 
 
 @jax.jit
-def judge(rows: sequences.Sequences) -> Quality:
-  """Returns what the judges see in completions, one prompt a row or shared."""
+def quality(rows: sequences.Sequences) -> Quality:
+  """Returns the reward and style of B completions; several may share a prompt."""
   rows = sequences.repeat_prompts(rows)
   is_digit = _is_digit(rows)
   asked = jnp.any(rows.tokens[:, :, None] == rows.prompt_tokens[:, None, 1:-1], axis=-1)
@@ -120,12 +133,13 @@ def judge(rows: sequences.Sequences) -> Quality:
 
 @jax.jit
 def preferences(first: Quality, second: Quality, intransitive: jax.Array | bool) -> jax.Array:
-  """Returns P(first beats second), `[B]`, of one of the two judges.
+  """Returns `[B]` probabilities that `first` beats `second`.
 
   Args:
-    first: `[B]` completions.
-    second: `[B]`.
-    intransitive: which judge; may be traced.
+    first: qualities of B completions.
+    second: qualities of B completions.
+    intransitive: whether the intransitive oracle decides, rather than the scalar one; may be
+      traced.
   """
   by_reward = jax.nn.sigmoid((first.rewards - second.rewards) / BRADLEY_TERRY_SCALE)
   ahead = (second.styles - first.styles) % NUM_STYLES  # 1: first wins the cycle, 2: it loses
@@ -135,7 +149,7 @@ def preferences(first: Quality, second: Quality, intransitive: jax.Array | bool)
 
 
 def text(tokens: Any, mask: Any) -> list[str]:
-  """Returns host rows as strings such as "b 1 3 5", up to their end."""
+  """Returns NumPy rows of tokens `[B, T]` as strings such as "b 1 3 5", without the end token."""
   names = ["", "<", "", "|", *"abc", *"0123456789"]
   return [
     " ".join(names[t] for t, m in zip(row, keep, strict=True) if m and names[t])
@@ -157,7 +171,7 @@ def _has_mark(rows: sequences.Sequences) -> jax.Array:
 
 
 def _completions(marks, digits, num_digits, asked) -> sequences.Sequences:
-  """Joins marks `[B]` and the first `num_digits` `[B]` of `digits` `[B, 8]`, and ends them."""
+  """Returns completions of marks `[B]` and the first `num_digits` `[B]` of `digits` `[B, 8]`."""
   room = LENGTH - digits.shape[1] - 1
   body = jnp.concatenate([marks[:, None], jnp.pad(digits, [(0, 0), (0, room)])], axis=1)
   places, end = jnp.arange(LENGTH), 1 + num_digits[:, None]

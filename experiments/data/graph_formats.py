@@ -1,4 +1,4 @@
-"""Where a graph data set lies and how its files are read: one reader a published layout.
+"""Readers of published graph data sets: one for each layout of files.
 
 | layout          | files and keys                                                   | an edge is |
 |-----------------|------------------------------------------------------------------|------------|
@@ -9,13 +9,14 @@
 | `ppi`           | `train_{graph.json,feats.npy,labels.npy,graph_id.npy}`, valid, ..| as it says |
 | `ogb`           | `raw/{edge,node-feat,node-label,num-node-list}.csv.gz`, `split/` | directed   |
 
-They are those of Shchur et al. 2018 (arXiv:1811.05868; `repacked` is it without pickles), Platonov
-et al. 2023 (arXiv:2302.11640), Mernyei and Cangea 2020 (arXiv:2007.02901), GraphSAGE's PPI
-(arXiv:1706.02216) and OGB (arXiv:2005.00687). The `raw` folder of PyTorch Geometric holds the same
-files and is found; its `processed/*.pt` need torch, so the error says how to export them.
+The sources are Shchur et al. 2018 (arXiv:1811.05868) for `gnn_benchmark` and, saved without
+pickles, `repacked`; Platonov et al. 2023 (arXiv:2302.11640) for `heterophilous`; Mernyei and Cangea
+2020 (arXiv:2007.02901) for `wikics`; GraphSAGE (arXiv:1706.02216) for `ppi`; and OGB
+(arXiv:2005.00687). The `raw` folder of PyTorch Geometric holds the same files and is found. Its
+`processed/*.pt` need torch, and the error says how to export them.
 
-TensorFlow Datasets has no set for node classification (its graphs are molecules, `ogbg_molpcba` and
-`cardiotox`, and hyperlinks without labels, `web_graph`): there is no `tfds:` here.
+There is no `tfds:` source: the graphs of TensorFlow Datasets are molecules (`ogbg_molpcba`,
+`cardiotox`) and hyperlinks without labels (`web_graph`), so none has labelled nodes.
 """
 
 import difflib
@@ -33,7 +34,7 @@ import numpy as np
 from scipy import sparse
 
 _READ_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
-_SPLITS = {"train": "train", "valid": "val", "test": "test"}  # as in files: as here
+_SPLITS = {"train": "train", "valid": "val", "test": "test"}  # name in files: name here
 _EXPORT = (
   "d = dataset[0]; numpy.savez('NAME.npz', node_features=d.x, node_labels=d.y, "
   "edges=d.edge_index.T)"
@@ -41,12 +42,12 @@ _EXPORT = (
 
 
 class Raw(NamedTuple):
-  """A graph as its files have it, neither checked nor cleaned.
+  """A graph as its files store it, neither checked nor cleaned.
 
-  where: the file or folder, for messages.  layout: a name of the table above.
-  features: `[N, D]` dense or CSR.  edges: `[2, E]` senders above receivers.
-  labels: `[N]`, `[N, 1]` or `[N, L]`.  splits: name to mask, `[N]` or `[num_splits, N]`.
-  graph_ids: `[N]`, or None for one graph.  undirected: an edge is a pair, whatever its order.
+  where: the file or folder, for error messages.  layout: the name of its layout, see the module.
+  features: `[N, D]` dense or CSR.  edges: `[2, E]`, a row of senders and a row of receivers.
+  labels: `[N]`, `[N, 1]` or `[N, L]`.  splits: name to mask `[N]` or `[num_splits, N]`.
+  graph_ids: `[N]`, or None for a single graph.  undirected: whether an edge is an unordered pair.
   """
 
   where: str
@@ -60,13 +61,13 @@ class Raw(NamedTuple):
 
 
 def find(name: str | os.PathLike[str], directory: str | os.PathLike[str] = "") -> pathlib.Path:
-  """Returns the file or folder of a data set.
+  """Returns the path of a data set.
 
-  The first that exists of DIRECTORY/NAME/NAME.npz, DIRECTORY/NAME.npz and DIRECTORY/NAME; NAME may
-  be a path, and an absolute one needs no directory.
+  It is the first of DIRECTORY/NAME/NAME.npz, DIRECTORY/NAME.npz and DIRECTORY/NAME that exists.
+  NAME may be a path; an absolute path needs no directory.
 
   Raises:
-    ValueError: none exists; the message has the closest names that do.
+    ValueError: none of them exists; the message lists the closest names that do.
   """
   base, name = pathlib.Path(directory), os.fspath(name)
   for path in (base / name / f"{name}.npz", base / f"{name}.npz", base / name):
@@ -74,15 +75,15 @@ def find(name: str | os.PathLike[str], directory: str | os.PathLike[str] = "") -
       return path
   found = sorted({p.stem for p in base.glob("*") if p.is_dir() or p.suffix == ".npz"})
   close = difflib.get_close_matches(name, found, cutoff=0.4) or found[:10]
-  hint = f"there is {', '.join(close)}" if close else "nothing is there"
+  hint = f"found {', '.join(close)}" if close else "found no data sets"
   raise ValueError(f"no graph data set {name!r} under {base}: {hint}; give a name or a path")
 
 
 def read(path: pathlib.Path) -> Raw:
-  """Reads a file or folder in whichever layout it is.
+  """Reads a file or folder; its layout is detected.
 
   Raises:
-    ValueError: no layout fits, a key is missing, or a file is damaged or holds pickled objects.
+    ValueError: no layout matches, a key is missing, or a file is damaged or holds pickled objects.
   """
   if path.is_dir():
     return _read_folder(path)
@@ -91,7 +92,7 @@ def read(path: pathlib.Path) -> Raw:
   if path.suffix == ".json":
     return _ppi(path.parent) if path.name.endswith("_graph.json") else _wikics(path)
   if path.suffix == ".pt":
-    raise ValueError(f"{path}: files of torch are not read; where PyG is installed run {_EXPORT}")
+    raise ValueError(f"{path} is a file of torch: export it where PyG is installed with {_EXPORT}")
   raise ValueError(f"{path}: expected .npz, .json or a folder")
 
 
@@ -105,12 +106,15 @@ def _read_folder(path: pathlib.Path) -> Raw:
       return _ogb(folder)
     archives = sorted(folder.glob("*.npz"))
     if len(archives) > 1:
-      raise ValueError(f"{folder} holds {[p.name for p in archives]}: give the path of one")
+      raise ValueError(f"{folder} holds {[p.name for p in archives]}: give the path of one file")
     if archives:
       return _read_npz(archives[0])
   if any(path.rglob("*.pt")):
-    raise ValueError(f"{path} holds files of torch, which are not read; where PyG is run {_EXPORT}")
-  raise ValueError(f"{path}: no .npz, data.json, train_graph.json or edge.csv.gz in it or its raw/")
+    raise ValueError(f"{path} holds files of torch: export them where PyG is with {_EXPORT}")
+  raise ValueError(
+    f"{path}: no .npz, data.json, train_graph.json or edge.csv.gz in the folder or its raw/; give "
+    "the folder of a data set"
+  )
 
 
 # --- .npz -----------------------------------------------------------------------------------------
@@ -120,12 +124,12 @@ def _read_npz(path: pathlib.Path) -> Raw:
   where = str(path)
   archive = _loaded(path)
   if not isinstance(archive, np.lib.npyio.NpzFile):
-    raise ValueError(f"{where}: a single array, not an archive of them; save it with numpy.savez")
+    raise ValueError(f"{where} is a single array, not an archive; save arrays with numpy.savez")
   with archive:
     for key, reader in _NPZ.items():
       if key in archive.files:
         return reader(functools.partial(_key, archive, where), archive.files, where)
-    raise ValueError(f"{where}: none of the keys {list(_NPZ)} is there; found {archive.files}")
+    raise ValueError(f"{where}: expected one of the keys {list(_NPZ)}, found {archive.files}")
 
 
 def _repacked(get: Callable[[str], Any], keys: list[str], where: str) -> Raw:
@@ -133,7 +137,7 @@ def _repacked(get: Callable[[str], Any], keys: list[str], where: str) -> Raw:
   data = get("x_data") if "x_data" in keys else np.ones(len(indices))
   features = _csr(data, indices, get("x_indptr"), shape, f"{where}, x")
   labels = _integers(get("y"), f"{where}, y")
-  if "unlabeled" in keys:  # their labels are a placeholder
+  if "unlabeled" in keys:  # the stored labels of these nodes mean nothing
     labels[_mask(get("unlabeled"), len(labels), f"{where}, unlabeled")] = -1
   splits = {
     name: _mask(get(f"{name}_idx"), features.shape[0], f"{where}, {name}_idx")
@@ -145,7 +149,7 @@ def _repacked(get: Callable[[str], Any], keys: list[str], where: str) -> Raw:
 
 def _heterophilous(get: Callable[[str], Any], keys: list[str], where: str) -> Raw:
   splits = {n: get(f"{n}_masks") for n in _SPLITS.values() if f"{n}_masks" in keys}
-  undirected = "directed" not in pathlib.Path(where).stem  # the authors' rule for this layout
+  undirected = "directed" not in pathlib.Path(where).stem  # the authors tell it by the file name
   features, labels, edges = get("node_features"), get("node_labels"), get("edges").T
   return Raw(where, "heterophilous", features, edges, labels, splits, undirected=undirected)
 
@@ -193,7 +197,9 @@ def _csr(data: Any, indices: Any, indptr: Any, shape: Any, where: str) -> sparse
     matrix = sparse.csr_array(parts, shape=tuple(int(size) for size in shape))
     matrix.check_format(full_check=True)
   except (ValueError, TypeError) as error:
-    raise ValueError(f"{where}_indptr, _indices and _data are no CSR matrix: {error}") from error
+    raise ValueError(
+      f"{where}_indptr, _indices and _data do not form a CSR matrix: {error}"
+    ) from error
   matrix.sum_duplicates()
   matrix.eliminate_zeros()
   return matrix
@@ -209,7 +215,9 @@ def _wikics(path: pathlib.Path) -> Raw:
   if not isinstance(links, list) or not all(isinstance(row, list) for row in links):
     raise ValueError(f"{where}: links must be a list of lists of nodes")
   if len(links) != len(features):
-    raise ValueError(f"{where}: links of {len(links)} nodes, features of {len(features)}")
+    raise ValueError(
+      f"{where}: links list {len(links)} nodes, but features {len(features)}; copy the file again"
+    )
   senders = np.repeat(np.arange(len(links)), [len(row) for row in links])
   edges = np.stack([senders, _integers(list(itertools.chain(*links)), f"{where}, links")])
   masks = {"train": "train_masks", "val": "val_masks", "stopping": "stopping_masks"}
@@ -227,13 +235,13 @@ def _ppi(folder: pathlib.Path) -> Raw:
     )
     sizes = [len(_field(graph, "nodes", where)), len(feats), len(labels), len(ids)]
     if len(set(sizes)) > 1:
-      raise ValueError(f"{where}: nodes, feats, labels and graph_id differ in number: {sizes}")
+      raise ValueError(f"{where}: numbers of nodes, feats, labels and graph_id differ: {sizes}")
     try:
       pairs = [(link["source"], link["target"]) for link in _field(graph, "links", where)]
     except (TypeError, KeyError):
       raise ValueError(f"{where}: links must be objects with source and target") from None
     edges = _integers(pairs, f"{where}, links").reshape(-1, 2).T
-    # A number past the end would become a node of the next file.
+    # Node numbers are shifted below, so one that is too large would name a node of the next file.
     if edges.size and (edges.min() < 0 or edges.max() >= sizes[0]):
       raise ValueError(f"{where}: links name nodes outside 0 to {sizes[0] - 1}")
     ids = np.unique(ids, return_inverse=True)[1]
@@ -253,7 +261,7 @@ def _ppi(folder: pathlib.Path) -> Raw:
 def _ogb(folder: pathlib.Path) -> Raw:
   counts = _csv(folder / "num-node-list.csv.gz", np.int64)
   if counts.size != 1:
-    raise ValueError(f"{folder}: {counts.size} graphs; only sets of one graph (ogbn-*) are read")
+    raise ValueError(f"{folder} holds {counts.size} graphs; give a set of one graph (ogbn-*)")
   num_nodes = int(counts[0, 0])
   features = _csv(folder / "node-feat.csv.gz", np.float32)
   if len(features) != num_nodes:
@@ -263,7 +271,7 @@ def _ogb(folder: pathlib.Path) -> Raw:
   labels = _csv(folder / "node-label.csv.gz", np.float64)
   schemes = [path for path in (folder.parent / "split").glob("*") if path.is_dir()]
   if len(schemes) > 1:
-    raise ValueError(f"{folder.parent / 'split'} holds {len(schemes)} ways to split; leave one")
+    raise ValueError(f"{folder.parent / 'split'} holds {len(schemes)} ways to split; keep one")
   splits = {}
   for scheme, (stored, name) in itertools.product(schemes, _SPLITS.items()):
     path = scheme / f"{stored}.csv.gz"
@@ -276,14 +284,14 @@ def _csv(path: pathlib.Path, dtype: Any) -> np.ndarray:
   try:
     return np.loadtxt(path, dtype=dtype, delimiter=",", ndmin=2)
   except _READ_ERRORS as error:
-    raise ValueError(f"{path} is missing, damaged or no table of numbers: {error}") from error
+    raise ValueError(f"{path} is missing, damaged or not a table of numbers: {error}") from error
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
   try:
     data = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is missing or no JSON: {error}") from error
+    raise ValueError(f"{path} is missing or not JSON: {error}") from error
   if not isinstance(data, dict):
     raise ValueError(f"{path}: expected an object {{...}}, found {type(data).__name__}")
   return data
@@ -299,7 +307,7 @@ def _matrix(data: dict[str, Any], key: str, where: str) -> np.ndarray:
   try:
     return np.asarray(_field(data, key, where))
   except ValueError as error:
-    raise ValueError(f"{where}: {key} is no array: {error}") from error
+    raise ValueError(f"{where}: {key} is not an array: {error}") from error
 
 
 def _integers(values: Any, where: str) -> np.ndarray:
@@ -307,7 +315,7 @@ def _integers(values: Any, where: str) -> np.ndarray:
     array = np.asarray(values)
   except ValueError as error:
     raise ValueError(f"{where}: expected integers: {error}") from error
-  if array.size and array.dtype.kind not in "iu":  # an empty list has no kind of its own
+  if array.size and array.dtype.kind not in "iu":  # an empty list becomes an array of floats
     raise ValueError(f"{where}: expected integers, found {array.dtype}")
   return array.astype(np.int64)
 

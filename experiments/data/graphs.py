@@ -1,10 +1,10 @@
 """Graphs with features and labels on their nodes: loaded by name, checked and cleaned.
 
-`load` finds and reads a data set in any layout of `graph_formats`, `build` does the same for arrays
-in memory (`csbm.sample` needs no files at all). Whatever was found and done is in `Graph.notes`.
+`load` reads a data set in any layout of `graph_formats`. `build` does the same for arrays in
+memory, such as those of `csbm.sample`. `Graph.notes` records what was found and changed.
 
-Edges come sorted by receiver, then sender, each once and none from a node to itself: encoders add
-self-loops as they need them.
+Edges are sorted by receiver, then by sender. There are no duplicates and no self-loops; encoders
+add self-loops where they need them.
 """
 
 import os
@@ -14,24 +14,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from experiments.data import graph_formats
+from experiments.data import graph_checks, graph_formats
 
 EDGE_POLICIES = ("symmetrise", "keep", "error")
-# Bag-of-words and word-vector sets, whose features BGRL divides by their row sums.
+# Layouts of bags of words and word vectors. BGRL divides these features by their row sums.
 _ROW_NORMALISED = ("repacked", "gnn_benchmark", "wikics")
 
 
 class Graph(NamedTuple):
-  """A graph of N nodes and E directed edges, or several side by side.
+  """A graph of N nodes and E directed edges; it may consist of several unconnected graphs.
 
-  name: of the data set.
+  name: the name of the data set.
   features: `[N, D]` float32, dense or `scipy.sparse.csr_array`.
-  senders, receivers: `[E]` int32 nodes; an undirected edge is there in both directions.
-  labels: `[N]` int32 classes, -1 where missing, or `[N, L]` float32 zeros and ones.
+  senders, receivers: `[E]` int32 nodes; an undirected edge is stored in both directions.
+  labels: `[N]` int32 classes with -1 for a missing label, or `[N, L]` float32 zeros and ones.
   splits: "train", "val", "test" (WikiCS also "stopping") to `[num_splits, N]` bool masks; empty if
-    the data set has no splits of its own.
-  graph_ids: `[N]` int32, which graph a node is of; zeros for one graph.
-  notes: what was found and done, by name; numbers, truths and words.
+    the data set has no published splits.
+  graph_ids: `[N]` int32, the graph of each node; zeros for a single graph.
+  notes: what was found and changed: name to number, bool or string.
   """
 
   name: str
@@ -53,23 +53,25 @@ def load(
   standardise: bool | None = None,
   binarise: bool = False,
 ) -> Graph:
-  """Returns the graph of a data set; `graph_formats` says which files are understood.
+  """Loads a data set in one of the layouts of `graph_formats`.
 
   Args:
-    name_or_path: found as `<directory>/<name>/<name>.npz`, `<directory>/<name>.npz`, the folder
-      `<directory>/<name>`, or as a path.
-    directory: where the data sets lie.
-    edges: what becomes of edges whose reverse is missing: "symmetrise" adds it, "keep" leaves
-      them, "error" raises. Layouts that store each pair once get both directions whatever this is.
-    row_normalise: divide each node's features by their sum; None does so for the layouts
-      `repacked`, `gnn_benchmark` and `wikics`. See `build` for negative features.
-    standardise: then give each feature mean 0 and variance 1 over the nodes (dense); None does so
-      for `wikics`, as BGRL does.
-    binarise: first replace positive features by 1 and others by 0. The Coauthor sets count words;
-      PyTorch Geometric, from which BGRL's released code takes them, binarises them.
+    name_or_path: a path, or the name of `<directory>/<name>/<name>.npz`, `<directory>/<name>.npz`
+      or the folder `<directory>/<name>`.
+    directory: the folder of the data sets.
+    edges: what to do with an edge whose reverse is missing: "symmetrise" adds the reverse, "keep"
+      leaves the edge as it is, "error" raises. Layouts that store each pair once always get both
+      directions.
+    row_normalise: whether to divide the features of each node by their sum; None does so for the
+      layouts `repacked`, `gnn_benchmark` and `wikics`. See `build` for negative features.
+    standardise: whether to give each feature mean 0 and variance 1 over the nodes, after row
+      normalisation; the features become dense. None does so for `wikics`, as BGRL does.
+    binarise: whether to replace positive features by 1 and others by 0, before all else. The
+      Coauthor sets count words. BGRL's released code takes them from PyTorch Geometric, which
+      binarises them.
 
   Raises:
-    ValueError: unknown name, unknown layout, damaged file, or contents that do not fit.
+    ValueError: the name or layout is unknown, a file is damaged, or the contents are inconsistent.
   """
   path = graph_formats.find(name_or_path, directory)
   raw = graph_formats.read(path)
@@ -96,37 +98,27 @@ def build(
   standardise: bool = False,
   binarise: bool = False,
 ) -> Graph:
-  """Returns the checked and cleaned graph of arrays; the arguments are those of `load`.
+  """Checks and cleans the arrays of a graph; the arguments are those of `load`.
 
-  Duplicate edges are merged; self-loops and edges between two graphs are dropped; isolated nodes
-  are kept; all are counted in the notes. Row normalisation leaves rows of zeros as they are. Where
-  some feature is negative it divides by max(sum, 1), as BGRL's released code did for WikiCS: the
-  sum itself may be near zero.
+  Duplicate edges are merged, self-loops and edges between two graphs are dropped, and isolated
+  nodes are kept; the notes count each of them. Row normalisation leaves rows of zeros as they are.
+  If a feature is negative, it divides by max(sum, 1) as BGRL's released code did for WikiCS,
+  because the sum may then be near zero.
 
   Raises:
-    ValueError: sizes disagree, an edge or label is out of range, a feature is not finite, no node
-      is labelled, splits overlap, are empty or hold a node without a label, or an edge has no
-      reverse under "error".
+    ValueError: sizes differ, an edge or label is out of range, a feature is not finite, no node is
+      labelled, a split is empty, overlaps another or holds a node without a label, or `edges` is
+      "error" and an edge has no reverse.
   """
   where = raw.where
   if edges not in EDGE_POLICIES:
     raise ValueError(f"edges is {edges!r}; choose one of {EDGE_POLICIES}")
-  features = _checked_features(raw.features, where)
+  features = graph_checks.features(raw.features, where)
   num_nodes = features.shape[0]
-  labels = _checked_labels(raw.labels, num_nodes, where)
-  splits = _checked_splits(raw.splits, num_nodes, where)
-  for split, masks in splits.items():
-    if labels.ndim == 1 and (unlabelled := masks & (labels < 0)).any():
-      raise ValueError(
-        f"{where}: split {split} holds node {np.argwhere(unlabelled)[0, 1]}, which has no label "
-        f"({unlabelled.any(axis=0).sum()} such nodes): take them out of the splits"
-      )
-  graph_ids = np.zeros(num_nodes, int) if raw.graph_ids is None else np.asarray(raw.graph_ids)
-  if graph_ids.shape != (num_nodes,):
-    raise ValueError(f"{where}: graph_ids has shape {graph_ids.shape}, expected ({num_nodes},)")
-  if graph_ids.dtype.kind not in "iu" or graph_ids.min() < 0:
-    raise ValueError(f"{where}: graph_ids must be whole numbers from 0, found {graph_ids.min()}")
-  stored = _checked_edges(raw.edges, num_nodes, where)
+  labels = graph_checks.labels(raw.labels, num_nodes, where)
+  splits = graph_checks.splits(raw.splits, labels, where)
+  graph_ids = graph_checks.graph_ids(raw.graph_ids, num_nodes, where)
+  stored = graph_checks.edges(raw.edges, num_nodes, where)
   (senders, receivers), notes = _clean_edges(stored, graph_ids, raw, edges)
   if binarise:
     features = (features > 0).astype(np.float32)
@@ -160,7 +152,7 @@ def build(
 
 
 def part(graph: Graph, kept: np.ndarray) -> Graph:
-  """Returns the nodes in a mask `[N]` bool, numbered anew, with the edges among them."""
+  """Returns the subgraph of the nodes in a bool mask `[N]`; nodes and graphs are renumbered."""
   number = np.cumsum(kept) - 1
   edges = kept[graph.senders] & kept[graph.receivers]
   ids = graph.graph_ids[kept]
@@ -175,7 +167,11 @@ def part(graph: Graph, kept: np.ndarray) -> Graph:
 
 
 def without_test_graphs(graph: Graph) -> Graph:
-  """Returns what may be trained on: the only graph, or those of several without a test node."""
+  """Returns the part to train on: a single graph as it is, or those of several without test nodes.
+
+  Raises:
+    ValueError: each of several graphs has test nodes.
+  """
   if "test" not in graph.splits or not graph.graph_ids.any():
     return graph
   tested = np.unique(graph.graph_ids[graph.splits["test"].any(axis=0)])
@@ -183,99 +179,9 @@ def without_test_graphs(graph: Graph) -> Graph:
   if not kept.any():
     raise ValueError(
       f"{graph.name}: each of its {len(tested)} graphs has test nodes, so none is left to train "
-      "on: split by graphs, or give one graph"
+      "on; put whole graphs into the test split, or give a single graph"
     )
   return part(graph, kept)
-
-
-def _checked_features(features: Any, where: str) -> Any:
-  if not sparse.issparse(features):
-    features = np.asarray(features)
-  if features.ndim != 2 or 0 in features.shape:
-    raise ValueError(f"{where}: features have shape {features.shape}; expected [N, D], both > 0")
-  if features.dtype.kind not in "biuf":
-    raise ValueError(f"{where}: features are {features.dtype}; save them as numbers")
-  # Else a number too large for float32 would become infinite.
-  if sparse.issparse(features):
-    features = sparse.csr_array(features)
-    rows, values = np.repeat(np.arange(features.shape[0]), np.diff(features.indptr)), features.data
-  else:
-    rows, values = np.arange(len(features))[:, None], features
-  bad = ~(np.abs(values) <= np.finfo(np.float32).max)
-  if bad.any():
-    node = np.broadcast_to(rows, bad.shape)[bad][0]
-    raise ValueError(
-      f"{where}: features of node {node} hold {values[bad][0]} ({bad.sum()} such values); "
-      "they must be finite in float32: repair or drop them"
-    )
-  return features.astype(np.float32)
-
-
-def _checked_labels(labels: Any, num_nodes: int, where: str) -> np.ndarray:
-  labels = np.asarray(labels)
-  if labels.ndim == 2 and labels.shape[1] == 1:
-    labels = labels[:, 0]
-  if labels.ndim not in (1, 2) or len(labels) != num_nodes or 0 in labels.shape:
-    raise ValueError(
-      f"{where}: labels have shape {labels.shape}, features {num_nodes} rows; give [N] or [N, L]"
-    )
-  if labels.dtype.kind not in "biuf":
-    raise ValueError(f"{where}: labels are {labels.dtype}; number the classes from 0")
-  if labels.ndim == 2:
-    if not np.isin(labels, (0, 1)).all():
-      bad = labels[~np.isin(labels, (0, 1))][0]
-      raise ValueError(f"{where}: labels [N, L] hold {bad}; each must be 0 or 1")
-    return labels.astype(np.float32)
-  if labels.dtype.kind == "f":
-    labels = np.where(np.isnan(labels), -1, labels)  # how OGB marks a missing label
-  bad = (labels < -1) | (labels >= 2**31) | (labels % 1 != 0)
-  if bad.any():
-    node = np.flatnonzero(bad)[0]
-    raise ValueError(
-      f"{where}: label of node {node} is {labels[node]}; give a class from 0, or -1 where missing"
-    )
-  if (labels < 0).all():
-    raise ValueError(f"{where}: every label is missing; linear evaluation needs some")
-  return labels.astype(np.int32)
-
-
-def _checked_edges(edges: Any, num_nodes: int, where: str) -> np.ndarray:
-  edges = np.asarray(edges)
-  if edges.ndim != 2 or edges.shape[0] != 2:
-    raise ValueError(f"{where}: edges have shape {edges.shape}; expected one row of two nodes each")
-  if edges.dtype.kind not in "iu":
-    raise ValueError(f"{where}: edges are {edges.dtype}; save node numbers as integers")
-  edges = edges.astype(np.int64)
-  bad = ((edges < 0) | (edges >= num_nodes)).any(axis=0)
-  if bad.any():
-    first = np.flatnonzero(bad)[0]
-    raise ValueError(
-      f"{where}: edge {first} joins {edges[0, first]} and {edges[1, first]}, but the {num_nodes} "
-      f"nodes are 0 to {num_nodes - 1} ({bad.sum()} such edges): number nodes from 0"
-    )
-  return edges
-
-
-def _checked_splits(splits: dict[str, Any], num_nodes: int, where: str) -> dict[str, np.ndarray]:
-  masks = {name: np.atleast_2d(np.asarray(mask)) for name, mask in splits.items()}
-  num_splits = max((len(mask) for mask in masks.values()), default=0)
-  for name, mask in masks.items():
-    if mask.shape not in ((1, num_nodes), (num_splits, num_nodes)):
-      raise ValueError(
-        f"{where}: split {name} has shape {mask.shape}; expected [{num_splits}, {num_nodes}] masks"
-      )
-    if not np.isin(mask, (0, 1)).all():
-      raise ValueError(f"{where}: split {name} must be a mask of false and true, or 0 and 1")
-    if not mask.any(axis=1).all():
-      raise ValueError(f"{where}: split {name} number {np.argmin(mask.any(axis=1))} has no nodes")
-    masks[name] = np.repeat(mask.astype(bool), num_splits // len(mask), axis=0)
-  for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-    if first in masks and second in masks and (both := masks[first] & masks[second]).any():
-      node = np.argwhere(both)[0, 1]
-      raise ValueError(
-        f"{where}: splits {first} and {second} share node {node}: remove it from one"
-      )
-  return masks
 
 
 def _clean_edges(
@@ -313,7 +219,7 @@ def _clean_edges(
 
 def _row_normalise(features: Any) -> Any:
   sums = np.asarray(features.sum(axis=1, dtype=np.float64))
-  # The released code divides by max(sum, 1); of counts that is the sum.
+  # BGRL's released code divides by max(sum, 1), which for counts is the sum.
   divisors = np.maximum(sums, 1) if features.min() < 0 else np.where(sums > 0, sums, 1)
   if not sparse.issparse(features):
     return (features / divisors[:, None]).astype(np.float32)

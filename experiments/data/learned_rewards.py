@@ -1,10 +1,11 @@
-"""Rewards and preferences that were learned: the folder `model` of a `reward_model` run.
+"""Learned reward and preference models: the folder `model` of a `reward_model` run.
 
   model/body/                       the decoder and its tokenizer, a Hugging Face folder
-  model/scalar_head.safetensors     what reads a number off it
-  model/reward_model.json           the kind of model, and how texts were cut in training
+  model/scalar_head.safetensors     the linear head that maps its output to a number
+  model/reward_model.json           the kind of model, and the lengths of texts in training
 
-`--config.reward=runs/reward_model-human/model` scores with it; in Python `load(folder)` does.
+`--config.reward=runs/reward_model-human/model` uses the model as the reward of a run. In Python,
+`load(folder)` reads it.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import tqdm
 
 from alignment import reward_model, sequences
 from alignment.models import scalar_head, tokenizer, transformer
-from experiments.data import text
+from experiments.data import encoding
 
 _Path = str | os.PathLike[str]
 _SETTINGS_FILE = "reward_model.json"
@@ -32,13 +33,14 @@ _BATCH_SIZE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a scalar model must know besides its weights.
+  """The settings of a reward or preference model.
 
   Attributes:
     kind: "bradley_terry" or "pairwise".
-    prompt_length: tokens of a prompt that are read; a longer one loses its beginning.
-    completion_length: tokens of a completion, EOS included; a longer one loses its end.
-    describes: a sentence for the reports of runs that use it.
+    prompt_length: largest number of tokens of a prompt; a longer one loses its beginning.
+    completion_length: largest number of tokens of a completion with EOS; a longer one loses its
+      end.
+    describes: a sentence for the reports of runs that use the model.
   """
 
   kind: str
@@ -48,15 +50,16 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judge:
+class LearnedReward:
   """A trained model that scores texts.
 
   Attributes:
-    settings: its kind and lengths.
-    config: the shape of its body.
+    settings: kind and lengths.
+    config: the config of the decoder.
     params: parameters of `scalar_head`.
-    tokenizer: its own; texts pass between models, not tokens.
-    fingerprint: SHA-256 of its files.
+    tokenizer: the tokenizer of this model; it may differ from the policy's, so models exchange
+      texts.
+    fingerprint: SHA-256 of the files.
   """
 
   settings: Settings
@@ -66,10 +69,10 @@ class Judge:
   fingerprint: str = ""
 
   def rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-    """Returns `[N]` rewards.
+    """Returns `[N]` rewards of N completions.
 
     Raises:
-      ValueError: a pairwise model has none.
+      ValueError: the model is pairwise and has no reward of a single completion.
     """
     if self.settings.kind != "bradley_terry":
       raise ValueError(
@@ -84,7 +87,7 @@ class Judge:
   def preference_probs(
     self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
   ) -> np.ndarray:
-    """Returns `[N]` P(first beats second)."""
+    """Returns `[N]` probabilities that `first` beats `second`."""
     if not len(prompts):
       return np.zeros(0)
     batch = encode_pairs(self.tokenizer, self.settings, prompts, first, second)
@@ -103,10 +106,12 @@ def encode(
   prompts: Sequence[str],
   completions: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Returns prompt tokens and mask `[N, P]`, completion tokens and mask `[N, T]`, cut to fit."""
+  """Returns tokens and mask of prompts `[N, P]` and of completions `[N, T]`, cut to length."""
   return (
-    *text.encode_prompts(tokens_of, prompts, max_length=settings.prompt_length, truncate="left"),
-    *text.encode_completions(
+    *encoding.encode_prompts(
+      tokens_of, prompts, max_length=settings.prompt_length, truncate="left"
+    ),
+    *encoding.encode_completions(
       tokens_of,
       completions,
       max_length=settings.completion_length,
@@ -123,7 +128,7 @@ def encode_pairs(
   first: Sequence[str],
   second: Sequence[str],
 ) -> reward_model.Batch:
-  """Returns the batch of N pairs, labelled as if the first completion had won."""
+  """Returns N pairs as a batch in which the first completion is always the chosen one."""
   prompt_tokens, prompt_mask, *both = encode(
     tokens_of, settings, [*prompts, *prompts], [*first, *second]
   )
@@ -143,17 +148,17 @@ def encode_pairs(
 def by_length(
   function: Callable[[jax.Array, jax.Array], jax.Array], rows: sequences.Sequences
 ) -> np.ndarray:
-  """Applies `function(tokens, mask) -> [B, ...]` to N rows, those of similar length together.
+  """Applies `function(tokens, mask) -> [B, ...]` to N rows, in batches of similar length.
 
-  Prompt and completion are joined, padding aside; equal rows are computed once. Few shapes reach
-  `function`: 16 rows at a time, of a length rounded up to 32.
+  Prompt and completion are joined without their padding, and equal rows are computed once. So that
+  `function` compiles for few shapes, it gets 16 rows at a time, padded to a multiple of 32 tokens.
 
   Args:
-    function: jitted; takes `[B, T]` tokens and mask.
-    rows: NumPy arrays; the prompts may be shared by several rows.
+    function: a jitted function of tokens and mask `[B, T]`.
+    rows: NumPy arrays; several rows may share a prompt.
 
   Returns:
-    `[N, ...]`.
+    `[N, ...]` the values of all rows.
   """
   group = len(rows.tokens) // len(rows.prompt_tokens)
   joined = [
@@ -162,7 +167,7 @@ def by_length(
   ]
   unique = sorted(set(joined), key=len)
   found = []
-  # Minutes on a CPU: a bar where there is a terminal.
+  # This takes minutes on a CPU, so a terminal shows a progress bar.
   for start in tqdm.tqdm(range(0, len(unique), _BATCH_SIZE), leave=False, disable=None):
     chunk = unique[start : start + _BATCH_SIZE]
     chunk += chunk[-1:] * (_BATCH_SIZE - len(chunk))
@@ -183,17 +188,17 @@ def save(
   *,
   tokenizer: tokenizer.Tokenizer,
 ) -> None:
-  """Writes the folder that `load` reads; errors as `scalar_head.save`."""
+  """Writes the folder that `load` reads; errors are those of `scalar_head.save`."""
   scalar_head.save(folder, config, params, tokenizer=tokenizer)
   path = pathlib.Path(folder) / _SETTINGS_FILE
   path.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: _Path) -> Judge:
-  """Reads a trained reward or preference model.
+def load(folder: _Path) -> LearnedReward:
+  """Reads a reward or preference model.
 
   Raises:
-    ValueError: the folder is absent, holds something else, or is damaged.
+    ValueError: the folder is absent, damaged, or does not hold such a model.
   """
   folder = pathlib.Path(folder).expanduser()
   path = folder / _SETTINGS_FILE
@@ -206,7 +211,7 @@ def load(folder: _Path) -> Judge:
     reward_model.Config(kind=settings.kind)
   except (ValueError, TypeError) as error:
     raise ValueError(
-      f"{path} is damaged or of another version ({error}): export it again"
+      f"{path} is damaged or was written by another version ({error}): export the model again"
     ) from error
   config, params, words = scalar_head.load(folder)
   digest = hashlib.sha256()
@@ -214,4 +219,4 @@ def load(folder: _Path) -> Judge:
     with open(file, "rb") as stream:
       digest.update(hashlib.file_digest(stream, "sha256").digest())
   params = jax.tree.map(jnp.asarray, params)
-  return Judge(settings, config, params, words, digest.hexdigest())
+  return LearnedReward(settings, config, params, words, digest.hexdigest())

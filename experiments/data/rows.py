@@ -1,24 +1,24 @@
-"""Rows of a data set by name: dictionaries, each with the place it came from.
+"""Rows of a data set by name: dictionaries, each with its place for error messages.
 
-| source                            | what is read                                                |
+| source                            | rows                                                        |
 |-----------------------------------|-------------------------------------------------------------|
-| `FILE`                            | JSON lines: one object a line, UTF-8, perhaps gzipped (.gz) |
+| `FILE`                            | JSON lines: an object on each line, UTF-8, or gzipped (.gz) |
 | `tfds:NAME[/CONFIG][#SPLIT]`      | TensorFlow Datasets, by random access (`data_source`)       |
 | `hf:NAME[#SPLIT]`                 | Hugging Face: `org/name`, `org/name/config` or a folder     |
 | `made_up:vowels`                  | 512 pairs of random words; the one with more vowels wins    |
 | `finegrained_rlhf:PLACE`          | the question-answering feedback of Wu et al. 2023, as pairs |
 | `scitldr:PLACE`                   | SciTLDR (Cachola et al. 2020): abstracts and their TLDRs    |
 
-SPLIT is `train` unless given. PLACE is a file of that data set's JSON lines.
+SPLIT is `train` by default. PLACE is a file of JSON lines of that data set.
 
-* `finegrained_rlhf` (https://arxiv.org/abs/2306.01693): four answers to each question and the six
-  comparisons of two of them become rows of `prompt` (the question and a line break), `chosen` and
-  `rejected`; comparisons that found no difference are left out. The passages that the annotators
-  had before them are not part of the prompt: most have over 600 tokens.
+* `finegrained_rlhf` (https://arxiv.org/abs/2306.01693): each question has four answers, compared in
+  six pairs. Each comparison becomes a row of `prompt` (the question and a line break), `chosen` and
+  `rejected`. Comparisons without a difference are left out. The prompt does not contain the
+  passages that the annotators saw, because most have over 600 tokens.
 * `scitldr` (https://arxiv.org/abs/2004.15011): `prompt` is the abstract and "TL;DR:", `completion`
-  the first human TLDR, `references` all of them.
+  the first human TLDR, and `references` all of them.
 
-Whatever the source, a row that does not fit is named by its file and line, or its index.
+Errors name the file and line of the row, or its index.
 """
 
 import gzip
@@ -31,6 +31,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from sharding import checks
+
 _Path = str | os.PathLike[str]
 _Row = dict[str, Any]
 
@@ -39,11 +41,12 @@ _COMPARISONS = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
 
 
 def read(source: _Path) -> Iterator[tuple[str, _Row]]:
-  """Yields (place, row) of every row of a source; see the module docstring.
+  """Yields (place, row) for all rows of a source; see the docstring of the module.
 
   Raises:
-    ValueError: the source cannot be read, or a row is no object or not what the format says.
-    ModuleNotFoundError: the library of `tfds:` or `hf:` is not installed; the message says how.
+    ValueError: the source cannot be read, or a row does not have the format of the source.
+    ModuleNotFoundError: the library of `tfds:` or `hf:` is missing; the message says how to install
+      it.
   """
   kind, name = split_name(source)
   if kind is None:
@@ -56,7 +59,10 @@ def read(source: _Path) -> Iterator[tuple[str, _Row]]:
 
 
 def split_name(source: _Path) -> tuple[str | None, str]:
-  """Returns ("hf", "org/name") of "hf:org/name", and (None, FILE) of a file.
+  """Splits a source into (kind, name); the kind of a file is None.
+
+  Raises:
+    ValueError: the name is empty.
 
   Example:
     >>> split_name("tfds:reddit_tifu/long#train"), split_name("mine.jsonl")
@@ -74,7 +80,11 @@ def split_name(source: _Path) -> tuple[str | None, str]:
 
 
 def lines(path: _Path) -> Iterator[tuple[str, str]]:
-  """Yields ("file, line 3", text) of every line that is not blank; a `.gz` file is unpacked."""
+  """Yields ("file, line 3", text) for all lines that are not blank; unpacks a `.gz` file.
+
+  Raises:
+    ValueError: the file cannot be read, is damaged, or is not UTF-8.
+  """
   try:
     data = pathlib.Path(path).read_bytes()
   except OSError as error:
@@ -83,8 +93,8 @@ def lines(path: _Path) -> Iterator[tuple[str, str]]:
     try:
       data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-      raise ValueError(f"{path} is damaged or no gzip file ({error}); copy it again") from error
-  # Not str.splitlines: it would also break lines at characters that JSON strings may hold.
+      raise ValueError(f"{path} is damaged or not gzipped ({error}); copy it again") from error
+  # str.splitlines would also split at other characters, which JSON strings may contain.
   for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
     where = f"{path}, line {number}"
     try:
@@ -100,7 +110,7 @@ def _json_lines(path: _Path) -> Iterator[tuple[str, _Row]]:
     try:
       row = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
+      raise ValueError(f"{where}: not JSON ({error}); write one object on each line") from None
     if not isinstance(row, dict):
       raise ValueError(f"{where}: expected an object {{...}}, found {type(row).__name__}")
     yield where, row
@@ -119,8 +129,8 @@ def _tfds(source: str, name: str) -> Iterator[tuple[str, _Row]]:
   name, _, split = name.partition("#")
   try:
     examples = tfds.data_source(name, split=split or "train")
-  except Exception as error:  # the library has a class for each kind of absence
-    raise ValueError(_absent(source, error, "prepare it where there is a network")) from error
+  except Exception as error:  # the library has an error class for each kind of absence
+    raise ValueError(_absent(source, error, "prepare it on a machine with one")) from error
   yield from _numbered(source, examples)
 
 
@@ -138,11 +148,12 @@ def _huggingface(source: str, name: str) -> Iterator[tuple[str, _Row]]:
     name = "/".join(parts)
     examples = datasets.load_dataset(name, config, split=split or "train")
   except Exception as error:
-    raise ValueError(_absent(source, error, "give a local folder of it after hf:")) from error
+    raise ValueError(_absent(source, error, "give a local folder after hf:")) from error
   yield from _numbered(source, examples)
 
 
 def _absent(source: str, error: Exception, remedy: str) -> str:
+  """Returns the message of a data set that cannot be loaded."""
   reason = next(iter(str(error).splitlines()), type(error).__name__)
   reason = reason.rstrip(".")
   return f"{source}: {reason}. Check the name, configuration and #SPLIT; without a network {remedy}"
@@ -160,9 +171,9 @@ def _numbered(source: str, examples: Any) -> Iterator[tuple[str, _Row]]:
 
 
 def _made_up(source: str, name: str) -> Iterator[tuple[str, _Row]]:
-  """Pairs for runs without data; `random.Random` gives the same ones everywhere."""
+  """Yields pairs for runs without data; `random.Random` makes them equal on all machines."""
   if name != "vowels":
-    raise ValueError(f"source {source!r}: there is only made_up:vowels")
+    raise ValueError(f"source {source!r} is unknown; the only one is made_up:vowels")
   draw = random.Random(0)
 
   def word():
@@ -207,7 +218,7 @@ def _scitldr(row: _Row, where: str) -> Iterator[tuple[str, _Row]]:
   for name, value in (("source", sentences), ("target", targets)):
     if not isinstance(value, list) or not value:
       raise ValueError(f"{where}: {name} must be a list of texts, found {value!r:.40}")
-  # The data set's splitter left a blank sentence in one abstract; only an abstract of them is bad.
+  # One abstract contains a blank sentence, an error of the data set. Only a blank abstract is bad.
   kept = [value for value in sentences if not (isinstance(value, str) and not value.strip())]
   abstract = " ".join(text(value, "source", where) for value in kept or sentences)
   references = [text(value, "target", where) for value in targets]
@@ -235,26 +246,26 @@ _FORMATS: dict[str, Callable[[_Row, str], Iterator[tuple[str, _Row]]]] = {
 
 
 def field(row: _Row, name: str, where: str) -> Any:
-  """Returns a field of a row; `ValueError` with the place and the names that there are."""
+  """Returns a field of a row; raises `ValueError` with the place and the fields of the row."""
   if name not in row:
     raise ValueError(f"{where}: field {name!r} is missing; found {sorted(row)}")
   return row[name]
 
 
 def text(value: Any, name: str, where: str) -> str:
-  """Returns a text that is not blank; `ValueError` with its name and place otherwise."""
+  """Returns a text that is not blank; raises `ValueError` with its name and place otherwise."""
   if not isinstance(value, str):
     raise ValueError(f"{where}: {name} must be a text, found {type(value).__name__}")
   if not value.strip():
     raise ValueError(f"{where}: {name} is empty; remove the row or write a text")
-  if any("\ud800" <= c <= "\udfff" for c in value):  # JSON may escape what no text can hold
+  if any("\ud800" <= c <= "\udfff" for c in value):  # escapes in JSON that UTF-8 cannot encode
     raise ValueError(f"{where}: {name} holds half of a surrogate pair (\\ud800 to \\udfff)")
   return value
 
 
 def number(value: Any, name: str, where: str) -> float:
-  """Returns a finite number; `ValueError` with its name and place otherwise."""
-  if isinstance(value, bool) or not isinstance(value, int | float):
+  """Returns a finite number; raises `ValueError` with its name and place otherwise."""
+  if not (checks.is_integer(value) or isinstance(value, float)):
     raise ValueError(f"{where}: {name} must be a number, found {type(value).__name__}")
   try:
     found = float(value)

@@ -1,4 +1,10 @@
-"""A folder of arrays that took long to make, found again by the settings they were made with."""
+"""A folder of arrays that took long to make, found again by the settings they were made with.
+
+The folder is the one that a run names (`--config.data.cache=FOLDER`). Else it is
+`$BOOTSTRAX_SAMPLE_CACHE`, else the folder `samples` of `$BOOTSTRAX_CACHE`, which also holds weights
+and games, else `~/.cache/bootstrax/samples`. Tests set the first variable: they draw their own
+samples, and find weights and games where they are.
+"""
 
 import hashlib
 import json
@@ -10,22 +16,22 @@ from typing import Any
 
 import numpy as np
 
-# Part of every key: raise it when the meaning of what is stored changes.
+# The version of the stored arrays, a part of every key. Raise it when their meaning changes.
 _FORMAT = 2
 
 
 def cache_key(**settings: Any) -> str:
-  """Returns the hash of settings: equal for equal ones in any order, different otherwise.
+  """Returns the hash of settings, whatever their order.
 
   Args:
-    **settings: strings, numbers, lists, dicts, None. Pass all that the result depends on:
+    **settings: strings, numbers, lists, dicts, None. Pass everything that the arrays depend on:
       fingerprints of model and tokenizer, sampling settings, seed, prompts.
 
   Returns:
     64 hexadecimal digits, the SHA-256 of the settings as canonical JSON.
 
   Raises:
-    ValueError: a setting that JSON cannot hold.
+    ValueError: JSON cannot represent a setting.
 
   Example:
     >>> cache_key(temperature=1.0, prompts=["a"]) == cache_key(prompts=["a"], temperature=1.0)
@@ -46,7 +52,7 @@ def _canonical(settings: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
   if isinstance(value, np.generic | np.ndarray):
     return value.tolist()
-  raise TypeError(f"{type(value).__name__} is neither text, number, list nor dict")
+  raise TypeError(f"{type(value).__name__} is not a string, number, list, dict or None")
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -61,18 +67,18 @@ class SampleCache:
   """Arrays on disk: `<key>.npz`, and beside it `<key>.json` with the settings and a checksum.
 
   Files appear whole or not at all (written under another name, then renamed; the JSON comes last),
-  so an interrupted or a second process does no harm. A damaged entry is announced and made anew.
+  so an interrupted or a second process does no harm. A damaged entry is reported and made again.
   """
 
   def __init__(self, folder: str | os.PathLike[str] | None = None):
-    """Uses `folder`, or `$BOOTSTRAX_CACHE/samples`, or `~/.cache/bootstrax/samples`.
+    """Uses `folder`, or the default of the module's docstring for None.
 
     Raises:
       OSError: the folder cannot be made or written; better now than after minutes of sampling.
     """
     if folder is None:
       root = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path.home() / ".cache" / "bootstrax"
-      folder = pathlib.Path(root) / "samples"
+      folder = os.environ.get("BOOTSTRAX_SAMPLE_CACHE") or pathlib.Path(root) / "samples"
     self.folder = pathlib.Path(folder)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,16 +91,17 @@ class SampleCache:
   def get(
     self, settings: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
   ) -> dict[str, np.ndarray]:
-    """Returns the arrays of `settings`: read when they are here, else made and stored.
+    """Returns the arrays of `settings`; computes and stores them if they are not in the cache.
 
     Args:
       settings: see `cache_key`.
-      make: returns arrays by name, of numbers or text, such as tokens and mask `[N, K, T]` and
-        summed reference log-probabilities `[N, K]`. It should depend on `settings` alone.
+      make: returns arrays of numbers or text by name, such as tokens and mask `[N, K, T]` and
+        summed reference log-probabilities `[N, K]`. It must depend on nothing but `settings`.
 
     Raises:
-      OSError: the result cannot be stored (full or read-only disk); no partial file stays.
-      ValueError: a setting that JSON cannot hold, or an array of Python objects.
+      OSError: the arrays cannot be stored, because the disk is full or read-only; no partial file
+        is left.
+      ValueError: JSON cannot represent a setting, or an array holds Python objects.
     """
     key = cache_key(**settings)
     found = self._read(key)
@@ -106,8 +113,8 @@ class SampleCache:
       raise ValueError(f"array {objects[0]!r} holds Python objects; store numbers or text")
     description = {"checksum": _digest(arrays), "settings": json.loads(_canonical(settings))}
     text = json.dumps(description, indent=1, ensure_ascii=False)
-    # The checksum is over contents, not files: two writers of equal arrays do not disturb each
-    # other, and a mixture of different ones is found out on reading.
+    # The checksum is over the arrays, not the files: two processes may write equal arrays, and
+    # files that do not belong together are recognised when they are read.
     self._write(key + ".npz", lambda file: np.savez(file, **arrays))
     self._write(key + ".json", lambda file: file.write(text.encode()))
     return arrays
@@ -115,12 +122,12 @@ class SampleCache:
   def rewards(
     self, samples: Mapping[str, np.ndarray], reward: str, score: Callable[[], np.ndarray]
   ) -> np.ndarray:
-    """Returns the rewards of `samples`, stored apart from them under the reward's name.
+    """Returns the rewards `[N, K]` of `samples`, which have an entry of their own in the cache.
 
     Args:
-      samples: the arrays that are scored; their contents are part of the key.
+      samples: the arrays to score; their contents are part of the key.
       reward: name and version of the reward, such as `rewards.Reward.fingerprint`.
-      score: returns the rewards, `[N, K]`.
+      score: computes the rewards.
     """
     settings = {"rewards_of": _digest(samples), "reward": reward}
     return self.get(settings, lambda: {"rewards": score()})["rewards"]
@@ -137,7 +144,7 @@ class SampleCache:
       return arrays
     except Exception as error:  # damage can make NumPy, zlib or json raise nearly anything
       warnings.warn(
-        f"cached samples {arrays_path} are incomplete or damaged ({error}); making them anew",
+        f"cached samples {arrays_path} are incomplete or damaged ({error}); making them again",
         RuntimeWarning,
         stacklevel=3,
       )
@@ -159,7 +166,7 @@ class SampleCache:
 
   def _explained(self, error: OSError) -> OSError:
     message = (
-      f"cannot keep samples in {self.folder}: {error.strerror or error}; free some space or choose "
-      "another folder with --config.data.cache=FOLDER"
+      f"cannot write samples to {self.folder}: {error.strerror or error}; free some space or "
+      "choose another folder with --config.data.cache=FOLDER"
     )
     return OSError(error.errno, message)

@@ -1,7 +1,7 @@
-"""Likeness to human references: the reward `rouge_l:SOURCE` of summaries and translations.
+"""Similarity to human references: the reward `rouge_l:SOURCE` of summaries and translations.
 
-SOURCE is a data set of demonstrations ({prompt, completion, references}, see `text.py`). A
-completion is compared with every reference of its prompt, and the best counts.
+SOURCE is a data set of demonstrations ({prompt, completion, references}, see `text.py`). The reward
+of a completion is the highest score over the references of its prompt.
 """
 
 import hashlib
@@ -21,10 +21,14 @@ DESCRIPTION = (
 
 
 class Similarity:
-  """`(prompts, completions) -> [N]` ROUGE-L F1 with the nearest reference of each prompt."""
+  """A reward function: ROUGE-L F1 with the nearest reference of the prompt.
+
+  Attributes:
+    fingerprint: hash of the description and the references.
+  """
 
   def __init__(self, source: str):
-    """Reads the references of a source; errors as `text.load_demonstrations`."""
+    """Reads the references of a source; errors are those of `text.load_demonstrations`."""
     self._source = source
     self._references: dict[str, list[list[str]]] = {}
     digest = hashlib.sha256(DESCRIPTION.encode())
@@ -34,7 +38,7 @@ class Similarity:
     self.fingerprint = f"rouge_l@{digest.hexdigest()}"
 
   def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-    """Returns `[N]` scores; `ValueError` for a prompt without references."""
+    """Returns `[N]` scores; raises `ValueError` for a prompt without references."""
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
       if prompt not in self._references:
@@ -48,12 +52,12 @@ class Similarity:
 
 
 def words(string: str) -> list[str]:
-  """Returns the runs of ASCII letters and digits, in lower case."""
+  """Returns the words of a text in lower case; words are runs of ASCII letters and digits."""
   return re.findall(r"[a-z0-9]+", string.lower())
 
 
 def rouge_l(reference: Sequence[str], candidate: Sequence[str]) -> float:
-  """Returns the ROUGE-L F1 of two lists of words; 0 where either is empty.
+  """Returns the ROUGE-L F1 of two lists of words; 0 if either is empty.
 
   Example:
     >>> rouge_l("the cat sat down".split(), "the dog sat".split())
@@ -63,7 +67,7 @@ def rouge_l(reference: Sequence[str], candidate: Sequence[str]) -> float:
   """
   if not reference or not candidate:
     return 0.0
-  # Longest common subsequence, a row of the table at a time.
+  # Longest common subsequence by dynamic programming; only one row of the table is kept.
   row = [0] * (len(candidate) + 1)
   for word in reference:
     diagonal = 0

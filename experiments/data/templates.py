@@ -1,15 +1,15 @@
-"""Prompts as data: a text with `{fields}`, each of which occurs once."""
+"""Templates of prompts: texts with `{fields}`, each of which occurs once."""
 
 import re
 
 
 def check(name: str, template: str, *fields: str) -> None:
-  """Raises `ValueError` unless each of `fields`, in braces, occurs exactly once.
+  """Raises `ValueError` unless each of `fields` occurs in braces exactly once.
 
   Args:
-    name: what the template is called in a message, such as "data.revision_template".
+    name: name of the template for the message, such as "data.revision_template".
     template: the text.
-    *fields: such as "prompt" and "answer".
+    *fields: names of fields, such as "prompt" and "answer".
 
   Example:
     >>> check("data.prompt_template", "{prompt} TL;DR:", "prompt")
@@ -18,8 +18,8 @@ def check(name: str, template: str, *fields: str) -> None:
     count = template.count("{" + field + "}")
     if count != 1:
       raise ValueError(
-        f"{name}={template!r} holds {{{field}}} {count} times: write it exactly once, where the "
-        f"{field} belongs"
+        f"{name}={template!r} holds {{{field}}} {count} times: write it exactly once, in the place "
+        f"of the {field}"
       )
 
 

@@ -1,22 +1,21 @@
-"""Text data: prompts, scored completions, preference pairs and their token arrays.
+"""Text data: prompts, scored completions, preference pairs and demonstrations.
 
-Where rows come from (files, TensorFlow Datasets, Hugging Face, published formats) is the business
-of `rows.py`; here is what they must hold. Fields that are not listed are ignored:
+`rows.py` reads the rows of a file or another source. This module checks their fields; it ignores
+fields that are not in the table.
 
-| data                  | one row each                                                             |
+| data                  | a row                                                                    |
 |-----------------------|--------------------------------------------------------------------------|
-| prompts               | `{"prompt": "The soup was"}`, kept as it is                              |
-| prompts, a text file  | the prompt itself; white space around it is removed                      |
+| prompts               | `{"prompt": "The soup was"}`, used unchanged                             |
+| prompts, a text file  | a line with the prompt; white space around it is removed                 |
 | scored completions    | `{"prompt": ..., "completions": [K texts], "rewards": [K numbers]}`      |
 | preference pairs      | `{"prompt": ..., "chosen": ..., "rejected": ..., "chosen_prob": 0.8}`    |
 | demonstrations        | `{"prompt": ..., "completion": ..., "references": [texts]}`              |
 
-`references`, optional, are all good completions of the prompt; `completion` alone by default.
-`chosen_prob` is optional: the probability that `chosen` wins, 1 by default. A completion follows
-its prompt without a separator, so it brings its own leading space: `" was cold."`.
+Two fields are optional. `references` are all good completions of the prompt, by default the
+`completion` alone. `chosen_prob` is the probability that `chosen` wins, by default 1. A completion
+follows its prompt without a separator, so it starts with a space of its own: `" was cold."`.
 
-Every error names the file and the line (or the row's index). `batches` and `SampleCache`, which do
-not depend on text, live in `batching.py` and `sample_cache.py` and bear their names here too.
+Errors name the file and line of a row, or its index.
 """
 
 import collections
@@ -26,22 +25,20 @@ import importlib.resources
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import batching, rows, sample_cache
+from experiments.data import rows, sample_cache
 
-batches = batching.batches
-cache_key = sample_cache.cache_key
-SampleCache = sample_cache.SampleCache
+SampleCache = sample_cache.SampleCache  # tests redirect the cache through this name
 
 _Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """K >= 2 completions of one prompt and their rewards."""
+  """K >= 2 completions of a prompt and their rewards."""
 
   prompt: str
   completions: tuple[str, ...]
@@ -51,7 +48,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-  """Two completions of one prompt; `chosen` wins with probability `chosen_prob`."""
+  """Two completions of a prompt; `chosen` wins with probability `chosen_prob`."""
 
   prompt: str
   chosen: str
@@ -62,7 +59,7 @@ class Preference:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-  """A completion to imitate; `references` are all good ones, this one among them or not."""
+  """A completion to imitate; `references` are all good ones and may not include it."""
 
   prompt: str
   completion: str
@@ -71,23 +68,29 @@ class Demonstration:
 
 
 class Pairs(NamedTuple):
-  """M pairs out of `[N, K]` rewards, as indices into that array."""
+  """M pairs of completions, as indices into rewards `[N, K]`.
 
-  example: np.ndarray  # [M] row n
-  chosen: np.ndarray  # [M] column with the higher reward
-  rejected: np.ndarray  # [M] column with the lower reward
-  num_ties: int  # candidate pairs left out because both rewards are equal
+  example: `[M]` rows.  chosen: `[M]` columns with the higher reward.
+  rejected: `[M]` columns with the lower reward.  num_ties: number of pairs that were left out
+    because their rewards are equal.
+  """
+
+  example: np.ndarray
+  chosen: np.ndarray
+  rejected: np.ndarray
+  num_ties: int
 
 
 def load_prompts(path: _Path | None = None) -> list[str]:
-  """Returns the prompts of a file or other source, or our own (over 500) when `path` is None.
+  """Returns the prompts of a file or another source; None gives the packaged prompts.
 
-  Ours are unfinished sentences of 5 to 10 words on everyday topics, written for this project and
-  neutral in themselves, so that a continuation may turn out well or badly.
+  The packaged ones, over 500, were written for this project. They are unfinished sentences of 5 to
+  10 words on everyday topics. Their sentiment is neutral, so that a continuation can be positive
+  or negative.
 
   Raises:
-    ValueError: file unreadable, not UTF-8, without prompts, or a prompt that occurs twice (it
-      could land in the training and in the test split).
+    ValueError: the file cannot be read, is not UTF-8, holds no prompts, or holds a prompt twice,
+      which could end up in both the training and the test split.
   """
   if path is None:
     packaged = importlib.resources.files("experiments.data").joinpath("prompts.txt")
@@ -105,10 +108,10 @@ def load_prompts(path: _Path | None = None) -> list[str]:
     if prompt in seen and named:  # pairs and demonstrations share prompts
       continue
     if prompt in seen:
-      raise ValueError(f"{where}: prompt {prompt!r} already stands in {seen[prompt]}; remove one")
+      raise ValueError(f"{where}: prompt {prompt!r} is also in {seen[prompt]}; remove one of them")
     seen[prompt] = where
   if not seen:
-    raise ValueError(f"{path} holds no prompts; write one a line")
+    raise ValueError(f"{path} holds no prompts; write one prompt on each line")
   return list(seen)
 
 
@@ -119,21 +122,27 @@ def split_prompts(
   num_test: int | None = None,
   seed: int = 0,
 ) -> tuple[list[str], list[str]]:
-  """Returns (train, test), disjoint, each in the order of `prompts`.
+  """Splits prompts into (train, test), each in the order of `prompts`.
 
-  Which side a prompt falls on depends on a hash of its text and `seed`, not on its position: a
-  reordered file gives the same split.
+  The split depends on a hash of each text and `seed`, not on positions, so a file in another order
+  gives the same split.
+
+  Args:
+    prompts: different texts.
+    test_fraction: fraction of the prompts in the test split, between 0 and 1.
+    num_test: number of prompts in the test split; give either this or `test_fraction`.
+    seed: seed of the hash.
 
   Raises:
-    ValueError: both or none of `test_fraction`, `num_test` given; a side would be empty;
-      `prompts` holds a prompt twice.
+    ValueError: both or none of `test_fraction` and `num_test` are given, a split would be empty, or
+      a prompt occurs twice.
 
   Example:
     >>> split_prompts(["a", "b", "c", "d"], num_test=1, seed=0)
     (['a', 'b', 'c'], ['d'])
   """
   if (test_fraction is None) == (num_test is None):
-    raise ValueError("give either test_fraction or num_test")
+    raise ValueError("give either test_fraction or num_test, and not both")
   if test_fraction is not None:
     if not 0 < test_fraction < 1:
       raise ValueError(f"test_fraction is {test_fraction}; it must lie between 0 and 1")
@@ -141,21 +150,21 @@ def split_prompts(
   assert num_test is not None
   if not 0 < num_test < len(prompts):
     raise ValueError(
-      f"num_test is {num_test} of {len(prompts)} prompts; both sides need at least one"
+      f"num_test is {num_test} of {len(prompts)} prompts; each split needs at least one"
     )
   repeated = [p for p, count in collections.Counter(prompts).items() if count > 1]
   if repeated:
-    raise ValueError(f"prompts holds {repeated[0]!r} twice: it could fall on both sides")
+    raise ValueError(f"prompts holds {repeated[0]!r} twice: remove one, or both splits may hold it")
   ranked = sorted(prompts, key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest())
   test = set(ranked[:num_test])
   return [p for p in prompts if p not in test], [p for p in prompts if p in test]
 
 
 def load_scored(path: _Path) -> list[Scored]:
-  """Reads JSON lines of {prompt, completions[K], rewards[K]}; every row has the same K >= 2.
+  """Reads rows of {prompt, completions[K], rewards[K]}, with the same K >= 2 in all rows.
 
   Raises:
-    ValueError: naming file and line, on a row that does not fit; on a file without rows.
+    ValueError: a row is invalid (the message names its file and line), or there are no rows.
   """
   scored: list[Scored] = []
   for where, row in rows.read(path):
@@ -172,7 +181,7 @@ def load_scored(path: _Path) -> list[Scored]:
     if scored and len(texts) != len(scored[0].completions):
       raise ValueError(
         f"{where}: {len(texts)} completions, but the rows before have "
-        f"{len(scored[0].completions)}; one batch array holds them all, so give every row the same"
+        f"{len(scored[0].completions)}; a batch is one array, so give all rows the same number"
       )
     scored.append(
       Scored(
@@ -192,15 +201,14 @@ def load_preferences(
 ) -> list[Preference]:
   """Reads rows of {prompt, chosen, rejected} and, optionally, chosen_prob in [0, 1].
 
-  A row whose two texts are the same is left out with a warning: its margin is zero whatever the
-  policy, so it teaches nothing.
+  Rows with two equal texts are left out with a warning: their margin is zero for every policy.
 
   Args:
     path: a file or another source of `rows.read`.
-    fields: what the data set calls its prompt, chosen and rejected texts.
+    fields: the names of the fields for prompt, chosen and rejected text.
 
   Raises:
-    ValueError: naming file and line, on a row that does not fit; on a file without (such) rows.
+    ValueError: a row is invalid (the message names its file and line), or no rows are left.
   """
   if len(fields) != 3 or not all(fields):
     raise ValueError(f"fields is {fields!r}; name three, such as ('prompt', 'chosen', 'rejected')")
@@ -218,7 +226,7 @@ def load_preferences(
       preferences.append(Preference(prompt, chosen, rejected, chosen_prob, where))
   if identical:
     warnings.warn(
-      f"{path}: {len(identical)} pairs left out because chosen equals rejected, the first one at "
+      f"{path}: {len(identical)} pairs are left out because chosen equals rejected, the first at "
       f"{identical[0]}",
       stacklevel=2,
     )
@@ -231,7 +239,7 @@ def load_demonstrations(path: _Path) -> list[Demonstration]:
   """Reads rows of {prompt, completion} and, optionally, a list of references.
 
   Raises:
-    ValueError: naming file and line, on a row that does not fit; on a source without rows.
+    ValueError: a row is invalid (the message names its file and line), or there are no rows.
   """
   found = []
   for where, row in rows.read(path):
@@ -249,11 +257,15 @@ def load_demonstrations(path: _Path) -> list[Demonstration]:
 
 
 def reward_pairs(rewards: np.ndarray, *, pairs: str = "extreme") -> Pairs:
-  """Turns rewards `[N, K]` into pairs of columns; the higher reward is chosen.
+  """Returns pairs of columns of rewards `[N, K]`; the one with the higher reward is chosen.
 
   Args:
     rewards: `[N, K]` finite numbers, K >= 2.
-    pairs: "extreme" takes the highest against the lowest of each row, "all" every two columns.
+    pairs: "extreme" pairs the highest with the lowest reward of each row; "all" takes all pairs of
+      columns.
+
+  Raises:
+    ValueError: the shape is not `[N, K]` with K >= 2, or `pairs` is unknown.
 
   Example:
     >>> found = reward_pairs(np.array([[0.0, 2.0, 1.0], [5.0, 5.0, 5.0]]))
@@ -276,132 +288,3 @@ def reward_pairs(rewards: np.ndarray, *, pairs: str = "extreme") -> Pairs:
   keep = gap != 0
   chosen, rejected = np.where(gap > 0, left, right), np.where(gap > 0, right, left)
   return Pairs(example[keep], chosen[keep], rejected[keep], int((~keep).sum()))
-
-
-def pairs_from_scored(
-  scored: Sequence[Scored], *, pairs: str = "extreme"
-) -> tuple[list[Preference], int]:
-  """Returns (preferences, number of ties left out); see `reward_pairs`.
-
-  Pairs of equal text are ties too. To keep the tokens a model has sampled, use `reward_pairs` on
-  its arrays instead: text that is tokenised anew need not give the same tokens.
-  """
-  found = reward_pairs(np.array([row.rewards for row in scored]), pairs=pairs)
-  preferences = [
-    Preference(scored[n].prompt, scored[n].completions[i], scored[n].completions[j])
-    for n, i, j in zip(found.example, found.chosen, found.rejected, strict=True)
-    if scored[n].completions[i] != scored[n].completions[j]
-  ]
-  return preferences, found.num_ties + len(found.example) - len(preferences)
-
-
-def encode_prompts(
-  tokenizer: Any,
-  prompts: Sequence[str],
-  *,
-  max_length: int,
-  multiple: int = 8,
-  truncate: str | None = None,
-  names: Sequence[str] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Tokenises prompts, padded on the left so that their ends meet the completions.
-
-  Args:
-    tokenizer: an `alignment.models.tokenizer.Tokenizer`, or anything with
-      `encode(text, add_special_tokens=)`, `eos_id`, `pad_id` and `vocab_size`.
-    prompts: N texts.
-    max_length: largest number of tokens of a prompt.
-    multiple: P is rounded up to it (never past `max_length`): fewer shapes to compile for.
-    truncate: None refuses a longer prompt; "left" drops its beginning.
-    names: N words for the prompts in errors, such as file and line; by default their place and
-      how they begin.
-
-  Returns:
-    tokens `[N, P]` int32 and mask `[N, P]` float32.
-
-  Raises:
-    ValueError: a prompt that is too long or has no tokens; a token outside the vocabulary.
-  """
-  # A prompt begins the sequence: models trained with a start token get theirs.
-  encoded = [list(tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
-  if truncate == "left":
-    encoded = [row[-max_length:] for row in encoded]
-  elif truncate is not None:
-    raise ValueError(f"truncate is {truncate!r}; choose None or 'left'")
-  return _pad(encoded, "prompt", _names("prompt", prompts, names), tokenizer, max_length, multiple)
-
-
-def encode_completions(
-  tokenizer: Any,
-  texts: Sequence[str],
-  *,
-  max_length: int,
-  multiple: int = 8,
-  truncate: str | None = None,
-  names: Sequence[str] | None = None,
-  allow_empty: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Tokenises completions, each ended by EOS and padded on the right.
-
-  Args and errors are those of `encode_prompts`; `max_length` counts the EOS, and
-  `truncate="right"` drops the end of a longer completion (and with it the EOS). With
-  `allow_empty` a text without tokens is EOS alone, as a model may well have sampled it.
-
-  Returns:
-    tokens `[N, T]` int32 and mask `[N, T]` float32, 1 up to and including EOS.
-  """
-  encoded = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-  labels = _names("completion", texts, names)
-  for label, row in zip(labels, encoded, strict=True):
-    if len(row) == 1 and not allow_empty:
-      raise ValueError(f"{label} has no tokens; remove it")
-  if truncate == "right":
-    encoded = [row[:max_length] for row in encoded]
-  elif truncate is not None:
-    raise ValueError(f"truncate is {truncate!r}; choose None or 'right'")
-  return _pad(encoded, "completion", labels, tokenizer, max_length, multiple)
-
-
-def _names(what: str, texts: Sequence[str], names: Sequence[str] | None) -> list[str]:
-  if names is not None:
-    return list(names)
-  return [
-    f"{what} {n} ({text if len(text) < 40 else text[:36] + '...'!r})"
-    for n, text in enumerate(texts)
-  ]
-
-
-def _pad(
-  rows: list[list[int]],
-  what: str,
-  names: Sequence[str],
-  tokenizer: Any,
-  max_length: int,
-  multiple: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  left = what == "prompt"
-  if max_length < 1 or multiple < 1:
-    raise ValueError(f"max_length ({max_length}) and multiple ({multiple}) must be positive")
-  if not rows:
-    raise ValueError(f"no {what}s to tokenise: the data set is empty")
-  for name, row in zip(names, rows, strict=True):
-    if not row:
-      raise ValueError(f"{name} has no tokens; remove it")
-    if len(row) > max_length:
-      raise ValueError(
-        f"{name} has {len(row)} tokens, more than max_length={max_length}; shorten it or raise "
-        f"data.{what}_length (in Python also: truncate={'left' if left else 'right'!r})"
-      )
-    if min(row) < 0 or max(row) >= tokenizer.vocab_size:
-      outside = next(i for i in row if not 0 <= i < tokenizer.vocab_size)
-      raise ValueError(
-        f"{name} has token {outside}, outside the vocabulary of {tokenizer.vocab_size}; "
-        "the tokenizer belongs to another model"
-      )
-  width = min(max_length, -(-max(map(len, rows)) // multiple) * multiple)
-  tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
-  mask = np.zeros((len(rows), width), np.float32)
-  for n, row in enumerate(rows):
-    span = slice(width - len(row), width) if left else slice(0, len(row))
-    tokens[n, span], mask[n, span] = row, 1
-  return tokens, mask

@@ -1,1 +1,1 @@
-"""One module a paper: `build(config, workdir)` joins its algorithm to data and evaluation."""
+"""The wiring of one method per file: from a config to an `Experiment`. Meant to be copied."""

@@ -1,23 +1,23 @@
 """ARMAC (arXiv:2008.12234) on a compiled game; a step of the loop is one epoch of every seed."""
 
-import pathlib
 from typing import Any
 
 import jax
 import optax
 
-from experiments import solving, training
-from rl_theory import armac, games, networks
+from experiments.loop import training
+from experiments.tasks import game_runs
+from rl_theory import armac, armac_epochs, armac_play, games
+from rl_theory.networks import actor_critic
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
-  game = solving.compile_game(config)
-  return solving.build(config, game, solver(config, game))
+  game = game_runs.compile_game(config)
+  return game_runs.build(config, game, solver(config, game))
 
 
-def solver(config: Any, game: games.Game) -> solving.Solver:
+def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns ARMAC with networks of the config's sizes."""
   hyperparameters = armac.Config(**config.algorithm)
   recurrent = {"mlp": False, "lstm": True}.get(config.network.encoder)
@@ -27,8 +27,8 @@ def solver(config: Any, game: games.Game) -> solving.Solver:
   if recurrent:
     observations = games.observation_histories(game, observations)
   sizes = (config.network.width, config.network.block_width, recurrent)
-  actor = networks.Actor(game.layout.num_actions, *sizes)
-  critic = networks.Critic(game.num_players, game.layout.num_actions, *sizes)
+  actor = actor_critic.Actor(game.layout.num_actions, *sizes)
+  critic = actor_critic.Critic(game.num_players, game.layout.num_actions, *sizes)
   apply_fn = armac.Networks(actor.apply, critic.apply)
   scale = config.optimizer.final_scale
   num_steps = config.train.num_steps * hyperparameters.num_actor_steps
@@ -49,14 +49,16 @@ def solver(config: Any, game: games.Game) -> solving.Solver:
     return armac.init(params, optimizer=optimizer, config=hyperparameters)
 
   def update(state, key):
-    return armac.epoch(
+    return armac_epochs.epoch(
       state, game, observations, key, apply_fn=apply_fn, optimizer=optimizer,
       config=hyperparameters,
     )  # fmt: skip
 
-  return solving.Solver(
+  return game_runs.Solver(
     init=init,
     update=update,
-    mean_policy=lambda state: armac.policy(state.params, game, observations, apply_fn=apply_fn),
+    mean_policy=lambda state: armac_play.mean_policy(
+      state.params, game, observations, apply_fn=apply_fn
+    ),
     env_steps=lambda state: state.env_steps,
   )

@@ -1,24 +1,23 @@
 """BGRL (arXiv:2102.06514) on one graph: full-graph steps, then a linear layer on the embeddings."""
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments import graph_task, training
+from experiments.loop import training
+from experiments.tasks import graph_runs
 from representation import bgrl
-from representation.networks import gcn
+from representation.networks import adapters, mlp
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   algorithm = bgrl.Config(**config.algorithm, num_steps=config.train.num_steps)
-  optimizer = graph_task.make_optimizer(config)
-  encoder, width = graph_task.make_encoder(config), config.network.widths[-1]
-  predictor = gcn.Predictor(gcn.MLP(config.network.predictor_width, width))
+  optimizer = graph_runs.make_optimizer(config)
+  encoder, width = graph_runs.make_encoder(config), config.network.widths[-1]
+  predictor = adapters.Predictor(mlp.MLP(config.network.predictor_width, width))
   apply_fn = bgrl.Networks(encoder, predictor)
 
   def init(key, graph):
@@ -34,7 +33,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
       network_state=bgrl.NetworkState(online_state, target_state),
     )
 
-  return graph_task.build(
+  return graph_runs.build(
     config,
     encoder=encoder,
     init=init,

@@ -1,13 +1,13 @@
 """CFR over the whole tree and outcome-sampling MCCFR, what ARMAC is measured beside."""
 
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import solving, training
+from experiments.loop import training
+from experiments.tasks import game_runs
 from rl_theory import cfr, games, mccfr
 
 
@@ -18,14 +18,13 @@ class State(NamedTuple):
   env_steps: jax.Array
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
-  game = solving.compile_game(config)
-  return solving.build(config, game, solver(config, game))
+  game = game_runs.compile_game(config)
+  return game_runs.build(config, game, solver(config, game))
 
 
-def solver(config: Any, game: games.Game) -> solving.Solver:
+def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns the variant `algorithm.variant`: one of CFR's, or "mccfr"."""
   variant, inner_steps = config.algorithm.variant, config.train.inner_steps
   if variant != "mccfr" and variant not in cfr.VARIANTS:
@@ -52,7 +51,7 @@ def solver(config: Any, game: games.Game) -> solving.Solver:
     state, metrics = jax.lax.scan(body, state, jax.random.split(key, inner_steps))
     return state, jax.tree.map(lambda x: x[-1], metrics)
 
-  return solving.Solver(
+  return game_runs.Solver(
     init=lambda key: State(cfr.init(game), jnp.zeros(())),
     update=update,
     mean_policy=lambda state: cfr.average_policy(game, state.inner),

@@ -1,113 +1,15 @@
-"""DPO (arXiv:2305.18290), the baseline: what it projects onto, and the language-model run.
+"""DPO (arXiv:2305.18290), a baseline: a language model and labelled pairs, or the bandit."""
 
-The bandits are random. On Bradley-Terry preferences DPO ends at ref exp(r / beta), whoever wrote
-the pairs. With cycles in them it ends at the rewards of the least log-loss, another policy for
-every source of pairs, and no tau makes IPO's optima the same.
-"""
-
-import functools
-import pathlib
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from alignment import ipo, oracles, sequences
 from alignment.baselines import dpo
-from experiments import bandit, bandit_grid, language_model, report, training
+from experiments.loop import training
+from experiments.papers import dpo_bandit
+from experiments.tasks import language
 
-CYCLE = 1.0  # the log-odds that no reward explains are as large as those that one does
 
-
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "dpo_bandit":
-    return _bandit(config)
-  return language_model.build(config, workdir, algorithm=dpo, collate=language_model.pairs)
-
-
-def _bandit(config: Any) -> training.Experiment:
-  betas = bandit.positives(config, "algorithm.beta")
-  bandits = bandit_grid.random_bandits(config)
-  straight, cyclic = bandits.preferences(0.0), bandits.preferences(CYCLE)
-  even, uneven = np.ones_like(bandits.counts), bandits.counts
-
-  def projection(preferences, counts):
-    weights = counts[:, :, None] * counts[:, None, :]
-    return oracles.bradley_terry_scores(preferences, weights)
-
-  def method(label, algorithm, field, preferences, counts, ends):
-    return bandit_grid.Method(
-      label=label,
-      algorithm=algorithm,
-      config=lambda value: algorithm.Config(**{field: value}),
-      batch=lambda problem, setting, params, key: problem,  # all pairs, with their probabilities
-      problems=_pairs(bandits.ref_logps, preferences, counts),
-      start=bandits.ref_logps,
-      exact=np.exp(np.stack([ends(value) for value in betas])),
-      tolerance=1e-3,
-    )
-
-  def tilted(scores):
-    return lambda beta: oracles.kl_regularised_optimum(bandits.ref_logps, scores, beta)
-
-  def ipo_ends(tau):
-    writers = uneven / uneven.sum(1, keepdims=True)
-    return oracles.psi_po_optimum(cyclic, writers, bandits.ref_logps, tau)
-
-  make = functools.partial(method, algorithm=dpo, field="beta")
-  methods = {
-    "straight": make(
-      "DPO, Bradley-Terry", preferences=straight, counts=uneven, ends=tilted(bandits.rewards)
-    ),
-    "uneven": make(
-      "DPO, cycles", preferences=cyclic, counts=uneven, ends=tilted(projection(cyclic, uneven))
-    ),
-    "even": make(
-      "DPO, cycles, other pairs",
-      preferences=cyclic,
-      counts=even,
-      ends=tilted(projection(cyclic, even)),
-    ),
-    "ipo": method("IPO, cycles", ipo, "tau", cyclic, uneven, ipo_ends),
-  }
-
-  def judge(sweep, ends):
-    del sweep
-    checks, rows = [], []
-    reachable = np.exp([ipo_ends(tau) for tau in np.geomspace(1e-3, 1e3, 400)])
-    for beta, found, other in zip(betas, ends["uneven"], ends["even"], strict=True):
-      moved = np.abs(found - np.exp(bandits.ref_logps)).max() > 0.01
-      gaps = np.abs(reachable - found).max(-1)  # [tau, P]
-      common, writer = gaps[gaps.mean(1).argmin()], np.abs(found - other).max(-1)
-      for text, distance in (
-        ("no tau brings IPO's optima to DPO's", common),
-        ("other pairs, another policy", writer),
-      ):
-        passed = bool(moved and distance.mean() > 0.005)
-        checks.append((f"cycles, beta {beta}: {text} (0.005 apart on average)", passed))
-      rows.append([beta, *(bandit_grid.by_bandit(x) for x in (common, gaps.min(0), writer))])
-    title = "Cycles: largest difference of a probability from DPO's policy, mean over the bandits"
-    columns = ["beta", "IPO, nearest tau", "IPO, nearest tau of each bandit", "DPO on other pairs"]
-    return checks, [report.Table(title, columns, rows)]
-
-  return bandit_grid.build(
-    config, methods, betas, symbol="beta", optimizer=bandit.cosine_adam(config), judge=judge
-  )
-
-
-def _pairs(ref_logps: np.ndarray, preferences: np.ndarray, counts: np.ndarray) -> dpo.Batch:
-  """Every pair of arms as often as its writers wrote it, leaves `[P, N, ...]`."""
-  first, second = bandit_grid.pair_arms(counts)
-  rows = np.arange(len(counts))[:, None]
-  ones = np.ones((*first.shape, 1))
-  batch = sequences.PreferenceBatch(
-    chosen_tokens=first[..., None],
-    chosen_mask=ones,
-    chosen_ref_logps=ref_logps[rows, first],
-    rejected_tokens=second[..., None],
-    rejected_mask=ones,
-    rejected_ref_logps=ref_logps[rows, second],
-    chosen_probs=preferences[rows, first, second],
-  )
-  return sequences.PreferenceBatch(*(None if x is None else jnp.asarray(x) for x in batch))
+    return dpo_bandit.build(config)
+  return language.build(config, algorithm=dpo, collate=language.pairs)

@@ -1,24 +1,23 @@
 """GRACE (arXiv:2006.04131) on one graph, beside BGRL: the same encoder, corruptions and judge."""
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments import graph_task, training
+from experiments.loop import training
+from experiments.tasks import graph_runs
 from representation.baselines import grace
-from representation.networks import gcn
+from representation.networks import adapters, mlp
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
   algorithm = grace.Config(**config.algorithm)
-  optimizer = graph_task.make_optimizer(config)
-  encoder, width = graph_task.make_encoder(config), config.network.widths[-1]
-  projector = gcn.Predictor(gcn.MLP(config.network.predictor_width, width, jax.nn.elu))
+  optimizer = graph_runs.make_optimizer(config)
+  encoder, width = graph_runs.make_encoder(config), config.network.widths[-1]
+  projector = adapters.Predictor(mlp.MLP(config.network.predictor_width, width, jax.nn.elu))
   apply_fn = grace.Networks(encoder, projector)
 
   def init(key, graph):
@@ -31,7 +30,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
       network_state=network_state,
     )
 
-  return graph_task.build(
+  return graph_runs.build(
     config,
     encoder=encoder,
     init=init,

@@ -1,36 +1,23 @@
-"""KTO (arXiv:2402.01306), a baseline: where its loss ends on a table, and the language-model run.
-
-KTO has no closed form, but on a table it has an optimum that can be computed. With the point of
-reference z held, the loss of a data set is a constant minus sum over y of g(y) sigmoid(beta
-(r(y) - z)): g is how much more often y is good than bad, r its log-ratio. Arms with g < 0 get
-nothing, at any beta; over the others the sum is concave for beta <= 1 (`population_optimum`). For
-beta to zero they share in proportion to g, whatever the reference.
-
-z comes from mismatched completions. Drawn from the data, as the language-model run does, it ends at
-zero wherever the data hold an arm that is driven out; drawn from the policy it is KL(pi || ref), as
-the paper defines it, and the optimum is another one.
-"""
+"""KTO (arXiv:2402.01306), a baseline: good and bad single completions, or the bandit."""
 
 import functools
-import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from alignment import oracles
 from alignment.baselines import kto
-from experiments import bandit, bandit_grid, language_model, language_task, report, training
+from experiments.loop import training
+from experiments.papers import kto_bandit
+from experiments.tasks import language, language_offline
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "kto_bandit":
-    return _bandit(config)
-  task = language_task.make_task(config)
-  return language_model.build(
+    return kto_bandit.build(config)
+  task = language_offline.make_task(config)
+  return language.build(
     config,
-    workdir,
     algorithm=kto,
     collate=functools.partial(labelled, task=task),
     min_samples=1,
@@ -38,7 +25,7 @@ def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
   )
 
 
-def labelled(samples: language_task.Samples, *, task: language_task.Task) -> kto.Batch:
+def labelled(samples: language_offline.Samples, *, task: language_offline.Task) -> kto.Batch:
   """KTO's batch: a completion is desirable where its reward exceeds the mean of the data.
 
   Beside each stands what the prompt before it was completed with, for the point of reference.
@@ -50,8 +37,8 @@ def labelled(samples: language_task.Samples, *, task: language_task.Task) -> kto
     raise ValueError("all completions have the same reward: there is nothing to learn from")
   tokens, mask = (np.roll(x, 1, axis=0) for x in (samples.tokens, samples.mask))
   ref_logps = task.reference_logps(samples.prompts, tokens, mask)
-  rows = language_model.single_rows(samples)
-  other = language_model.single_rows(samples._replace(tokens=tokens, mask=mask))
+  rows = language.single_rows(samples)
+  other = language.single_rows(samples._replace(tokens=tokens, mask=mask))
   return kto.Batch(
     tokens=rows.tokens,
     mask=rows.mask,
@@ -63,166 +50,3 @@ def labelled(samples: language_task.Samples, *, task: language_task.Task) -> kto
     prompt_tokens=rows.prompt_tokens,
     prompt_mask=rows.prompt_mask,
   )
-
-
-def population_optimum(
-  gains: np.ndarray, ref_logps: np.ndarray, beta: Any, kl: np.ndarray
-) -> np.ndarray:
-  """Returns the policy of the least KTO loss on a table when the point of reference is held.
-
-  argmax over pi of sum over y of gains(y) sigmoid(beta (log pi(y) - log ref(y) - kl)). Where it is
-  positive, pi solves gains beta s (1 - s) / pi = lambda, s the sigmoid: bisection for each arm
-  inside of one for lambda.
-
-  Args:
-    gains: `[..., A]` weight of an arm in the data times (how often it is good - how often bad); one
-      positive at least.
-    ref_logps: `[..., A]`.
-    beta: `[...]` in (0, 1], where the sum is concave in pi.
-    kl: `[...]` the point of reference, not negative.
-
-  Returns:
-    `[..., A]` probabilities, float64, to about 1e-8.
-
-  Raises:
-    ValueError: if `beta` lies outside (0, 1] or no arm is more often good than bad.
-  """
-  beta, kl = np.asarray(beta)[..., None], np.asarray(kl)[..., None]
-  if not np.all((beta > 0) & (beta <= 1)):
-    raise ValueError(f"beta must lie in (0, 1], got {beta}: above 1 the loss has local optima")
-  if not np.all(np.max(gains, axis=-1) > 0):
-    raise ValueError(f"gains must have a positive entry, got {gains}: nothing else is worth taking")
-  good, centres = np.asarray(gains) > 0, ref_logps + kl
-  scales = np.log(np.where(good, gains, 1) * beta)
-  shape = np.broadcast_shapes(scales.shape, centres.shape)
-
-  def bisect(below, low, high, num_steps=40):
-    for _ in range(num_steps):
-      middle = (low + high) / 2
-      here = below(middle)
-      low, high = np.where(here, middle, low), np.where(here, high, middle)
-    return (low + high) / 2
-
-  def slopes(logps):  # log of gains beta s (1 - s) / pi, with s (1 - s) = exp(z) / (1 + exp(z))^2
-    z = beta * (logps - centres)
-    return scales + z - 2 * np.logaddexp(0, z) - logps
-
-  def probs_at(multiplier):  # an arm whose slope is below lambda even at exp(-40) gets nothing
-    below = lambda logps: slopes(logps) > multiplier[..., None]  # noqa: E731
-    return np.where(good, np.exp(bisect(below, np.full(shape, -40.0), np.zeros(shape))), 0)
-
-  edge = np.full(shape[:-1], 100.0)
-  probs = probs_at(bisect(lambda multiplier: probs_at(multiplier).sum(-1) > 1, -edge, edge))
-  return probs / probs.sum(-1, keepdims=True)
-
-
-def self_consistent_optimum(gains: np.ndarray, ref_logps: np.ndarray, beta: Any) -> np.ndarray:
-  """Returns the same where the point of reference is the policy's own KL(pi || ref), `[..., A]`."""
-  shape = np.broadcast_shapes(np.shape(beta), gains.shape[:-1])
-  low, high = np.zeros(shape), np.broadcast_to(-ref_logps.min(-1), shape)
-  for _ in range(25):
-    middle = (low + high) / 2
-    with np.errstate(divide="ignore"):
-      logps = np.log(population_optimum(gains, ref_logps, beta, middle))
-    above = oracles.kl(logps, np.broadcast_to(ref_logps, logps.shape)) > middle
-    low, high = np.where(above, middle, low), np.where(above, high, middle)
-  return population_optimum(gains, ref_logps, beta, (low + high) / 2)
-
-
-def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config, batch_size=1)
-  betas, bandits = bandit.positives(config, "algorithm.beta"), bandit_grid.random_bandits(config)
-  ref_logps, counts = bandits.ref_logps, bandits.counts
-  rates = _good_rates(config)
-  gains = counts / counts.sum(1, keepdims=True) * (2 * rates - 1)
-  rows = np.arange(len(counts))[:, None]
-
-  def problems(repeats):  # each arm as often as the data have it, all of it `repeats` times
-    arms = np.stack([np.tile(np.repeat(np.arange(len(c)), c), repeats) for c in counts])
-    return {
-      "tokens": jnp.asarray(arms[..., None]),
-      "labels": jnp.asarray(rates[rows, arms], jnp.float32),
-      "ref_logps": jnp.asarray(ref_logps, jnp.float32),
-    }
-
-  def batch(problem, setting, params, key, *, on_policy):
-    del setting
-    tokens, ref_logps = problem["tokens"], problem["ref_logps"]
-    other = jnp.roll(tokens, 1, axis=0)
-    if on_policy:
-      other = bandit.draw_arms(key, params, tokens.shape)
-    ones = jnp.ones(tokens.shape)
-    return kto.Batch(
-      tokens=tokens,
-      mask=ones,
-      ref_logps=ref_logps[tokens[:, 0]],
-      labels=problem["labels"],  # between 0 and 1: the exact mean over labels
-      mismatched_tokens=other,
-      mismatched_mask=ones,
-      mismatched_ref_logps=ref_logps[other[:, 0]],
-    )
-
-  def method(label, on_policy, exact, tolerance):
-    return bandit_grid.Method(
-      label=label,
-      algorithm=kto,
-      config=lambda beta: kto.Config(beta=beta),
-      batch=functools.partial(batch, on_policy=on_policy),
-      # Draws of the policy are noisy: a batch of them is larger.
-      problems=problems(-(-config.data.batch_size // int(counts[0].sum())) if on_policy else 1),
-      start=ref_logps,
-      exact=exact,
-      tolerance=tolerance,
-    )
-
-  each = np.array(betas)[:, None]
-  no_kl, own_kl = (
-    population_optimum(gains, ref_logps, each, np.zeros(len(gains))),
-    self_consistent_optimum(gains, ref_logps, each),
-  )
-  methods = {
-    "data": method("KTO, z of the data", False, no_kl, 1e-3),
-    # z is a mean over draws, whose noise the step size has to average out.
-    "policy": method("KTO, z = KL", True, own_kl, 0.02),
-  }
-
-  def judge(sweep, ends):
-    del sweep
-    checks, table = [], []
-    least = -np.log(np.where(gains > 0, np.exp(ref_logps), 0).sum(1))
-    shares = np.maximum(gains, 0) / np.maximum(gains, 0).sum(1, keepdims=True)
-    for i, beta in enumerate(betas):
-      found = ends["data"][i]
-      kept = np.where(gains < 0, found, 0).sum(1)
-      checks.append((f"beta {beta}: bad arms keep less than 0.001", bool(kept.max() < 1e-3)))
-      tilted = np.exp(oracles.kl_regularised_optimum(ref_logps, rates, beta))
-      apart = np.abs(found - tilted).max(1)
-      moved = np.abs(found - np.exp(ref_logps)).max(1).min() > 0.01
-      checks.append((f"beta {beta}: not ref exp(rate / beta)", bool(moved and apart.min() > 0.01)))
-      between = np.abs(found - ends["policy"][i]).max(1)
-      from_shares = np.abs(found - shares).max(1)
-      if beta == max(betas):
-        text = "another point of reference, another end (0.01 apart on average)"
-        checks.append((f"beta {beta}: {text}", bool(between.mean() > 0.01)))
-      if beta == min(betas) <= 0.1:
-        text = "good arms share in proportion to their gains (within 0.05)"
-        checks.append((f"beta {beta}: {text}", bool(from_shares.max() < 0.05)))
-      with np.errstate(divide="ignore"):
-        distance = oracles.kl(np.log(found), ref_logps)
-      cells = (apart, from_shares, between, distance, least)
-      table.append([beta, *(bandit_grid.by_bandit(cell) for cell in cells)])
-    columns = ["beta", "from ref exp(rate / beta)", "from gains", "from z = KL", "KL to ref"]
-    title = "KTO with z of the data, mean over the bandits"
-    return checks, [report.Table(title, [*columns, "least KL without bad arms"], table)]
-
-  return bandit_grid.build(
-    config, methods, betas, symbol="beta", optimizer=bandit.cosine_adam(config), judge=judge
-  )
-
-
-def _good_rates(config: Any) -> np.ndarray:
-  """How often each arm is labelled desirable, `[P, A]`: half of them mostly, half seldom."""
-  rng = np.random.default_rng(config.seed + 1)
-  shape = (config.data.num_bandits, config.data.num_arms)
-  mostly = rng.permuted(np.tile(np.arange(shape[1]) % 2 == 0, (shape[0], 1)), axis=1)
-  return np.where(mostly, rng.uniform(0.6, 0.9, shape), rng.uniform(0.1, 0.4, shape))

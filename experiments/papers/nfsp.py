@@ -1,29 +1,29 @@
 """NFSP (arXiv:1603.01121), a baseline, on a compiled game; a step of the loop scans epochs."""
 
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import solving, training
-from rl_theory import games, networks
-from rl_theory.baselines import nfsp
+from experiments.loop import training
+from experiments.tasks import game_runs
+from rl_theory import games
+from rl_theory.baselines import nfsp, nfsp_epochs
+from rl_theory.networks import mlp
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
-  del workdir
-  game = solving.compile_game(config)
-  return solving.build(config, game, solver(config, game))
+  game = game_runs.compile_game(config)
+  return game_runs.build(config, game, solver(config, game))
 
 
-def solver(config: Any, game: games.Game) -> solving.Solver:
+def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns NFSP with networks of the config's sizes."""
   hyperparameters = nfsp.Config(**config.algorithm)
   observations = games.information_state_tensors(game)
-  network = networks.MLP(game.layout.num_actions, tuple(config.network.widths))
+  network = mlp.MLP(game.layout.num_actions, tuple(config.network.widths))
   apply_fn = nfsp.Networks(network.apply, network.apply)
   rates = config.optimizer
   optimizer = optax.multi_transform(
@@ -39,7 +39,7 @@ def solver(config: Any, game: games.Game) -> solving.Solver:
 
   def update(state, key):
     def body(state, key):
-      return nfsp.epoch(
+      return nfsp_epochs.epoch(
         state, game, observations, key, apply_fn=apply_fn, optimizer=optimizer,
         config=hyperparameters,
       )  # fmt: skip
@@ -47,9 +47,11 @@ def solver(config: Any, game: games.Game) -> solving.Solver:
     state, metrics = jax.lax.scan(body, state, jax.random.split(key, config.train.inner_steps))
     return state, jax.tree.map(jnp.mean, metrics)
 
-  return solving.Solver(
+  return game_runs.Solver(
     init=init,
     update=update,
-    mean_policy=lambda state: nfsp.policy(state.params, game, observations, apply_fn=apply_fn),
+    mean_policy=lambda state: nfsp_epochs.average_policy(
+      state.params, game, observations, apply_fn=apply_fn
+    ),
     env_steps=lambda state: state.env_steps,
   )

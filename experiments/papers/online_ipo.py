@@ -1,39 +1,30 @@
-"""Online IPO and IPO-MD (arXiv:2403.08635), beside Nash-MD: where they stop, and the LM run.
+"""Online IPO and IPO-MD (arXiv:2403.08635): pairs drawn as it trains, or the games."""
 
-The bandits are random games with cycles. Pairs are drawn at every step from pi^(1 - beta) ref^beta:
-beta 0 is online IPO, which ends at the Nash equilibrium of the regularised game; a beta between is
-IPO-MD, which ends where Nash-MD-PG with the same mixture does; beta 1 is IPO on pairs that the
-reference wrote, which ends at the best response to it.
-"""
-
-import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from alignment import nash_md, oracles, sequences
+from alignment import sequences
 from alignment.baselines import online_ipo
-from experiments import bandit, bandit_grid, online_language_model, report, training
+from experiments.loop import training
+from experiments.papers import online_ipo_bandit
+from experiments.tasks import language_online
 
-CYCLE = 1.0  # the log-odds that no reward explains are as large as those that one does
 
-
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
   if config.data.name == "online_ipo_bandit":
-    return _bandit(config)
+    return online_ipo_bandit.build(config)
   if config.data.num_samples != 2:
     raise ValueError(f"data.num_samples={config.data.num_samples}: a pair has 2 completions")
-  return online_language_model.build(config, workdir, algorithm=online_ipo, collect=collect)
+  return language_online.build(config, algorithm=online_ipo, collect=collect)
 
 
 def collect(
   learner: online_ipo.State,
   prompts: sequences.Prompts,
   key: jax.Array,
-  this_round: online_language_model.Round,
+  this_round: language_online.Round,
 ) -> online_ipo.Batch:
   """Draws two completions of each prompt, from the policy or a mixture, and has them compared."""
   sample_fn = this_round.sample_fn(this_round.task.config.data.mixture_beta)
@@ -48,76 +39,4 @@ def collect(
     preferences=this_round.preferences(first, second),
     prompt_tokens=prompts.tokens,
     prompt_mask=prompts.mask,
-  )
-
-
-def _bandit(config: Any) -> training.Experiment:
-  bandit.check_counts(config, batch_size=1)
-  taus, batch_size = bandit.positives(config, "algorithm.tau"), config.data.batch_size
-  mixture_beta = config.data.mixture_beta
-  if not 0 < mixture_beta < 1:
-    raise ValueError(
-      f"config.data.mixture_beta={mixture_beta}: give a number between 0 and 1; both ends are run "
-      "beside it"
-    )
-  bandits = bandit_grid.random_bandits(config)
-  preferences, ref_logps = bandits.preferences(CYCLE), bandits.ref_logps
-
-  def method(label, beta):
-    def batch(problem, setting, params, key):
-      del setting
-      preferences, ref_logps = problem
-      drawn_from = nash_md.geometric_mixture_logits(params, ref_logps, beta=beta)
-      arms = bandit.draw_arms(key, drawn_from, (batch_size, 2))
-      ones = jnp.ones((batch_size, 1))
-      return online_ipo.Batch(
-        first_tokens=arms[:, :1],
-        first_mask=ones,
-        first_ref_logps=ref_logps[arms[:, 0]],
-        second_tokens=arms[:, 1:],
-        second_mask=ones,
-        second_ref_logps=ref_logps[arms[:, 1]],
-        preferences=preferences[arms[:, 0], arms[:, 1]],
-      )
-
-    def end(index, tau):
-      return oracles.nash_md_pg_fixed_point(preferences[index], ref_logps[index], tau, beta)
-
-    places = range(len(ref_logps))
-    return bandit_grid.Method(
-      label=label,
-      algorithm=online_ipo,
-      config=lambda tau: online_ipo.Config(tau=tau),
-      batch=batch,
-      problems=(jnp.asarray(preferences, jnp.float32), jnp.asarray(ref_logps, jnp.float32)),
-      start=ref_logps,
-      exact=np.exp([[end(index, tau) for index in places] for tau in taus]),
-      tolerance=0.01,  # the pairs are draws, whose noise the step size averages out
-    )
-
-  methods = {
-    "online": method("online IPO", 0.0),
-    "mixture": method(f"IPO-MD, beta {mixture_beta}", mixture_beta),
-    "offline": method("IPO on the reference's pairs", 1.0),
-  }
-
-  def judge(sweep, ends):
-    del sweep
-    checks, rows = [], []
-    for i, tau in enumerate(taus):
-      exploited = [
-        oracles.regularised_exploitability(np.log(ends[name][i]), preferences, ref_logps, tau)
-        for name in methods
-      ]
-      means = [x.mean() for x in exploited]
-      # A drawn gradient leaves 1e-5 or less.
-      rising = bool(means[0] < 1e-4 and means[0] < means[1] < means[2])
-      checks.append((f"tau {tau}: exploitability below 1e-4 online, then rising", rising))
-      start = oracles.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
-      rows.append([tau, *(bandit_grid.by_bandit(x) for x in (*exploited, start))])
-    columns = ["tau", *(method.label for method in methods.values()), "reference"]
-    return checks, [report.Table("Exploitability, mean over the bandits", columns, rows)]
-
-  return bandit_grid.build(
-    config, methods, taus, symbol="tau", optimizer=bandit.cosine_adam(config), judge=judge
   )

@@ -4,18 +4,18 @@ The run compares the tuned model with the one it started from on held-out prompt
 of the alignment papers, whose `network.model` its exported folder can be.
 """
 
-import pathlib
 from typing import Any
 
 from alignment.baselines import sft
-from experiments import language_model, training
+from experiments.loop import training
+from experiments.tasks import language
 
 
-def build(config: Any, workdir: pathlib.Path) -> training.Experiment:
+def build(config: Any) -> training.Experiment:
   """Returns the experiment of one preset."""
   if not config.data.demonstrations:
     raise ValueError(
       "data.demonstrations is empty: give --config.data.demonstrations=FILE (JSON lines of prompt "
       "and completion), tfds:NAME, hf:NAME or scitldr:FILE"
     )
-  return language_model.build(config, workdir, algorithm=sft, collate=language_model.demonstrations)
+  return language.build(config, algorithm=sft, collate=language.demonstrations)

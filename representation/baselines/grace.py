@@ -1,27 +1,27 @@
-"""GRACE: embeddings of nodes learned by telling each node from all others, across two views.
+"""GRACE: contrastive learning of node embeddings across two views of a graph.
 
-Two corruptions of a graph are read by one encoder; a projector maps both embeddings to where they
-are compared. A node in one view shall be near itself in the other, and far from every other node in
-either:
+Two views of a graph are made by dropping edges and masking features at random. One encoder reads
+both, and a projector maps the embeddings into the space where they are compared. The two
+projections of a node are a positive pair. All other nodes, in both views, are its negatives:
 
   l(u_i, v_i) = -log(e^{s(u_i, v_i)} / (sum_j e^{s(u_i, v_j)} + sum_{j != i} e^{s(u_i, u_j)})),
 
-with s(a, b) = cos(a, b) / temperature; the loss is the mean over nodes of (l(u_i, v_i) +
-l(v_i, u_i)) / 2. All pairs of nodes are compared, so that time and memory grow with the square of
-their number. With `num_negatives` = k each node is told from k others drawn anew in every step.
+with s(a, b) = cos(a, b) / temperature. The loss is the mean over nodes of (l(u_i, v_i) +
+l(v_i, u_i)) / 2. It compares all pairs of nodes, so time and memory grow with the square of their
+number. With `num_negatives` = k each node has k random negatives, drawn again in every step.
 
-Reference: Zhu et al. 2020, https://arxiv.org/abs/2006.04131; k negatives as a baseline of
-Thakoor et al. 2021, https://arxiv.org/abs/2102.06514.
+Reference: Zhu et al. 2020, https://arxiv.org/abs/2006.04131. The variant with k negatives is a
+baseline of Thakoor et al. 2021, https://arxiv.org/abs/2102.06514.
 
 | paper | here |
 |---|---|
 | f, g | `Params.encoder`, `Params.projector` |
 | tau | `Config.temperature` |
 | p_r, p_m | `Config.edge_drop_probs`, `Config.feature_mask_probs`, one for each view |
-| u, v | `first_embeddings`, `second_embeddings`, the projected ones |
+| u, v | `first_embeddings`, `second_embeddings`, after the projector |
 
-Deviations: the network is the caller's, so it may normalise over the batch, as BGRL's encoder does
-and GRACE's does not. The denominator with k negatives is not scaled up to that of all.
+Deviations: the caller chooses the network, so it may use batch normalisation, as BGRL's encoder
+does and GRACE's does not. With k negatives the denominator is not scaled up to all negatives.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import bgrl, checks, collapse, graph_augmentations, graphs
+from representation import bgrl, collapse, graph_augmentations, graphs
+from sharding import checks
 
 Metrics = dict[str, jax.Array]
 Batch = graphs.Graph
@@ -47,14 +48,14 @@ Batch = graphs.Graph
 )
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Hyper-parameters; the corruptions are those of `bgrl` for Amazon Computers.
+  """Hyper-parameters; the views are those of `bgrl` for Amazon Computers.
 
   Attributes:
-    feature_mask_probs: for each of the two views, how probable it is that a column is zeroed.
-    edge_drop_probs: the same for a directed edge to be dropped.
-    temperature: positive, by which cosines are divided.
-    num_negatives: nodes that each node is told from in a step; 0 means all others; static.
-    num_microbatches: must be 1, since nodes are read together with their neighbours.
+    feature_mask_probs: two numbers, the probability of masking a feature column in each view.
+    edge_drop_probs: two numbers, the probability of dropping a directed edge in each view.
+    temperature: positive, the divisor of the cosines.
+    num_negatives: number of negatives of each node in a step; 0 means all other nodes; static.
+    num_microbatches: must be 1, because a node is read together with its neighbours.
   """
 
   feature_mask_probs: Any = (0.2, 0.1)
@@ -65,19 +66,19 @@ class Config:
 
   def __post_init__(self):
     graph_augmentations.check(self)
-    checks.positive("temperature", self.temperature)
+    checks.positive("temperature", self.temperature, fetch=True)
     checks.count("num_negatives", self.num_negatives, least=0)
 
 
 class Params(NamedTuple):
-  """What learns by gradients."""
+  """The parameters that are trained by gradients."""
 
   encoder: Any
   projector: Any
 
 
 class Networks(NamedTuple):
-  """The two networks; functions that hash.
+  """The two networks, as hashable functions.
 
   Attributes:
     encoder: `encoder(params, network_state, graph, *, train) -> ([N, K], network_state)`.
@@ -93,9 +94,9 @@ class State(NamedTuple):
 
   Attributes:
     params: of the encoder and the projector.
-    network_state: what the encoder remembers, such as running statistics; `()` for nothing.
+    network_state: of the encoder, such as running statistics; `()` for an encoder without any.
     opt_state: of the optimiser.
-    step: scalar int32, updates done.
+    step: scalar int32, the number of updates so far.
   """
 
   params: Params
@@ -111,21 +112,22 @@ def grace_loss(
   temperature: Any,
   mask: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns the loss of each node, told from all others; holds the cosines of all pairs, [2N, 2N].
+  """Returns the loss of each node, with all other nodes as negatives.
+
+  It stores the cosines of all pairs, `[2N, 2N]`.
 
   Args:
-    first_embeddings: `[N, K]` of one view.
-    second_embeddings: `[N, K]` of the other; lengths do not matter.
+    first_embeddings: `[N, K]`, projections of the first view.
+    second_embeddings: `[N, K]`, projections of the second view.
     temperature: positive.
-    mask: `[N]` bool, nodes in use; others are nobody's negative. By default all.
+    mask: `[N]` bool, the nodes in use; the others are not used as negatives. The default is all.
 
   Returns:
-    `[N]`, the mean of both directions, not negative, 0 at nodes out of use. A row of zeros has the
-    cosine 0.
+    `[N]`, the mean over both directions; not negative, and 0 for nodes that are not in use. A row
+    of zeros has cosine 0.
 
   Raises:
-    ValueError: if the shapes differ, the mask does not fit, or a concrete temperature is not
-      positive.
+    ValueError: if shapes do not fit, or a temperature that is not traced is not positive.
 
   Example:
     >>> grace_loss(jnp.eye(2), 3 * jnp.eye(2), temperature=1.0).round(4)  # log(e + 2) - 1
@@ -136,7 +138,7 @@ def grace_loss(
   views, mask = _prepare(first_embeddings, second_embeddings, mask, temperature)
   rows = views.reshape(-1, views.shape[-1])
   logits = rows @ rows.T / temperature
-  # A node is its own positive in the other view, and nothing in its own.
+  # The cosine of a node with itself in the same view is left out.
   counted = jnp.tile(mask, 2) & ~jnp.eye(len(rows), dtype=bool)
   normalisers = jax.nn.logsumexp(logits, axis=1, where=counted).reshape(2, -1)
   positives = jnp.sum(views[0] * views[1], axis=-1) / temperature
@@ -151,34 +153,34 @@ def subsampled_grace_loss(
   temperature: Any,
   mask: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns the loss of each node, told from the given ones, in time and memory O(N k).
+  """Returns the loss of each node with k given negatives, in time and memory O(N k).
 
   With all other nodes as negatives it equals `grace_loss`; with fewer it is smaller.
 
   Args:
-    first_embeddings: `[N, K]` of one view.
-    second_embeddings: `[N, K]` of the other; lengths do not matter.
-    negatives: `[N, k]` int, of both views, as from `sample_negatives`; those that are the node
-      itself or out of use do not count.
+    first_embeddings: `[N, K]`, projections of the first view.
+    second_embeddings: `[N, K]`, projections of the second view.
+    negatives: `[N, k]` int, for example from `sample_negatives`; used from both views. An entry
+      that is the node itself or a node not in use is ignored.
     temperature: positive.
-    mask: `[N]` bool, nodes in use; by default all.
+    mask: `[N]` bool, the nodes in use; the default is all.
 
   Returns:
-    `[N]`, as `grace_loss`.
+    `[N]`, as from `grace_loss`.
 
   Raises:
-    ValueError: if shapes do not fit, concrete negatives are no nodes, or a concrete temperature is
-      not positive.
+    ValueError: if shapes do not fit, negatives that are not traced lie outside of [0, N), or a
+      temperature that is not traced is not positive.
 
   Reference: https://arxiv.org/abs/2102.06514, section 4.
   """
   views, mask = _prepare(first_embeddings, second_embeddings, mask, temperature)
   num_nodes = views.shape[1]
-  checks.row_numbers("negatives", negatives, num_nodes, ndim=2)
+  checks.row_numbers("negatives", negatives, num_nodes, ndim=2, fetch=True)
   if negatives.shape[0] != num_nodes:
     raise ValueError(f"negatives must have shape [N, k], N = {num_nodes}, got {negatives.shape}")
 
-  @jax.checkpoint  # the rows of negatives, [N, k, K] together, are fetched again, not kept
+  @jax.checkpoint  # the backward pass gathers the negatives again, instead of storing [N, k, K]
   def cosines(column):
     return jnp.einsum("ank,bnk->anb", views, views[:, column])
 
@@ -194,10 +196,10 @@ def subsampled_grace_loss(
 def _prepare(
   first: jax.Array, second: jax.Array, mask: jax.Array | None, temperature: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Rows of length 1, `[2, N, K]`, and a mask `[N]`."""
+  """Returns both views with rows of length 1, `[2, N, K]`, and the mask `[N]`."""
   checks.matrix("first_embeddings", first)
   checks.same_shape(first_embeddings=first, second_embeddings=second)
-  checks.positive("temperature", temperature)
+  checks.positive("temperature", temperature, fetch=True)
   mask = jnp.ones(len(first), bool) if mask is None else mask
   checks.row_mask(mask, len(first))
   return bgrl.normalise(jnp.stack([first, second])), mask
@@ -206,13 +208,13 @@ def _prepare(
 def sample_negatives(key: jax.Array, mask: jax.Array, *, num_negatives: int) -> jax.Array:
   """Returns k nodes for each node, `[N, k]`, drawn without replacement from the others in use.
 
-  Nodes are put into a random order, each followed by its negatives: for one node they are a uniform
-  draw, those of two nodes are not independent. Where there are fewer than k others, the node itself
-  fills up.
+  Nodes are put into a random order, and the negatives of a node are the k nodes after it. For one
+  node this is a uniform draw, but the draws of two nodes are not independent. If there are fewer
+  than k other nodes, the rest of a row is the node itself.
 
   Args:
     key: typed PRNG key.
-    mask: `[N]` bool, nodes in use.
+    mask: `[N]` bool, the nodes in use.
     num_negatives: k.
   """
   order = jax.random.permutation(key, len(mask))
@@ -234,7 +236,6 @@ def init(
   Args:
     params: of the encoder and the projector.
     optimizer: the one that `update` will get.
-    config: hyper-parameters; unused.
     network_state: of the encoder.
   """
   del config
@@ -244,18 +245,19 @@ def init(
 def loss(
   params: Params, state: State, batch: Batch, key: Any, *, apply_fn: Networks, config: Config
 ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-  """Returns the loss averaged over the nodes in use.
+  """Returns the loss averaged over the nodes of `graphs.counted`.
 
   Args:
-    params: the only input to differentiate.
-    state: whose network state is continued; its `params` and `opt_state` are not used.
+    params: the only argument to differentiate in.
+    state: gives the network state.
     batch: the graph.
-    key: typed PRNG key, for the two corruptions and the negatives.
+    key: typed PRNG key, for the two views and the negatives.
     apply_fn: the networks.
     config: hyper-parameters.
 
   Returns:
-    The scalar loss, and `(metrics, network_state)`.
+    The scalar loss, and `(metrics, network_state)`. The metrics are `loss` and those of
+    `collapse.metrics` for the embeddings of the first view.
   """
   view_key, negative_key = jax.random.split(key)
   views = graph_augmentations.two_views(
@@ -296,30 +298,24 @@ def update(
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> tuple[State, Metrics]:
-  """Returns the state after one step on the whole graph.
+  """Returns the state after one gradient step on the graph.
 
   Args:
     state: not donated.
     batch: the graph.
-    key: typed PRNG key, for the two corruptions and the negatives.
+    key: typed PRNG key, for the two views and the negatives.
     apply_fn: the networks.
-    optimizer: any optax transformation; build it once, a rebuilt one compiles again.
+    optimizer: an optax transformation. Build it once: a new one compiles the step again.
     config: hyper-parameters.
 
   Returns:
-    The new state; metrics `loss`, `grad_norm` and those of `collapse.metrics` for the embeddings
-    of the first view.
+    The new state, and the metrics of `loss` with `grad_norm`.
   """
-  grad_fn = sharding.accumulate_grads(loss, config.num_microbatches)
-  (_, (metrics, network_state)), grads = grad_fn(
-    state.params, state, batch, key, apply_fn=apply_fn, config=config
+  return sharding.gradient_step(
+    loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params: Any = optax.apply_updates(state.params, updates)
-  metrics |= {"grad_norm": optax.global_norm(grads)}
-  return State(params, network_state, opt_state, state.step + 1), metrics
 
 
 def embed(state: State, batch: Batch, *, apply_fn: Networks) -> jax.Array:
-  """Returns what is evaluated: the encoder's embeddings `[N, K]` of the whole graph."""
+  """Returns the encoder's embeddings `[N, K]` of an uncorrupted graph, for evaluation."""
   return apply_fn.encoder(state.params.encoder, state.network_state, batch, train=False)[0]

@@ -1,0 +1,1 @@
+"""Networks for `representation`, the only files in it with Flax."""

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from alignment import dro, ipo, nash_md, oracles, sequences
+from alignment import dro, ipo, nash_md, oracles, preference_games, sequences
 from alignment.baselines import online_ipo, rloo
 from alignment.models import sampling
 
@@ -127,7 +127,9 @@ OBJECTIVES = {
 
 def optima(problem):
   game = (problem.preferences, problem.ref_logps, TAU)
-  nash, mixed, best = (oracles.nash_md_pg_fixed_point(*game, beta) for beta in (0, MIXTURE, 1))
+  nash, mixed, best = (
+    preference_games.nash_md_pg_fixed_point(*game, beta) for beta in (0, MIXTURE, 1)
+  )
   rewarded = oracles.kl_regularised_optimum(problem.ref_logps, problem.rewards, TAU)
   by_cube, by_identity = (
     oracles.psi_po_optimum(problem.preferences, problem.behaviour, problem.ref_logps, TAU, psi=psi)

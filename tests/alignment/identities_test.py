@@ -66,7 +66,7 @@ def test_dro_with_the_policys_own_value_has_the_optimum_of_copg(x64):
 
 
 def test_on_bradley_terry_data_three_roads_lead_to_the_rlhf_optimum(x64):
-  """RLHF, Psi-PO with the logit, and DPO, whoever wrote the data."""
+  """RLHF, Psi-PO with the logit, and DPO, whichever policy drew the data."""
   ref_logps, behaviour, rewards = problem(np.random.default_rng(1), 5)
   preferences, beta = ar.bradley_terry(rewards), 0.4
   rlhf = oracles.kl_regularised_optimum(ref_logps, rewards, beta)

@@ -40,7 +40,7 @@ def test_worked_losses():
 
 
 def test_expected_gradient_is_a_multiple_of_self_play(x64):
-  """Identity 6: 4 / tau times that of E[P] - tau KL against the policy itself, held fixed."""
+  """It is 4 / tau times that of E[P] - tau KL against the policy itself, held fixed."""
   rng = np.random.default_rng(0)
   for num_actions, tau in ((2, 0.1), (5, 0.7)):
     preferences, ref_logps = random_problem(rng, num_actions)
@@ -70,7 +70,7 @@ def test_sampled_labels_have_the_gradient_of_their_mean(x64):
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match="tau must be positive"):
     online_ipo.Config(tau=0)
-  with pytest.raises(ValueError, match="preferences must be probabilities"):
+  with pytest.raises(ValueError, match="preferences must lie in"):
     online_ipo.online_ipo_loss(np.zeros(1), np.zeros(1), np.array([1.5]), tau=1.0)
   with pytest.raises(ValueError, match="second_log_ratios"):
     online_ipo.online_ipo_loss(np.zeros(2), np.zeros(3), np.zeros(2), tau=1.0)

@@ -111,9 +111,9 @@ def test_exchanging_the_answers_exchanges_the_probability(kind):
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match="kind must be one of"):
     reward_model.Config(kind="elo")
-  with pytest.raises(ValueError, match="centring must not be negative"):
+  with pytest.raises(ValueError, match="centring must be finite and not negative"):
     reward_model.Config(centring=-1.0)
-  with pytest.raises(ValueError, match="is for kind='bradley_terry'"):
+  with pytest.raises(ValueError, match="centring must be 0 for kind='pairwise'"):
     reward_model.Config(kind="pairwise", centring=0.1)
   good = every_pair(np.full((2, 2), 0.5), np.ones(2, int))
   for kind in reward_model.KINDS:

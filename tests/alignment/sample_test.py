@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from alignment import nash_md, oracles, sequences, srpo
+from alignment import nash_md, preference_games, sequences, srpo
 from alignment.baselines import online_ipo, rloo, sft
 from alignment.models import sampling
 
@@ -58,7 +58,7 @@ def test_self_play_draws_two_different_samples():
 
 
 def test_sampled_nash_md_reaches_its_fixed_point():
-  """sample, judge and update as one scan; the fixed point is `oracles.nash_md_pg_fixed_point`."""
+  """sample, judge and update as one scan, against `nash_md_pg_fixed_point`."""
   preferences = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])
   tau, beta = 0.3, 0.25
   ref_logps = np.log(np.ones(3) / 3)
@@ -82,7 +82,7 @@ def test_sampled_nash_md_reaches_its_fixed_point():
     return state, jax.nn.softmax(state.params[0])
 
   _, probs = jax.lax.scan(step, state, jax.random.split(jax.random.key(1), 400))
-  want = np.exp(oracles.nash_md_pg_fixed_point(preferences, ref_logps, tau, beta))
+  want = np.exp(preference_games.nash_md_pg_fixed_point(preferences, ref_logps, tau, beta))
   # Averaged over 200 steps of 1,000 samples: a Monte Carlo error below 0.005.
   np.testing.assert_allclose(probs[200:].mean(0), want, atol=0.01)
 
@@ -125,7 +125,7 @@ def test_srpo_shows_each_answer_to_its_revision():
     [rows.tokens[:, 0] for rows in answers], np.arange(4)[:, None] + [0, 1]
   )
   assert all(rows.prompt_tokens is PROMPTS.tokens for rows in answers)
-  with pytest.raises(ValueError, match="num_revisions must not be negative, got -1"):
+  with pytest.raises(ValueError, match="num_revisions must be an integer >= 0, got -1"):
     srpo.sample(state, PROMPTS, jax.random.key(0), num_revisions=-1, **options)
 
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import main, report, training
+from experiments import main
+from experiments.loop import training
+from experiments.report import plots
 
 _PAPER = str(pathlib.Path(fake_paper.__file__).resolve())
 _ROOT = pathlib.Path(main.__file__).resolve().parent.parent
@@ -22,15 +24,15 @@ _ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_drawing():
-  before = report.save_figure
+  before = plots.save_figure
 
   def save(figure, folder):
     folder.mkdir(exist_ok=True)
     (folder / f"{figure.name}.svg").write_text("<svg/>")
 
-  report.save_figure = save
+  plots.save_figure = save
   yield
-  report.save_figure = before
+  plots.save_figure = before
 
 
 def _command(*arguments):
@@ -120,7 +122,7 @@ def test_sigterm_outside_of_the_loop_is_said_and_has_its_exit_code():
     [sys.executable, "-c", script], capture_output=True, text=True, env=_environment(), timeout=60
   )
   assert done.returncode == 143
-  assert "the same command continues from the last checkpoint" in done.stderr
+  assert "repeat the command to continue from the last checkpoint" in done.stderr
   assert "Traceback" not in done.stderr
 
 
@@ -142,7 +144,7 @@ def test_the_default_folder_is_named_after_the_config(tmp_path, monkeypatch):
   [
     (["--config=copg:sentimen"], ["no preset 'sentimen'", "did you mean 'sentiment'", "bandit"]),
     (["--config=cpog:tiny"], ["no paper 'cpog'", "did you mean 'copg'", "ipo"]),
-    (["--config=gone.py"], ["gone.py", "no such file"]),
+    (["--config=gone.py"], ["gone.py", "does not exist"]),
     (
       ["--config=copg:tiny", "--config.optimiser.learning_rate=1"],
       ["config.optimizer.learning_rate"],
@@ -198,7 +200,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(tmp_path, monkeypatch):
-  def build(config, workdir):
+  def build(config):
     raise TypeError("a bug")
 
   monkeypatch.setattr(fake_paper, "build", build)
@@ -248,7 +250,7 @@ def _numbers(folder):
 
 def _bits(folder):
   config = fake_paper.get_config()
-  restored = training.restore(fake_paper.build(config, folder), config, folder)
+  restored = training.restore(fake_paper.build(config), config, folder)
   leaves = [
     jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     for x in jax.tree.leaves(restored.state)

@@ -1,4 +1,4 @@
-"""Collapse: slow restatements over all pairs, cases by hand, sharded rows, bad input."""
+"""Collapse: against slow loops over all pairs, by hand, with sharded rows and with bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from representation import collapse
 
 
 def _slow(embeddings):
-  """Cosine and spread pair by pair, from the definition; ranks from the singular values."""
+  """Cosine and spread by their definition, pair by pair; ranks from the singular values."""
   cosines, squares = [], []
   for i, one in enumerate(embeddings):
     for j, other in enumerate(embeddings):
@@ -44,6 +44,7 @@ def test_numbers_equal_the_slow_ones_over_all_pairs(x64, num_rows, num_features,
   found = collapse.metrics(jnp.asarray(embeddings), spectrum=True)
   assert set(found) == set(expected)
   for key, value in expected.items():
+    # The ranks come from a Gram matrix, in which float64 rounding grows with the condition number.
     np.testing.assert_allclose(found[key], value, rtol=1e-9, err_msg=key)
   assert set(collapse.metrics(embeddings)) < set(found)
   assert found["collapse/rank"] == collapse.rank(embeddings)
@@ -54,6 +55,7 @@ def test_numbers_equal_the_slow_ones_over_all_pairs(x64, num_rows, num_features,
 @pytest.mark.parametrize("row", [[0.1, 0.7, -0.3], [1e-30, 3e-30, 0], [1e30, 2e30, 0]])
 def test_equal_rows_have_collapsed_fully(num_rows, row):
   found = collapse.metrics(jnp.tile(jnp.array(row), (num_rows, 1)), spectrum=True)
+  # 1e-5: float32 sums over 1,000 rows.
   np.testing.assert_allclose(found["collapse/mean_cosine"], 1, atol=1e-5)
   np.testing.assert_allclose(found["collapse/effective_rank"], 1, atol=1e-5)
   assert found["collapse/spread"] == 0
@@ -64,6 +66,7 @@ def test_a_cloud_far_from_the_origin_shows_in_the_cosine_and_not_in_the_spread()
   rows = jax.random.normal(jax.random.key(0), (500, 16))
   near, far = (collapse.metrics(rows + shift) for shift in (0, 100))
   assert abs(near["collapse/mean_cosine"]) < 0.01 and far["collapse/mean_cosine"] > 0.99
+  # 1e-4: float32 numbers near 100 are 8e-6 apart.
   np.testing.assert_allclose(far["collapse/spread"], near["collapse/spread"], rtol=1e-4)
 
 
@@ -90,7 +93,7 @@ def test_cases_by_hand():
   )
 
 
-def test_nothing_but_zeros_and_nan():
+def test_zeros_give_zero_and_nan_gives_nan():
   zeros = collapse.metrics(jnp.zeros((3, 2)), spectrum=True)
   assert all(value == 0 for value in zeros.values())
   broken = collapse.metrics(jnp.array([[1.0, jnp.nan], [1, 2]]), spectrum=True)
@@ -109,7 +112,7 @@ def test_rows_over_eight_devices_give_one_global_number():
   assert len(rows.addressable_shards) == 8
   found, expected = collapse.metrics(rows, spectrum=True), _slow(_embeddings(64, 6, 3))
   for key, value in expected.items():
-    # float32: the weak end of the spectrum comes from squares.
+    # float32: small singular values come from squares.
     np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
@@ -137,4 +140,5 @@ def test_rows_that_do_not_count_change_nothing(x64):
   mask = (mask >= 2) & (mask < 11)
   found = collapse.metrics(padded, mask=mask, spectrum=True)
   for name, value in collapse.metrics(rows, spectrum=True).items():
+    # 1e-10: float64 sums in another order.
     np.testing.assert_allclose(found[name], value, atol=1e-10, err_msg=name)

@@ -1,4 +1,4 @@
-"""Samples of a graph: their edges are its edges, their shapes never change, their sums are fair."""
+"""Samples of a graph: true edges, constant shapes, unbiased sums."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from scipy import sparse
 
 import sharding
 from representation import bgrl, graphs, message_passing, neighbour_sampling
-from representation.networks import gcn
+from representation.networks import adapters, gcn, mlp
 
 NUM_NODES = 60
 
@@ -37,7 +37,7 @@ def _sampler(fan_outs=(4, 3), batch_size=8, num_blocks=2, data=None):
 
 
 def _number(sampler, data, sample):
-  """Which node of the graph lies in each place of a sample, by its features; -1 for padding."""
+  """Returns the node of the graph in each place of a sample, by its features; -1 for padding."""
   same = (sample.features[:, None] == data[0][None]).all(-1)
   return np.where(same.any(1), same.argmax(1), -1)
 
@@ -55,11 +55,11 @@ def test_a_sample_is_part_of_the_graph():
     rows, nodes = sample.neighbours.rows, _number(sampler, data, sample)
     owners = np.repeat(rows.receivers[:, None], rows.senders.shape[1], 1)
     pairs = np.stack([rows.senders[rows.mask], owners[rows.mask]])
-    # No edge joins two blocks, each lies there once, and all are edges of the graph.
+    # No edge joins two blocks, no edge occurs twice, and all are edges of the graph.
     np.testing.assert_array_equal(*(pairs // num_nodes))
     assert len(np.unique(pairs, axis=1).T) == rows.mask.sum()
     assert set(zip(*nodes[pairs].tolist(), strict=True)) <= edges
-    # Both directions hold the same edges.
+    # The transposed rows hold the same edges.
     back = sample.neighbours.transposed
     back_owners = np.repeat(back.receivers[:, None], back.senders.shape[1], 1)
     np.testing.assert_array_equal(
@@ -77,7 +77,7 @@ def test_a_sample_is_part_of_the_graph():
       )
       known = nodes[part][nodes[part] >= 0]
       assert len(np.unique(known)) == len(known)
-    # Whatever is drawn, degrees are those of the graph.
+    # Degrees are those of the whole graph.
     weights = jnp.asarray(graphs.edge_weights(sample))
     found = graphs.in_degrees(jax.tree.map(jnp.asarray, sample), weights)
     np.testing.assert_allclose(found, np.where(nodes >= 0, degrees[nodes], 0), rtol=1e-6)
@@ -92,12 +92,12 @@ def test_the_same_generator_draws_the_same_sample():
   first, again, other = (sampler(centre, np.random.default_rng(seed)) for seed in (1, 1, 2))
   jax.tree.map(np.testing.assert_array_equal, first, again)
   assert not np.array_equal(first.features, other.features)
-  # A node that comes twice counts once.
+  # Duplicates in a block count once.
   twice = sampler(np.array([5, 5, 5, 6, 7, 8, 9, 10]), np.random.default_rng(0))
   assert twice.central.sum() == 6
 
 
-def test_each_neighbour_is_drawn_as_often():
+def test_all_neighbours_are_drawn_equally_often():
   data = _data()
   sampler = _sampler(fan_outs=(4,), batch_size=1, num_blocks=1, data=data)
   degree, draws = int((data[2] == 0).sum()), 2000
@@ -115,9 +115,9 @@ def test_each_neighbour_is_drawn_as_often():
 def test_with_all_neighbours_central_nodes_are_embedded_as_in_the_whole_graph(features):
   data = _data()
   graph = graphs.make_graph(*data)
-  encoder = gcn.Encoder(gcn.GCN((8, 6)))
+  encoder = adapters.Encoder(gcn.GCN((8, 6)))
   params, network_state = encoder.init(jax.random.key(0), graph)
-  # Running statistics that are not those of nothing.
+  # A training pass, so that the running statistics are not the initial ones.
   _, network_state = encoder(params, network_state, graph, train=True)
   whole, _ = encoder(params, network_state, graph, train=False)
   if features == "sparse":
@@ -127,7 +127,7 @@ def test_with_all_neighbours_central_nodes_are_embedded_as_in_the_whole_graph(fe
   sample = sampler(centre, np.random.default_rng(0))
   found, _ = encoder(params, network_state, jax.tree.map(jnp.asarray, sample), train=False)
   expected = np.concatenate([whole[np.sort(part)] for part in np.split(centre, 2)])
-  # Rounding of float32 sums taken in another order.
+  # 1e-5: float32 sums in another order.
   np.testing.assert_allclose(found[sample.central], expected, atol=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_sums_by_block_are_those_of_the_whole_sample():
 
     return jax.value_and_grad(total, (0, 1), has_aux=True)(sent, weights)
 
-  # Each block is a graph of its own for the norm; sums of a few float32 in another order.
+  # Each block has its own graph id, so the norm is the same. 1e-4: float32 sums in another order.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
     found(sent, weights, num_blocks=2),
@@ -161,7 +161,7 @@ def test_sums_by_block_are_those_of_the_whole_sample():
 
 
 def _bgrl(sample, num_steps=4):
-  encoder, predictor = gcn.Encoder(gcn.GCN((8, 4), "graph")), gcn.Predictor(gcn.MLP(8, 4))
+  encoder, predictor = adapters.Encoder(gcn.GCN((8, 4), "graph")), adapters.Predictor(mlp.MLP(8, 4))
   keys = jax.random.split(jax.random.key(0), 3)
   (params, online), (target_params, target) = (encoder.init(key, sample) for key in keys[:2])
   optimizer, config = optax.adamw(1e-2), bgrl.Config(num_steps=num_steps)
@@ -201,7 +201,7 @@ def test_updates_compile_once_and_eight_devices_equal_one():
     ends.append(jax.device_get(end))
     losses.append(float(metrics["loss"]))
   assert compilations == 2  # one for each mesh
-  # Nothing of a block leaves its device: what is exchanged are sums and gradients.
+  # Devices exchange sums and gradients only, no array of nodes or edges.
   key = jax.random.key(0)
   batch = sharding.shard_batch(samples[0], mesh)
   replicated = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
@@ -209,7 +209,8 @@ def test_updates_compile_once_and_eight_devices_equal_one():
   exchanged = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all)(?:-start)?\(", text)
   sizes = [int(x) for kind in exchanged for x in re.findall(r"\[(\d+)", kind)]
   assert exchanged and max(sizes) < sampler.num_nodes
-  # Sums over devices round otherwise, and Adam turns a tiny gradient's sign into a step.
+  # Sums over devices round differently, and Adam turns a rounding error in a tiny gradient into a
+  # whole step.
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *ends)
 
@@ -227,16 +228,17 @@ def test_only_central_nodes_count():
 
   places = jnp.arange(len(sample.mask))
   parts = [loss(places == node) for node in np.flatnonzero(sample.central)]
+  # 1e-5: means of float32 in another order.
   np.testing.assert_allclose(loss(sample.central), np.mean(parts), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"fan_outs": ()}, "fan_outs must have a number for each hop"),
+    ({"fan_outs": ()}, "fan_outs must have one number for each hop"),
     ({"fan_outs": (3, 0)}, "fan_outs must be an integer >= 1, got 0"),
-    ({"batch_size": 9}, "batch_size is 9: give a multiple of 2, the number of blocks"),
-    ({"batch_size": 62}, "of at most 60, the number of nodes"),
+    ({"batch_size": 9}, "batch_size must be a multiple of num_blocks = 2 .* got 9"),
+    ({"batch_size": 62}, "at most the number of nodes, 60, got 62"),
   ],
 )
 def test_bad_sizes_are_refused(options, message):
@@ -247,17 +249,17 @@ def test_bad_sizes_are_refused(options, message):
 def test_bad_edges_and_centres_are_refused():
   data = _data()
   for edges, message in (
-    (([0, 60], [1, 2]), r"senders\[1\]=60 is no node: give numbers in \[0, 60\)"),
-    (([0, -1], [1, 2]), r"senders\[1\]=-1 is no node"),
-    (([0, 3], [1, 3]), "must not be loops, got one at node 3"),
-    (([0, 3], [1]), "lists of one length"),
+    (([0, 60], [1, 2]), r"senders must lie in \[0, 60\), got 60 at position 1"),
+    (([0, -1], [1, 2]), r"senders must lie in \[0, 60\), got -1 at position 1"),
+    (([0, 3], [1, 3]), "must not be self-loops, got one at node 3"),
+    (([0, 3], [1]), "lists of equal length"),
   ):
     with pytest.raises(ValueError, match=message):
       neighbour_sampling.Sampler(data[0], *edges, fan_outs=(2,), batch_size=4)
   sampler = _sampler()
   for nodes, message in (
     (np.arange(-1, 7), r"nodes must lie in \[0, 60\), got -1 to 6"),
-    (np.arange(16), "nodes must be batch_size = 8 numbers, got 16"),
+    (np.arange(16), r"nodes must have shape \[batch_size\] = \[8\], got \[16\]"),
   ):
     with pytest.raises(ValueError, match=message):
       sampler(nodes, np.random.default_rng(0))

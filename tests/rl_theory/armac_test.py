@@ -9,14 +9,24 @@ import numpy as np
 import optax
 import pytest
 
-from rl_theory import armac, armac_tables, cfr, games, networks, regret_matching
+from rl_theory import (
+  armac,
+  armac_epochs,
+  armac_play,
+  armac_tables,
+  cfr,
+  games,
+  policy_arrays,
+  regret_matching,
+)
+from rl_theory.networks import actor_critic
 
 # --- exact expectations ---
 
 
 @pytest.mark.parametrize(
   ("name", "epochs"),
-  [(compiled_games.KUHN, 60), pytest.param(compiled_games.LEDUC, 20, marks=pytest.mark.slow)],
+  [(compiled_games.KUHN, 100), pytest.param(compiled_games.LEDUC, 20, marks=pytest.mark.slow)],
 )
 def test_exact_armac_is_simultaneous_cfr(x64, name, epochs):
   game = compiled_games.compile_game(name)
@@ -29,20 +39,9 @@ def test_exact_armac_is_simultaneous_cfr(x64, name, epochs):
     )
     ours, _ = armac_tables.exact_update(ours, game)
     theirs, _ = cfr.update(theirs, game, config=config)
+  # So its distance from equilibrium is CFR's, which `cfr_test` has.
   mean = armac_tables.exact_mean_policy(game, ours)
   np.testing.assert_allclose(mean, cfr.average_policy(game, theirs), atol=1e-12)
-
-
-def test_exact_armac_reaches_the_tabled_distances(x64):
-  """NashConv of the mean policy: the table of the method's notes, section 5.8."""
-  game = compiled_games.compile_game(compiled_games.KUHN)
-
-  def body(state, _):
-    state, _ = armac_tables.exact_update(state, game)
-    return state, games.nash_conv(game, armac_tables.exact_mean_policy(game, state))
-
-  _, found = jax.lax.scan(body, armac_tables.exact_init(game), length=100)
-  np.testing.assert_allclose(found[np.array([0, 9, 99])], [0.916667, 0.192417, 0.051349], atol=5e-7)
 
 
 def test_what_episodes_teach_in_expectation_is_the_exact_update(x64):
@@ -105,15 +104,17 @@ def _run_tables(game, key, config, length, exact_critic=False):
 
 
 @pytest.mark.slow
-def test_sampled_armac_lies_within_the_table():
-  """1,000 episodes an epoch: what the notes' section 5.8 lists, for given and learned values."""
+def test_sampled_armac_comes_near_the_exact_form():
+  """With 1,000 episodes in an epoch, and values from the tree or learned ones."""
   game = compiled_games.compile_game(compiled_games.KUHN)
   config = armac.Config(num_episodes=1000, num_groups=500, batch_size=1000, capacity=200)
   for exact_critic in (True, False):
     keys = jax.random.split(jax.random.key(0), 8)
     run = functools.partial(_run_tables, game, config=config, length=200, exact_critic=exact_critic)
     _, (distances, metrics) = jax.vmap(run)(keys)
-    # Two seeds of the notes gave .063 to .097 after 100 and 200 epochs; here the mean of eight.
+    # Exact expectations give 0.192 after 10 epochs and 0.035 after 200, to which the noise of the
+    # episodes adds. These seeds have means of 0.18 and 0.05, and 0.04 to 0.07 at the end; the
+    # bounds leave as much again for other random numbers.
     assert 0.03 < distances[:, -1].mean() < 0.09
     assert np.all(distances[:, -1] < 0.12) and distances[:, 9].mean() > 0.12
     assert np.all(metrics["armac/critic_error"][:, -1] < 0.01)
@@ -149,7 +150,7 @@ def _tables(name, config, *, seed=0):
 
 
 def _sample(game, state, config, key=0):
-  return armac.sample(
+  return armac_play.sample(
     state, game, armac_tables.observations(game), jax.random.key(key),
     apply_fn=armac_tables.TABLES, config=config,
   )  # fmt: skip
@@ -189,7 +190,7 @@ def test_every_past_policy_and_learner_is_drawn_equally_often():
   game, state = _tables(compiled_games.KUHN, config)
   observations = armac_tables.observations(game)
   batches = jax.vmap(
-    lambda key: armac.sample(
+    lambda key: armac_play.sample(
       state, game, observations, key, apply_fn=armac_tables.TABLES, config=config
     )
   )(jax.random.split(jax.random.key(3), 400))
@@ -207,7 +208,7 @@ def test_recent_policies_can_be_drawn_more_often():
   config = armac.Config(num_episodes=4096, num_groups=4096, batch_size=64, capacity=8, recency=1.0)
   _, state = _tables(compiled_games.KUHN, config)
   for epoch, oldest in ((7, 0), (21, 6)):
-    cast = armac.draw_cast(
+    cast = armac_play.draw_cast(
       state._replace(epoch=jnp.asarray(epoch, jnp.int32)), jax.random.key(0), num_players=2,
       config=config,
     )  # fmt: skip
@@ -249,7 +250,7 @@ def test_regrets_are_those_of_the_critic_of_the_same_epoch(x64):
   values = jax.vmap(lambda policy: games.history_values(game, policy))(policies)  # [N, H, n]
   after = jnp.where((game.children >= 0)[..., None], values[:, game.children], 0)
   state = state._replace(past=state.past._replace(critic=jnp.swapaxes(after, 2, 3)))
-  batch = armac.add_regrets(
+  batch = armac_epochs.add_regrets(
     state, _sample(game, state, config), apply_fn=armac_tables.TABLES, config=config
   )
   nodes, mask = np.asarray(batch.observations[..., 0, 1]), np.asarray(batch.mask)
@@ -273,8 +274,8 @@ def _problem(config=None, *, width=16, recurrent=False, name=compiled_games.KUHN
   if recurrent:
     observations = jnp.repeat(observations[:, :, None], 2, axis=2)
   num_actions = game.layout.num_actions
-  actor = networks.Actor(num_actions, width, width, recurrent)
-  critic = networks.Critic(game.num_players, num_actions, width, width, recurrent)
+  actor = actor_critic.Actor(num_actions, width, width, recurrent)
+  critic = actor_critic.Critic(game.num_players, num_actions, width, width, recurrent)
   keys = jax.random.split(jax.random.key(0))
   params = armac.Params(
     actor.init(keys[0], observations[:1, 0]), critic.init(keys[1], observations[:1])
@@ -289,18 +290,19 @@ def _problem(config=None, *, width=16, recurrent=False, name=compiled_games.KUHN
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_the_first_policy_is_uniform_and_each_step_moves_one_network(recurrent):
   game, observations, state, optimizer, bound = _problem(recurrent=recurrent)
-  mean = armac.policy(state.params, game, observations, apply_fn=bound["apply_fn"])
-  np.testing.assert_allclose(mean, games.uniform_policy(game), atol=1e-7)
-  batch = armac.sample(state, game, observations, jax.random.key(1), **bound)
+  mean = armac_play.mean_policy(state.params, game, observations, apply_fn=bound["apply_fn"])
+  np.testing.assert_allclose(mean, policy_arrays.uniform(game), atol=1e-7)
+  batch = armac_play.sample(state, game, observations, jax.random.key(1), **bound)
   np.testing.assert_allclose(
     batch.policies[batch.mask].sum(-1), np.ones(int(batch.mask.sum())), atol=1e-6
   )
-  moved, metrics = armac.update(state, batch, None, optimizer=optimizer, **bound)
+  moved, metrics = armac.update_critic(state, batch, None, optimizer=optimizer, **bound)
   same = jax.tree.map(np.array_equal, moved.params.actor, state.params.actor)
   assert all(jax.tree.leaves(same)) and metrics["armac/critic_loss"] > 0
-  assert moved.opt_state.actor is not None
-  batch = armac.add_regrets(armac.keep_critic(moved), batch, **bound)
-  final, metrics = armac.update(moved, batch, None, optimizer=optimizer, **bound)
+  with pytest.raises(ValueError, match=r"call armac_epochs\.add_regrets first"):
+    armac.update_actor(moved, batch, None, optimizer=optimizer, **bound)
+  batch = armac_epochs.add_regrets(armac_play.keep_critic(moved), batch, **bound)
+  final, metrics = armac.update_actor(moved, batch, None, optimizer=optimizer, **bound)
   same = jax.tree.map(np.array_equal, final.params.critic, moved.params.critic)
   assert all(jax.tree.leaves(same)) and metrics["armac/regret_loss"] > 0
   assert not np.array_equal(
@@ -311,8 +313,8 @@ def test_the_first_policy_is_uniform_and_each_step_moves_one_network(recurrent):
 @pytest.mark.slow
 def test_padding_and_masked_steps_change_nothing():
   game, observations, state, _, bound = _problem()
-  batch = armac.sample(state, game, observations, jax.random.key(1), **bound)
-  batch = armac.add_regrets(state, batch, **bound)
+  batch = armac_play.sample(state, game, observations, jax.random.key(1), **bound)
+  batch = armac_epochs.add_regrets(state, batch, **bound)
   noise = jax.random.normal(jax.random.key(2), batch.observations.shape)
   hidden = ~batch.mask
   spoiled = batch._replace(
@@ -322,12 +324,12 @@ def test_padding_and_masked_steps_change_nothing():
     past_policies=jnp.where(hidden[..., None], 0.9, batch.past_policies),
     policies=jnp.where(hidden[..., None], 0.9, batch.policies),
   )
-  for given in (True, False):
-    first, second = (b if given else b._replace(regrets=None) for b in (batch, spoiled))
+  for loss in (armac.loss_critic, armac.loss_actor):
     grads = [
-      jax.grad(lambda p, b=b: armac.loss(p, state, b, None, **bound)[0])(state.params)
-      for b in (first, second)
+      jax.grad(lambda p, b=b, loss=loss: loss(p, state, b, None, **bound)[0])(state.params)
+      for b in (batch, spoiled)
     ]
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(grads[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *grads)
 
 
@@ -337,7 +339,7 @@ def test_targets_carry_no_gradient():
   mask, utilities = jnp.ones((1, 3), bool), jnp.ones((1, 2))
 
   def first_step(values):
-    losses = armac.critic_loss(values, policies, actions, utilities, mask, trace_decay=1.0)
+    losses = armac.tree_backup_loss(values, policies, actions, utilities, mask, trace_decay=1.0)
     return losses[0, 0]
 
   grads = jax.grad(first_step)(values)
@@ -352,7 +354,7 @@ def test_pairs_of_policy_and_critic_are_of_one_epoch():
     before = jax.tree.leaves(jax.tree.map(lambda leaf, k=slot: leaf[k], state.past.actor))
     for kept, current in zip(before, jax.tree.leaves(state.params.actor), strict=True):
       np.testing.assert_array_equal(kept, current)
-    state, _ = armac.epoch(
+    state, _ = armac_epochs.epoch(
       state, game, observations, jax.random.key(epoch), optimizer=optimizer, **bound
     )
     kept = jax.tree.leaves(jax.tree.map(lambda leaf, k=slot: leaf[k], state.past.critic))
@@ -368,13 +370,15 @@ def test_networks_come_near_the_equilibrium_of_kuhn_poker():
   game, observations, state, optimizer, bound = _problem(config, width=64)
 
   def body(state, key):
-    state, metrics = armac.epoch(state, game, observations, key, optimizer=optimizer, **bound)
+    state, metrics = armac_epochs.epoch(
+      state, game, observations, key, optimizer=optimizer, **bound
+    )
     return state, metrics
 
   state, _ = jax.jit(lambda s: jax.lax.scan(body, s, jax.random.split(jax.random.key(1), 60)))(
     state
   )
-  mean = armac.policy(state.params, game, observations, apply_fn=bound["apply_fn"])
+  mean = armac_play.mean_policy(state.params, game, observations, apply_fn=bound["apply_fn"])
   # Five seeds gave 0.09 to 0.2 here; the preset goes further.
   assert games.nash_conv(game, mean) < 0.3
 
@@ -385,8 +389,8 @@ def test_networks_come_near_the_equilibrium_of_kuhn_poker():
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("trace_decay", 1.5, "trace_decay must lie in"),
-    ("epsilon", "much", "epsilon must lie in"),
+    ("trace_decay", 1.5, r"trace_decay must lie in \[0, 1\], got 1.5"),
+    ("epsilon", "much", "epsilon must be a number, got the string 'much'"),
     ("recency", -1, "recency must be finite and not negative, got -1"),
     ("num_episodes", 0, "num_episodes must be an integer"),
     ("num_groups", 7, "num_groups must divide num_episodes=1024, got 7"),
@@ -403,8 +407,8 @@ def test_another_capacity_than_the_state_has_is_refused():
   bound["config"] = armac.Config(
     num_episodes=32, num_groups=8, batch_size=16, num_critic_steps=3, num_actor_steps=3, capacity=9
   )
-  with pytest.raises(ValueError, match=r"config\.capacity=9, but the state keeps 4"):
-    armac.epoch(state, game, observations, jax.random.key(0), optimizer=optimizer, **bound)
+  with pytest.raises(ValueError, match=r"config\.capacity must be .* 4 past networks, got 9"):
+    armac_epochs.epoch(state, game, observations, jax.random.key(0), optimizer=optimizer, **bound)
 
 
 def test_tensors_are_what_the_player_knows():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from compiled_games import pyspiel
 
-from rl_theory import cfr, games
+from rl_theory import cfr, games, policy_arrays
 
 KUHN, LEDUC = compiled_games.KUHN, compiled_games.LEDUC
 NASH_CONV = {
@@ -80,12 +80,12 @@ def test_policies_equal_openspiels(x64, name, counts, variant):
     # The order of sums differs; regrets near zero turn that into small differences of policies.
     np.testing.assert_allclose(
       cfr.average_policy(game, state),
-      games.policy_from_openspiel(game, solver.average_policy()),
+      policy_arrays.from_openspiel(game, solver.average_policy()),
       atol=1e-6,
     )
     np.testing.assert_allclose(
       cfr.current_policy(game, state),
-      games.policy_from_openspiel(game, solver.current_policy()),
+      policy_arrays.from_openspiel(game, solver.current_policy()),
       atol=1e-6,
     )
 
@@ -101,7 +101,7 @@ def test_exact_ties_stay_ties_in_float32(name):
     solver.evaluate_and_update_policy()
   np.testing.assert_allclose(
     cfr.solve(game, num_iterations=10).average_policy,
-    games.policy_from_openspiel(game, solver.average_policy()),
+    policy_arrays.from_openspiel(game, solver.average_policy()),
     atol=1e-4,  # ten iterations in float32
   )
 
@@ -118,7 +118,7 @@ def test_discounted_policies_equal_openspiels(x64, variant, solver):
   state = _several(cfr.init(game), game, cfr.make_config(variant), 10)
   np.testing.assert_allclose(
     cfr.average_policy(game, state),
-    games.policy_from_openspiel(game, theirs.average_policy()),
+    policy_arrays.from_openspiel(game, theirs.average_policy()),
     atol=1e-9,
   )
 

@@ -7,14 +7,24 @@ import numpy as np
 import optax
 import pytest
 
-from rl_theory import armac, cfr, games, large_games, networks
+from rl_theory import (
+  armac,
+  armac_epochs,
+  armac_play,
+  cfr,
+  games,
+  large_games,
+  local_best_response,
+  policy_arrays,
+)
+from rl_theory.networks import actor_critic
 
 OPTIMIZER = optax.adam(1e-3)
 
 
 def _start(num_players, num_actions, size, config):
-  actor = networks.Actor(num_actions, 16, 16)
-  critic = networks.Critic(num_players, num_actions, 16, 16)
+  actor = actor_critic.Actor(num_actions, 16, 16)
+  critic = actor_critic.Critic(num_players, num_actions, 16, 16)
   keys = jax.random.split(jax.random.key(0))
   params = armac.Params(
     actor.init(keys[0], jnp.zeros((1, size))), critic.init(keys[1], jnp.zeros((1, 2, size)))
@@ -41,7 +51,9 @@ def test_episodes_are_drawn_like_those_of_the_compiled_game():
   one = large_games.play_episodes(
     "kuhn_poker", state, jax.random.key(0), apply_fn=apply_fn, config=config, max_decisions=3
   )
-  two = armac.sample(state, game, observations, jax.random.key(1), apply_fn=apply_fn, config=config)
+  two = armac_play.sample(
+    state, game, observations, jax.random.key(1), apply_fn=apply_fn, config=config
+  )
   summaries = []
   for batch in (one, two):
     mask = np.asarray(batch.mask)
@@ -63,7 +75,7 @@ def test_episodes_are_drawn_like_those_of_the_compiled_game():
   assert np.all(np.abs(first - second) < 10 * error + 0.01)
   assert abs(length - other) < 0.1
   assert one.observations.shape == two.observations.shape
-  learned, metrics = armac.learn(
+  learned, metrics = armac_epochs.learn(
     state, one, jax.random.key(2), apply_fn=apply_fn, optimizer=OPTIMIZER, config=config
   )
   assert int(learned.epoch) == 4 and np.isfinite(metrics["armac/critic_loss"])
@@ -81,7 +93,7 @@ def _looked_up(game, policy):
 def test_a_local_best_response_wins_less_than_an_exact_one_and_more_than_nothing():
   game = compiled_games.compile_game(compiled_games.LEDUC)
   policy = compiled_games.random_policy(game)
-  bound = large_games.local_best_response(
+  bound = local_best_response.evaluate(
     "leduc_poker", _looked_up(game, policy), num_hands=400, num_particles=30
   )
   exact, own = games.best_response_values(game, policy), games.expected_values(game, policy)
@@ -98,14 +110,14 @@ def test_the_belief_never_learns_what_is_hidden():
     real, believed, moves = game.new_initial_state(), [game.new_initial_state()], []
     weights = np.ones(1)
     for _ in range(2):
-      believed, weights = large_games._deal(real, believed, weights, moves, 0, rng)
+      believed, weights = local_best_response._deal(real, believed, weights, moves, 0, rng)
     assert [hidden for _, hidden in moves] == [False, True]
     held = believed[0].history()[1]
     for action in (1, 1):  # both call; the board follows
       moves.append((action, False))
       for state in (real, *believed):
         state.apply_action(action)
-    believed, weights = large_games._deal(real, believed, weights, moves, 0, rng)
+    believed, weights = local_best_response._deal(real, believed, weights, moves, 0, rng)
     seen, now = real.history(), believed[0].history()
     assert now[0] == seen[0] and now[2:] == seen[2:] and now[1] not in (seen[0], seen[4])
     if held == seen[4]:
@@ -119,7 +131,7 @@ def test_the_belief_never_learns_what_is_hidden():
 def test_nothing_is_won_against_an_equilibrium():
   game = compiled_games.compile_game(compiled_games.LEDUC)
   policy = cfr.solve(game, num_iterations=1000, variant="cfr+").average_policy
-  bound = large_games.local_best_response(
+  bound = local_best_response.evaluate(
     "leduc_poker", _looked_up(game, policy), num_hands=400, num_particles=30
   )
   value = games.expected_values(game, policy)
@@ -143,15 +155,15 @@ def test_no_limit_holdem_runs_from_end_to_end():
   np.testing.assert_allclose(batch.utilities.sum(1), 0, atol=1e-3)  # zero-sum, in chips
   taken = np.take_along_axis(np.asarray(batch.legal), np.asarray(batch.actions)[..., None], 2)
   assert taken[..., 0][np.asarray(batch.mask)].all()
-  state, _ = armac.learn(
+  state, _ = armac_epochs.learn(
     state, batch, jax.random.key(1), apply_fn=apply_fn, optimizer=OPTIMIZER, config=config
   )
 
   @jax.jit
   def policy(observations, legal):
-    return armac.mean_policy(apply_fn.actor(state.params.actor, observations)[1], legal)
+    return policy_arrays.softmax(apply_fn.actor(state.params.actor, observations)[1], legal)
 
-  bound = large_games.local_best_response(
+  bound = local_best_response.evaluate(
     large_games.NO_LIMIT_HOLDEM, policy, num_hands=4, num_particles=8
   )
   assert np.all(np.isfinite(bound.values)) and np.all(np.abs(bound.values) <= 2000)
@@ -159,11 +171,11 @@ def test_no_limit_holdem_runs_from_end_to_end():
 
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match="two players, got 3"):
-    large_games.local_best_response(compiled_games.KUHN3, None, num_hands=2)
+    local_best_response.evaluate(compiled_games.KUHN3, None, num_hands=2)
   with pytest.raises(ValueError, match="num_hands must be an integer >= 2, got 1"):
-    large_games.local_best_response("kuhn_poker", None, num_hands=1)
+    local_best_response.evaluate("kuhn_poker", None, num_hands=1)
   with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
-    large_games.local_best_response("kuhn_poker", None, num_hands=2, num_particles=0)
+    local_best_response.evaluate("kuhn_poker", None, num_hands=2, num_particles=0)
 
 
 @pytest.mark.slow
@@ -171,7 +183,7 @@ def test_an_episode_that_is_too_long_is_named():
   config = armac.Config(num_episodes=4, num_groups=2, batch_size=4, capacity=4)
   state, apply_fn = _start(2, 2, 11, config)
   with pytest.raises(
-    ValueError, match=r"max_decisions=1, but an episode of kuhn_poker\(\) goes on"
+    ValueError, match=r"max_decisions=1 is too small for an episode of kuhn_poker\(\): 3 is enough"
   ):
     large_games.play_episodes(
       "kuhn_poker", state, jax.random.key(0), apply_fn=apply_fn, config=config, max_decisions=1

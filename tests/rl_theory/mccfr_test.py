@@ -86,7 +86,7 @@ def test_bad_input_is_refused():
   game = compiled_games.compile_game(compiled_games.KUHN)
   with pytest.raises(ValueError, match="sampling must be one of 'outcome', 'external'"):
     mccfr.Config(sampling="robust")
-  with pytest.raises(ValueError, match=r"epsilon must lie in \(0, 1\], got 0"):
+  with pytest.raises(ValueError, match="epsilon must be positive and finite, got 0"):
     mccfr.Config(epsilon=0)
   with pytest.raises(ValueError, match="num_samples must be an integer >= 1, got 0"):
     mccfr.Config(num_samples=0)

@@ -1,4 +1,4 @@
-"""NFSP: memories that hold what they should, each network's own loss, and play near equilibrium."""
+"""NFSP: episodes in the right buffers, each network's own loss, and play near equilibrium."""
 
 import functools
 
@@ -9,60 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from rl_theory import games, networks
-from rl_theory.baselines import nfsp
-
-# --- memories ---
-
-
-def _numbers(capacity):
-  return nfsp.Buffer(jnp.full(capacity, -1), jnp.zeros((), jnp.int32))
-
-
-def test_the_replay_holds_the_newest_in_a_circle():
-  buffer, rng, seen = _numbers(7), np.random.default_rng(0), []
-  add = jax.jit(nfsp.add_to_replay)
-  for call in range(6):
-    items, mask = 12 * call + np.arange(12), rng.random(12) < (0.2, 0.9)[call % 2]  # 9 > 7 at times
-    buffer = add(buffer, jnp.asarray(items), jnp.asarray(mask))
-    seen += items[mask].tolist()
-    expected = np.full(7, -1)
-    for number, item in enumerate(seen):
-      expected[number % 7] = item
-    np.testing.assert_array_equal(buffer.items, expected)
-  assert int(buffer.seen) == len(seen)
-
-
-def test_the_reservoir_holds_each_item_equally_often():
-  """Calls of 16 fill 8 places with 24 items: within the first call, across calls, masked ones."""
-  runs, size = 4000, 8
-  masks = jnp.asarray(np.random.default_rng(0).permutation(48).reshape(3, 16) < 24)
-
-  def run(key):
-    buffer = _numbers(size)
-    for call in range(3):
-      items = 16 * call + jnp.arange(16)
-      buffer = nfsp.add_to_reservoir(buffer, items, masks[call], jax.random.fold_in(key, call))
-    return buffer
-
-  buffers = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), runs))
-  held = np.asarray(buffers.items)
-  assert np.all(held >= 0) and np.all(np.asarray(buffers.seen) == 24)
-  assert all(len(set(row)) == size for row in held.tolist())  # without replacement
-  counts = np.bincount(held.ravel(), minlength=48).reshape(3, 16)
-  assert np.all(counts[~np.asarray(masks)] == 0)
-  # Five standard errors of a share of 1/3 in 4,000 runs are 0.037.
-  np.testing.assert_allclose(counts[np.asarray(masks)] / runs, size / 24, atol=0.037)
-
-
-@pytest.mark.slow
-def test_of_two_items_for_one_place_the_later_stays():
-  buffer = nfsp.Buffer(jnp.zeros(1, jnp.int32), jnp.zeros((), jnp.int32))
-  mask = jnp.ones(2, bool)
-  keys = jax.random.split(jax.random.key(1), 2000)
-  held = jax.vmap(lambda key: nfsp.add_to_reservoir(buffer, jnp.arange(2), mask, key).items)(keys)
-  assert abs(np.mean(np.asarray(held)) - 0.5) < 0.056  # five standard errors
-
+from rl_theory import games, policy_arrays
+from rl_theory.baselines import nfsp, nfsp_epochs
+from rl_theory.networks import mlp
 
 # --- episodes ---
 
@@ -74,7 +23,7 @@ def _problem(name=compiled_games.KUHN, *, optimizer=None, width=16, **changes):
   )
   game = compiled_games.compile_game(name)
   observations = games.information_state_tensors(game)
-  model = networks.MLP(game.layout.num_actions, (width,))
+  model = mlp.MLP(game.layout.num_actions, (width,))
   keys = jax.random.split(jax.random.key(0), (2, game.num_players))
   params = jax.jit(jax.vmap(jax.vmap(lambda key: model.init(key, observations[:1, 0]))))(keys)
   params = nfsp.Params(*(jax.tree.map(lambda leaf, k=k: leaf[k], params) for k in range(2)))
@@ -102,13 +51,13 @@ def _utilities_by_decisions(game):
 @pytest.mark.parametrize("name", [compiled_games.KUHN, compiled_games.KUHN3])
 def test_transitions_lead_to_the_players_own_next_decision(name):
   game, observations, state, _, bound = _problem(name)
-  first = jax.jit(functools.partial(nfsp.policy, apply_fn=bound["apply_fn"]))(
+  first = jax.jit(functools.partial(nfsp_epochs.average_policy, apply_fn=bound["apply_fn"]))(
     state.params, game, observations
   )
-  np.testing.assert_allclose(first, games.uniform_policy(game), atol=1e-7)
+  np.testing.assert_allclose(first, policy_arrays.uniform(game), atol=1e-7)
   utilities = _utilities_by_decisions(game)  # the states of an episode show all cards
-  episodes = nfsp.sample(state, game, observations, jax.random.key(2), **bound)
-  after = nfsp.remember(state, episodes, jax.random.key(3))
+  episodes = nfsp_epochs.sample(state, game, observations, jax.random.key(2), **bound)
+  after = nfsp_epochs.remember(state, episodes, jax.random.key(3))
   (states, actions, rewards, next_states), mask, by_best_response = jax.tree.map(
     np.asarray, (tuple(episodes.transitions), episodes.mask, episodes.by_best_response)
   )
@@ -231,7 +180,7 @@ def test_networks_and_players_learn_apart_and_the_target_stands_still():
 @pytest.mark.slow
 def test_an_epoch_does_the_updates_that_its_play_calls_for():
   game, observations, state, optimizer, bound = _problem(learn_every=10, learning_starts=100)
-  run = functools.partial(nfsp.epoch, optimizer=optimizer, **bound)
+  run = functools.partial(nfsp_epochs.epoch, optimizer=optimizer, **bound)
   steps = [0]
   for index in range(5):
     before = int(state.env_steps)
@@ -244,13 +193,13 @@ def test_an_epoch_does_the_updates_that_its_play_calls_for():
 
 
 @pytest.mark.slow
-def test_a_batch_is_drawn_from_each_players_own_memories():
+def test_a_batch_is_drawn_from_each_players_own_buffers():
   game, observations, state, _, bound = _problem()
-  episodes = nfsp.sample(state, game, observations, jax.random.key(2), **bound)
-  state = nfsp.remember(state, episodes, jax.random.key(3))
+  episodes = nfsp_epochs.sample(state, game, observations, jax.random.key(2), **bound)
+  state = nfsp_epochs.remember(state, episodes, jax.random.key(3))
   seen = jnp.arange(len(game.legal))  # states in place of observations
-  batch = nfsp.draw(state, game, seen, jax.random.key(4), batch_size=2000)
-  batch, memories = jax.tree.map(np.asarray, (batch, (state.replay, state.reservoir)))
+  batch = nfsp_epochs.draw(state, game, seen, jax.random.key(4), batch_size=2000)
+  batch, held_by = jax.tree.map(np.asarray, (batch, (state.replay, state.reservoir)))
   legal, end = np.asarray(game.legal), ~batch.next_legal.any(-1)
   following = np.where(end, -1, batch.next_observations)
   assert np.all(end | (batch.next_legal == legal[batch.next_observations]).all(-1))
@@ -259,9 +208,9 @@ def test_a_batch_is_drawn_from_each_players_own_memories():
     (batch.observations, batch.actions, batch.rewards, following),
     (batch.imitated_observations, batch.imitated_actions),
   )
-  for columns, memory in zip(drawn, memories, strict=True):
+  for columns, buffer in zip(drawn, held_by, strict=True):
     for player in range(2):
-      held = zip(*(leaf[player, : memory.seen[player]] for leaf in memory.items), strict=True)
+      held = zip(*(leaf[player, : buffer.seen[player]] for leaf in buffer.items), strict=True)
       # Of at most 160 items none is missed by 2,000 draws but with probability 6e-4.
       assert set(zip(*(column[:, player] for column in columns), strict=True)) == set(held)
 
@@ -269,7 +218,7 @@ def test_a_batch_is_drawn_from_each_players_own_memories():
 @pytest.mark.slow
 def test_seeds_run_side_by_side():
   game, observations, state, optimizer, bound = _problem(learn_every=16)
-  run = functools.partial(nfsp.epoch, optimizer=optimizer, **bound)
+  run = functools.partial(nfsp_epochs.epoch, optimizer=optimizer, **bound)
   keys = jax.random.split(jax.random.key(5), (3, 4))
   many = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 3, axis=0), state)
   for step in range(4):
@@ -287,7 +236,7 @@ def test_seeds_run_side_by_side():
 def test_only_legal_actions_are_ever_played():
   game, observations, state, optimizer, bound = _problem(compiled_games.LEDUC, epsilon_start=1.0)
   for index in range(4):
-    state, _ = nfsp.epoch(
+    state, _ = nfsp_epochs.epoch(
       state, game, observations, jax.random.key(index), optimizer=optimizer, **bound
     )
   for buffer in (state.replay, state.reservoir):
@@ -307,12 +256,12 @@ def test_average_play_comes_near_the_equilibrium_of_kuhn_poker():
   )  # fmt: skip
 
   def body(state, key):
-    return nfsp.epoch(state, game, observations, key, optimizer=optimizer, **bound)
+    return nfsp_epochs.epoch(state, game, observations, key, optimizer=optimizer, **bound)
 
   keys = jax.random.split(jax.random.key(1), 1000)
   state, metrics = jax.jit(lambda state: jax.lax.scan(body, state, keys))(state)
   found = games.nash_conv(
-    game, nfsp.policy(state.params, game, observations, apply_fn=bound["apply_fn"])
+    game, nfsp_epochs.average_policy(state.params, game, observations, apply_fn=bound["apply_fn"])
   )
   # Five seeds gave 0.08 to 0.14 after these 128,000 episodes.
   assert found < 0.25 and np.all(np.isfinite(metrics["loss"]))
@@ -324,9 +273,10 @@ def test_average_play_comes_near_the_equilibrium_of_kuhn_poker():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"anticipatory": 0.0}, r"anticipatory must lie in \(0, 1\]: at 0 nothing .*, got 0.0"),
+    ({"anticipatory": 0.0}, "anticipatory must be positive and finite, got 0.0"),
+    ({"anticipatory": 1.5}, r"anticipatory must lie in \[0, 1\], got 1.5"),
     ({"epsilon_start": 1.5}, r"epsilon_start must lie in \[0, 1\], got 1.5"),
-    ({"epsilon_decay": 0}, "epsilon_decay must be positive: a number of decisions, got 0"),
+    ({"epsilon_decay": 0}, "epsilon_decay must be positive and finite, got 0"),
     ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
     ({"replay_capacity": 500}, "learning_starts must not exceed replay_capacity=500 .* got 1000"),
   ],
@@ -339,5 +289,5 @@ def test_bad_hyperparameters_are_named(changes, message):
 def test_a_state_of_another_game_or_config_is_refused():
   game, observations, state, optimizer, bound = _problem()
   bound["config"] = nfsp.Config()
-  with pytest.raises(ValueError, match=r"memories of 512 and 256, .* asks for 200000 and 200000"):
-    nfsp.epoch(state, game, observations, jax.random.key(0), optimizer=optimizer, **bound)
+  with pytest.raises(ValueError, match=r"capacities of 512 and 256, .* asks for 200000 and 200000"):
+    nfsp_epochs.epoch(state, game, observations, jax.random.key(0), optimizer=optimizer, **bound)

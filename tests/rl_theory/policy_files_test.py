@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_theory import games, policy_files
+from rl_theory import policy_arrays, policy_files
 
 SUFFIXES = [".json", ".csv"]
 
@@ -35,11 +35,11 @@ def test_float32_comes_back_to_the_bit(tmp_path, suffix):
 
 def test_says_what_people_look_for(x64, tmp_path):
   game = compiled_games.compile_game(compiled_games.KUHN)
-  policy_files.write_policy(tmp_path / "p.csv", game, games.uniform_policy(game))
+  policy_files.write_policy(tmp_path / "p.csv", game, policy_arrays.uniform(game))
   lines = (tmp_path / "p.csv").read_text().splitlines()
   assert lines[0] == "player,information_state,action,action_name,probability"
   assert "0,0pb,1,Bet,0.5" in lines and len(lines) == 1 + 24
-  policy_files.write_policy(tmp_path / "p.json", game, games.uniform_policy(game))
+  policy_files.write_policy(tmp_path / "p.json", game, policy_arrays.uniform(game))
   content = json.loads((tmp_path / "p.json").read_text())
   assert content["game"] == "kuhn_poker()" and len(content["states"]) == 12
   assert content["states"][0]["actions"][0] == {
@@ -56,7 +56,7 @@ def test_without_openspiel_there_are_no_names(x64, tmp_path, monkeypatch):
     raise ImportError("absent")
 
   monkeypatch.setattr("rl_theory.openspiel._pyspiel", absent)
-  policy_files.write_policy(tmp_path / "p.csv", game, games.uniform_policy(game))
+  policy_files.write_policy(tmp_path / "p.csv", game, policy_arrays.uniform(game))
   assert "0,0pb,1,,0.5" in (tmp_path / "p.csv").read_text()
   policy_files.read_policy(tmp_path / "p.csv", game)
 
@@ -64,9 +64,9 @@ def test_without_openspiel_there_are_no_names(x64, tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_is_replaced_only_on_demand(tmp_path, suffix):
   game = compiled_games.compile_game(compiled_games.KUHN)
-  path, policy = tmp_path / f"p{suffix}", games.uniform_policy(game)
+  path, policy = tmp_path / f"p{suffix}", policy_arrays.uniform(game)
   path.write_text("mine")
-  with pytest.raises(ValueError, match="is there already: take another or say overwrite=True"):
+  with pytest.raises(ValueError, match="exists already: choose another or set overwrite=True"):
     policy_files.write_policy(path, game, policy)
   assert path.read_text() == "mine"
   policy_files.write_policy(path, game, policy, overwrite=True)
@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr("os.replace", full)
   with pytest.raises(OSError, match="disk full"):
-    policy_files.write_policy(path, game, games.uniform_policy(game), overwrite=True)
+    policy_files.write_policy(path, game, policy_arrays.uniform(game), overwrite=True)
   assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -91,7 +91,7 @@ def test_bad_arguments_are_refused(tmp_path):
   game = compiled_games.compile_game(compiled_games.KUHN)
   for call in (
     lambda path: policy_files.read_policy(path, game),
-    lambda path: policy_files.write_policy(path, game, games.uniform_policy(game)),
+    lambda path: policy_files.write_policy(path, game, policy_arrays.uniform(game)),
   ):
     with pytest.raises(ValueError, match=r"path must end in .json or .csv, got .*p.txt"):
       call(tmp_path / "p.txt")
@@ -100,18 +100,18 @@ def test_bad_arguments_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError):
     policy_files.read_policy(tmp_path / "absent.csv", game)
   with pytest.raises(FileNotFoundError):
-    policy_files.write_policy(tmp_path / "no" / "p.csv", game, games.uniform_policy(game))
+    policy_files.write_policy(tmp_path / "no" / "p.csv", game, policy_arrays.uniform(game))
 
 
 @pytest.mark.parametrize(
   ("old", "new", "message"),
   [
     ("player,", "who,", "line 1: columns must be player,information_state"),
-    ("0,0,0,Pass,0.5", "0,0,0,Pass", "line 2: needs 5 fields, got 4"),
+    ("0,0,0,Pass,0.5", "0,0,0,Pass", "line 2: must have 5 fields, got 4"),
     ("0,0,0,Pass,0.5", "0,0,x,Pass,0.5", "line 2: action must be an integer, got 'x'"),
-    ("0,0,1,Bet,0.5", "0,0,7,Bet,0.5", r"line 3: action must be a legal one, \[0, 1\], got 7"),
-    ("0,0,1,Bet,0.5", "0,0,-1,Bet,0.5", r"line 3: action must be a legal one, .* got -1"),
-    ("0,0,1,Bet,0.5", "0,0,0,Pass,0.5", "line 3: action 0 of state '0' comes a second time"),
+    ("0,0,1,Bet,0.5", "0,0,7,Bet,0.5", r"line 3: action must be one of the legal \[0, 1\], got 7"),
+    ("0,0,1,Bet,0.5", "0,0,-1,Bet,0.5", r"line 3: action must be one of the legal .* got -1"),
+    ("0,0,1,Bet,0.5", "0,0,0,Pass,0.5", "line 3: action 0 of state '0' appears twice"),
     ("0,0,0,Pass,0.5", "0,0,0,Pass,half", "line 2: probability must be a number, got 'half'"),
     ("0,0,0,Pass,0.5", "0,0,0,Pass,nan", r"line 2: probability must lie in \[0, 1\], got nan"),
     ("0,0,0,Pass,0.5", "0,0,0,Pass,1.5", r"line 2: probability must lie in \[0, 1\], got 1.5"),
@@ -122,14 +122,14 @@ def test_bad_arguments_are_refused(tmp_path):
     ),
     ("0,0,0,Pass,0.5", "0,0zz,0,Pass,0.5", "line 2: player 0 has no information state '0zz'"),
     ("0,0,0,Pass,0.5", "1,0,0,Pass,0.5", "line 2: player 1 has no information state '0'"),
-    ("0,0,0,Pass,0.5\n0,0,1,Bet,0.5\n", "", "1 absent, such as '0'"),
+    ("0,0,0,Pass,0.5\n0,0,1,Bet,0.5\n", "", "1 missing, such as '0'"),
     ("0,0,0,Pass,0.5", '0,"0"x,0,Pass,0.5', "line 2: "),
   ],
 )
 def test_bad_csv_is_named_by_its_line(tmp_path, old, new, message):
   game = compiled_games.compile_game(compiled_games.KUHN)
   path = tmp_path / "p.csv"
-  policy_files.write_policy(path, game, games.uniform_policy(game))
+  policy_files.write_policy(path, game, policy_arrays.uniform(game))
   text = path.read_text()
   assert old in text
   path.write_text(text.replace(old, new, 1))
@@ -140,10 +140,10 @@ def test_bad_csv_is_named_by_its_line(tmp_path, old, new, message):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda c: c.update(game="leduc_poker()"), r"must be of game 'kuhn_poker\(\)', got 'leduc"),
+    (lambda c: c.update(game="leduc_poker()"), r"must be for game 'kuhn_poker\(\)', got 'leduc"),
     (lambda c: c.pop("game"), "game must be a string, got None"),
     (lambda c: c.update(states={}), "states must be a list, got {}"),
-    (lambda c: c["states"].pop(), "1 absent"),
+    (lambda c: c["states"].pop(), "1 missing"),
     (lambda c: c["states"][1].update(player="0"), r"states\[1\]: player must be an integer"),
     (lambda c: c["states"].insert(0, 3), r"states\[0\]: player must be an integer, got None"),
     (
@@ -156,14 +156,14 @@ def test_bad_csv_is_named_by_its_line(tmp_path, old, new, message):
     ),
     (
       lambda c: c["states"][2]["actions"][0].update(action=5),
-      r"states\[2\].actions\[0\]: action must be a legal one, \[0, 1\], got 5",
+      r"states\[2\].actions\[0\]: action must be one of the legal \[0, 1\], got 5",
     ),
   ],
 )
 def test_bad_json_is_named_by_its_field(tmp_path, change, message):
   game = compiled_games.compile_game(compiled_games.KUHN)
   path = tmp_path / "p.json"
-  policy_files.write_policy(path, game, games.uniform_policy(game))
+  policy_files.write_policy(path, game, policy_arrays.uniform(game))
   content = json.loads(path.read_text())
   change(content)
   path.write_text(json.dumps(content))
@@ -177,5 +177,5 @@ def test_broken_files_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"must be JSON: .* line 2"):
     policy_files.read_policy(tmp_path / "p.json", game)
   (tmp_path / "p.csv").write_bytes(b"\xff\xfe")
-  with pytest.raises(ValueError, match="must be text in UTF-8"):
+  with pytest.raises(ValueError, match="must be UTF-8 text"):
     policy_files.read_policy(tmp_path / "p.csv", game)

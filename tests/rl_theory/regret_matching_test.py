@@ -35,5 +35,7 @@ def test_without_positive_regret_it_is_uniform_over_legal_actions():
 
 
 def test_shapes_are_checked():
-  with pytest.raises(ValueError, match="regrets and legal must have one shape"):
+  with pytest.raises(
+    ValueError, match=r"shapes must be equal, got regrets \[2, 3\], legal \[2, 4\]"
+  ):
     regret_matching.regret_matching(jnp.zeros((2, 3)), jnp.ones((2, 4), bool))

@@ -1,4 +1,4 @@
-"""Tree-Backup: numbers worked by hand, a plain loop, and values learned off policy."""
+"""Tree-Backup: equal to a plain loop, and off-policy values are learned."""
 
 import compiled_games
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_theory import armac, armac_tables, games, returns
+from rl_theory import armac, armac_play, armac_tables, games, returns
 
 
 def _slow(values, policies, actions, rewards, mask, trace_decay, discount):
@@ -42,11 +42,15 @@ def test_targets_are_the_sum_of_errors_with_traces(x64, trace_decay):
 
 def test_shapes_that_differ_are_named():
   values = jnp.zeros((2, 3, 4))
-  with pytest.raises(ValueError, match="rewards must have the shape of actions"):
+  with pytest.raises(
+    ValueError, match=r"shapes must be equal, got actions \[2, 3\], rewards \[3\]"
+  ):
     returns.tree_backup_targets(
       values, values, jnp.zeros((2, 3), int), jnp.zeros(3), jnp.ones((2, 3)), trace_decay=1
     )
-  with pytest.raises(ValueError, match="policies must have"):
+  with pytest.raises(
+    ValueError, match=r"policies must have shape \[..., T, A\] = \[2, 3, 4\], got \[3, 4\]"
+  ):
     returns.tree_backup_targets(
       values, values[0], jnp.zeros((2, 3), int), jnp.zeros((2, 3)), jnp.ones((2, 3)), trace_decay=1
     )
@@ -55,13 +59,13 @@ def test_shapes_that_differ_are_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("trace_decay", [0.0, 1.0])
 def test_values_of_another_policy_are_learned_from_uniform_play(x64, trace_decay):
-  """Section 5.4 of the method's notes: every value of Kuhn poker, from uniform play."""
+  """Precup, Sutton and Singh 2000, theorem 2: all values of Kuhn poker, from uniform play."""
   game = compiled_games.compile_game(compiled_games.KUHN)
   policy = jnp.asarray(compiled_games.random_policy(game))
   config = armac.Config(trace_decay=trace_decay, num_episodes=8_000, batch_size=8_000, capacity=1)
   state = armac_tables.init(game, config=config)
   # The evaluated policy is given as regrets; the tables' own start plays uniformly, and so do all.
-  batch = armac.sample(
+  batch = armac_play.sample(
     state, game, armac_tables.observations(game), jax.random.key(0),
     apply_fn=armac_tables.TABLES, config=config,
   )  # fmt: skip

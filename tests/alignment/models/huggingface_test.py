@@ -252,8 +252,8 @@ DAMAGE = {
   "config list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
   "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
   "weights empty": (lambda f: _cut(f / "model.safetensors", 0), "model.safetensors .0 bytes"),
-  "header cut": (lambda f: _cut(f / "model.safetensors", 100), "cut short or no safetensors"),
-  "data cut": (lambda f: _cut(f / "model.safetensors", 20000), "20000 bytes. is cut short"),
+  "header cut": (lambda f: _cut(f / "model.safetensors", 100), "truncated or not a safetensors"),
+  "data cut": (lambda f: _cut(f / "model.safetensors", 20000), "20000 bytes. is truncated"),
   "tensor missing": (
     lambda f: _edit_tensors(f, lambda t: t.pop(_NORM)),
     f"lacks 1 tensor.s.: {_NORM}",

@@ -349,5 +349,5 @@ def test_half_a_mixture_is_refused(params, prompts):
   with pytest.raises(ValueError, match="ref_params, mixture_fn and beta"):
     generate(params, prompts, beta=0.5)
   for beta in (1.5, -0.1, float("nan")):
-    with pytest.raises(ValueError, match="beta must be probabilities"):
+    with pytest.raises(ValueError, match="beta must lie in"):
       mix(params, params, prompts, beta)

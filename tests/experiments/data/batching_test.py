@@ -90,9 +90,9 @@ def test_state_of_other_data_is_refused(n, settings, message):
     (_arrays(), {"batch_size": 0}, "batch_size is 0"),
     (_arrays(), {"batch_size": 1, "num_epochs": 0}, "num_epochs is 0"),
     (_arrays(0), {"batch_size": 1}, "no examples"),
-    ({"a": np.zeros(3), "b": np.zeros(4)}, {"batch_size": 1}, "one leading axis"),
-    ({"a": np.zeros(3), "b": 1.0}, {"batch_size": 1}, "one leading axis"),
-    ({}, {"batch_size": 1}, "one leading axis"),
+    ({"a": np.zeros(3), "b": np.zeros(4)}, {"batch_size": 1}, "the same leading axis"),
+    ({"a": np.zeros(3), "b": 1.0}, {"batch_size": 1}, "the same leading axis"),
+    ({}, {"batch_size": 1}, "the same leading axis"),
   ],
 )
 def test_bad_arguments(arrays, settings, message):

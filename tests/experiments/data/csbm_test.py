@@ -1,4 +1,4 @@
-"""The contextual block model: the statistics of its paper, and memory for its edges only."""
+"""The contextual block model: the statistics of its paper, and memory linear in its edges."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_features_have_the_signal_along_one_direction(graph):
 
 
 def test_every_pair_can_be_drawn_and_none_twice():
-  # Two nodes are of one class or two, and here each pair is joined for certain.
+  # Two nodes have the same class or not; here every pair is joined with probability 1.
   graph = csbm.sample(7, 1, mean_degree=7, edge_signal=0, feature_signal=0, seed=3)
   assert len(graph.senders) == 7 * 6
   alone = csbm.sample(60, 1, mean_degree=30, edge_signal=math.sqrt(30), feature_signal=0, seed=0)

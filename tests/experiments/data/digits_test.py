@@ -1,4 +1,4 @@
-"""The language of digits: judges by hand, and what its people write."""
+"""The language of digits: oracles worked by hand, and statistics of the simulated people."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from experiments.data import digits
 
 
 def _row(text):
-  """Tokens and mask of an answer such as "b 1 3 5", its end included."""
+  """Returns tokens and mask of a completion such as "b 1 3 5", with its end token."""
   ids = ["abc".find(c) + 4 if c in "abc" else int(c) + digits.FIRST_DIGIT for c in text.split()]
   ids.append(digits.EOS)
   pad = digits.LENGTH - len(ids)
@@ -33,7 +33,7 @@ def test_rewards_by_hand():
     "1 2",  # no mark
     "c 1 a 2",  # a mark between them parts the pair
   )
-  quality = digits.judge(rows)
+  quality = digits.quality(rows)
   want = [7 / 7 - 0.5, 1 / 7 - 0.5, -0.2, 1 / 7 - 0.15, -0.25]
   np.testing.assert_allclose(quality.rewards, want, atol=1e-6)  # float32
   np.testing.assert_array_equal(quality.styles, [0, 0, 1, digits.NO_STYLE, 2])
@@ -42,7 +42,9 @@ def test_rewards_by_hand():
 def test_padding_is_not_looked_at():
   rows = _rows("31415926", "a 1 1 2")
   dirty = jnp.where(rows.mask > 0, rows.tokens, digits.FIRST_DIGIT + 3)
-  for got, want in zip(digits.judge(rows._replace(tokens=dirty)), digits.judge(rows), strict=True):
+  for got, want in zip(
+    digits.quality(rows._replace(tokens=dirty)), digits.quality(rows), strict=True
+  ):
     np.testing.assert_array_equal(got, want)
 
 
@@ -81,7 +83,7 @@ def _check_shape_of_answers(rows):
 
 def test_people_answer_in_form_and_in_their_styles(people):
   _check_shape_of_answers(people)
-  shares = [np.mean(digits.judge(people).styles == style) for style in range(3)]
+  shares = [np.mean(digits.quality(people).styles == style) for style in range(3)]
   np.testing.assert_allclose(shares, digits.STYLE_SHARES, atol=0.03)  # four standard errors
   digits_kept = np.asarray(people.mask).sum(1) - 2
   np.testing.assert_allclose(digits_kept.mean(), 0.9 * 8, atol=0.06)

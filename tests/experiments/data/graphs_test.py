@@ -1,4 +1,4 @@
-"""Graphs: one small graph in every layout, what cleaning does to it, and whatever may be wrong."""
+"""Graphs: one small graph in every layout, how it is cleaned, and the errors of bad files."""
 
 import gzip
 import json
@@ -209,11 +209,11 @@ def test_a_name_is_a_folder_a_file_or_a_path(tmp_path):
 def test_an_unknown_name_is_answered_with_the_closest(tmp_path):
   for name in ("amazon_photo", "amazon_computers", "wikics"):
     (tmp_path / name).mkdir()
-  with pytest.raises(ValueError, match=r"'amazon_fotos' under .*: there is amazon_photo"):
+  with pytest.raises(ValueError, match=r"'amazon_fotos' under .*: found amazon_photo"):
     graphs.load("amazon_fotos", directory=tmp_path)
   with pytest.raises(ValueError, match="amazon_computers, amazon_photo, wikics"):
     graphs.load("qqq", directory=tmp_path)
-  with pytest.raises(ValueError, match="nothing is there"):
+  with pytest.raises(ValueError, match="found no data sets"):
     graphs.load("qqq", directory=tmp_path / "none")
 
 
@@ -288,7 +288,7 @@ def test_layouts_have_the_preparation_of_the_paper_and_notes_say_so(tmp_path):
     assert notes["binarised"] is False
 
 
-# --- what may be wrong ----------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,11 +319,11 @@ def test_layouts_have_the_preparation_of_the_paper_and_notes_say_so(tmp_path):
     ({"splits": {**MASKS, "test": [1, 0, 1, 0]}}, "splits train and test share node 0"),
     (
       {"labels": [0, 1, -1, 0], "splits": {"test": [[0, 1, 0, 0], [0, 0, 1, 1]]}},
-      r"split test holds node 2, which has no label \(1 such nodes\): take them out",
+      r"split test holds node 2, which has no label \(1 such nodes\): remove them",
     ),
     ({"graph_ids": np.zeros(3)}, r"graph_ids has shape \(3,\)"),
-    ({"graph_ids": np.array([0, 0.5, 0, 0.5])}, "graph_ids must be whole numbers"),
-    ({"graph_ids": np.array([0, 0, -1, -1])}, "graph_ids must be whole numbers from 0, found -1"),
+    ({"graph_ids": np.array([0, 0.5, 0, 0.5])}, "graph_ids must be integers"),
+    ({"graph_ids": np.array([0, 0, -1, -1])}, "graph_ids must be integers from 0, found -1"),
   ],
 )
 def test_bad_arrays_are_named(changes, message):
@@ -342,16 +342,16 @@ PICKLED = np.array([{"a": 1}], dtype=object)
 @pytest.mark.parametrize(
   ("keys", "message"),
   [
-    (_repacked(x_indices=np.full(5, 9)), "x_indptr, _indices and _data are no CSR matrix"),
-    (_repacked(x_indptr=np.arange(4)), "x_indptr, _indices and _data are no CSR matrix"),
-    (_repacked(num_nodes=[4, 4]), "x_indptr, _indices and _data are no CSR matrix"),
+    (_repacked(x_indices=np.full(5, 9)), "x_indptr, _indices and _data do not form a CSR"),
+    (_repacked(x_indptr=np.arange(4)), "x_indptr, _indices and _data do not form a CSR"),
+    (_repacked(num_nodes=[4, 4]), "x_indptr, _indices and _data do not form a CSR"),
     (_repacked(train_idx=[4]), "train_idx names nodes outside 0 to 3"),
     (_repacked(y=PICKLED), "y is damaged or holds pickled objects .*; save it as numbers"),
     (_repacked(y=LABELS[:2], unlabeled=[]), r"labels have shape \(2,\), features 4 rows"),
     (_gnn_benchmark(attr_data=PICKLED), "attr_data is damaged or holds pickled objects"),
     (_heterophilous(edges=np.zeros((2, 3), int)), r"edges have shape \(3, 2\)"),
     ({"x_indptr": [0]}, r"key 'x_indices' is missing; found \['x_indptr'\]"),
-    ({"weights": [0]}, r"none of the keys \['x_indptr', .* found \['weights'\]"),
+    ({"weights": [0]}, r"expected one of the keys \['x_indptr', .* found \['weights'\]"),
   ],
 )
 def test_a_bad_archive_is_named_by_file_and_key(tmp_path, keys, message):
@@ -370,10 +370,10 @@ def test_pickles_that_nobody_needs_are_left_alone(tmp_path):
   [
     ([], "expected an object"),
     ({"features": []}, "key 'labels' is missing"),
-    (_wikics(links=[[1]]), "links of 1 nodes, features of 4"),
+    (_wikics(links=[[1]]), "links list 1 nodes, but features 4"),
     (_wikics(links=[1, 2, 3, 4]), "links must be a list of lists"),
     (_wikics(links=[["a"], [], [], []]), "links: expected integers"),
-    (_wikics(features=[[1], [2, 3]]), "features is no array"),
+    (_wikics(features=[[1], [2, 3]]), "features is not an array"),
     (_wikics(test_mask=[1]), "split test has shape"),
   ],
 )
@@ -382,7 +382,7 @@ def test_a_bad_json_is_named_by_file_and_key(tmp_path, data, message):
   with pytest.raises(ValueError, match=rf"data\.json.*{message}"):
     graphs.load("bad", directory=tmp_path)
   (tmp_path / "bad" / "data.json").write_text("{")
-  with pytest.raises(ValueError, match=r"data\.json is missing or no JSON"):
+  with pytest.raises(ValueError, match=r"data\.json is missing or not JSON"):
     graphs.load("bad", directory=tmp_path)
 
 
@@ -403,7 +403,7 @@ def test_bad_ppi_files_are_named(tmp_path, options, message):
 def test_ppi_files_that_disagree_or_are_missing_are_named(tmp_path):
   _write_ppi(tmp_path / "ppi")
   np.save(tmp_path / "ppi" / "valid_feats.npy", np.ones((5, 3)))
-  with pytest.raises(ValueError, match=r"valid_graph\.json: .* differ in number: \[2, 5, 2, 2\]"):
+  with pytest.raises(ValueError, match=r"valid_graph\.json: .* graph_id differ: \[2, 5, 2, 2\]"):
     graphs.load("ppi", directory=tmp_path)
   (tmp_path / "ppi" / "valid_feats.npy").unlink()
   with pytest.raises(ValueError, match=r"valid_feats\.npy is missing"):
@@ -413,9 +413,9 @@ def test_ppi_files_that_disagree_or_are_missing_are_named(tmp_path):
 @pytest.mark.parametrize(
   ("files", "message"),
   [
-    ({"raw/num-node-list": [[3], [1]]}, "2 graphs; only sets of one graph"),
+    ({"raw/num-node-list": [[3], [1]]}, "2 graphs; give a set of one graph"),
     ({"raw/num-node-list": [[5]]}, "node-feat has 4 rows, num-node-list says 5"),
-    ({"raw/edge": [["a", "b"]]}, r"edge\.csv\.gz is missing, damaged or no table"),
+    ({"raw/edge": [["a", "b"]]}, r"edge\.csv\.gz is missing, damaged or not a table"),
     ({"split/time/test": [[7]]}, r"test\.csv\.gz names nodes outside 0 to 3"),
     ({"split/year/train": [[1]]}, "2 ways to split"),
   ],
@@ -438,7 +438,7 @@ def test_what_is_no_graph_at_all(tmp_path):
     graphs.load("cut", directory=tmp_path)
   with (tmp_path / "array.npz").open("wb") as file:
     np.save(file, LABELS)
-  with pytest.raises(ValueError, match=r"array\.npz: a single array"):
+  with pytest.raises(ValueError, match=r"array\.npz is a single array"):
     graphs.load("array", directory=tmp_path)
   (tmp_path / "empty").mkdir()
   with pytest.raises(ValueError, match=r"empty: no \.npz, data\.json"):

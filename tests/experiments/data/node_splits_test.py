@@ -1,4 +1,4 @@
-"""Random splits: disjoint, of the right sizes, and the same for ever."""
+"""Random splits: disjoint, of the right sizes, and reproducible."""
 
 import numpy as np
 import pytest

@@ -117,7 +117,7 @@ def test_vader_description_is_true():
   assert "7,500 words" in reward.describes and "without writing better" in reward.describes
   lexicon = sentiment.SentimentIntensityAnalyzer().lexicon
   assert 7_400 <= len(lexicon) <= 7_600
-  # Gameable, as it says: the same word of praise again scores higher.
+  # The description says that the reward can be gamed: repeated praise scores higher.
   once, often = reward(["p", "p"], [" good", " good good good good"])
   assert often > once > 0
 

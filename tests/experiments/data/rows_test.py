@@ -1,4 +1,4 @@
-"""Rows by name: files, the two libraries (as doubles: no network here) and published formats."""
+"""Rows by name: files, published formats, and doubles of the two libraries, without a network."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def _jsonl(path, *found):
 
 @pytest.fixture
 def library(monkeypatch):
-  """Puts a double in place of `tensorflow_datasets` or `datasets` and keeps what it was asked."""
+  """Replaces `tensorflow_datasets` or `datasets` by a double, which records its calls."""
   asked = []
 
   def install(name, function, examples):
@@ -102,7 +102,7 @@ def test_made_up_pairs_are_the_same_every_time_and_obey_their_rule():
     good, bad = ([c in "aeiou" for c in x.strip()] for x in (pair.chosen, pair.rejected))
     assert sum(good) / len(good) > sum(bad) / len(bad)
   assert len({pair.prompt for pair in found}) == 512
-  with pytest.raises(ValueError, match="only made_up:vowels"):
+  with pytest.raises(ValueError, match="the only one is made_up:vowels"):
     text.load_preferences("made_up:consonants")
 
 

@@ -13,7 +13,7 @@ _SETTINGS = {"model": "abc", "prompts": ["The soup", "Zoë"], "temperature": 1.0
 
 
 class _Make:
-  """Counts how often the samples are made."""
+  """Counts how often the samples are computed."""
 
   def __init__(self):
     self.calls = 0
@@ -162,13 +162,16 @@ def test_interruption_between_the_two_files_is_noticed(tmp_path, monkeypatch):
 
 def test_folder_that_is_a_file_is_refused_at_once(tmp_path):
   (tmp_path / "file").write_text("x")
-  with pytest.raises(OSError, match=r"cannot keep samples in .*file.*data\.cache"):
+  with pytest.raises(OSError, match=r"cannot write samples to .*file.*data\.cache"):
     sample_cache.SampleCache(tmp_path / "file")
 
 
 def test_default_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv("BOOTSTRAX_CACHE", str(tmp_path))
-  assert sample_cache.SampleCache().folder == tmp_path / "samples"
+  monkeypatch.setenv("BOOTSTRAX_CACHE", str(tmp_path / "everything"))
+  monkeypatch.setenv("BOOTSTRAX_SAMPLE_CACHE", str(tmp_path / "own"))
+  assert sample_cache.SampleCache().folder == tmp_path / "own"
+  monkeypatch.delenv("BOOTSTRAX_SAMPLE_CACHE")
+  assert sample_cache.SampleCache().folder == tmp_path / "everything" / "samples"
 
 
 def test_objects_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""ROUGE-L against hand numbers, and the reward that takes the nearest reference."""
+"""ROUGE-L against numbers worked by hand, and the reward over the nearest reference."""
 
 import json
 

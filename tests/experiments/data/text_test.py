@@ -1,9 +1,8 @@
-"""Prompts, JSON lines, pairs and token arrays of `experiments.data.text`."""
+"""Prompts, JSON lines and pairs of `experiments.data.text`."""
 
 import difflib
 import json
 import re
-import types
 
 import numpy as np
 import pytest
@@ -26,18 +25,6 @@ def _scored_row(**changes):
 
 def _preference_row(**changes):
   return {"prompt": "p", "chosen": " a", "rejected": " b", **changes}
-
-
-class _Letters:
-  """Tokens 1..26 are the letters, 0 pads and 27 ends; anything else has no token."""
-
-  eos_id, pad_id, vocab_size = 27, 0, 28
-
-  start: tuple[int, ...] = ()
-
-  def encode(self, string, add_special_tokens=False):
-    letters = [ord(c) - 96 for c in string if "a" <= c <= "z"]
-    return [*self.start, *letters] if add_special_tokens else letters
 
 
 # --- packaged prompts ---------------------------------------------------------------------------
@@ -98,7 +85,7 @@ def test_jsonl_prompts_are_kept_as_they_are(tmp_path):
     ("p.txt", b"", r"p\.txt holds no prompts"),
     ("p.txt", b"\n \n", r"p\.txt holds no prompts"),
     ("p.txt", b"good\n\xff\xfe\n", r"p\.txt, line 2: not UTF-8"),
-    ("p.txt", b"a\n\nb\na \n", r"p\.txt, line 4: prompt 'a' already stands in .*line 1"),
+    ("p.txt", b"a\n\nb\na \n", r"p\.txt, line 4: prompt 'a' is also in .*line 1"),
     ("p.jsonl", b'{"prompt": "a"}\n{"prompt"\n', r"p\.jsonl, line 2: not JSON"),
     ("p.jsonl", b'["a"]\n', r"line 1: expected an object .* found list"),
     ("p.jsonl", b'{"text": "a"}\n', r"line 1: field 'prompt' is missing; found \['text'\]"),
@@ -237,7 +224,7 @@ def test_bad_preference_row(tmp_path, changes, message):
 def test_identical_pairs_are_left_out_with_a_warning(tmp_path):
   same = _preference_row(rejected=" a")
   path = _jsonl(tmp_path / "p.jsonl", same, _preference_row(), same)
-  with pytest.warns(UserWarning, match=r"2 pairs left out .*line 1$"):
+  with pytest.warns(UserWarning, match=r"2 pairs are left out .*line 1$"):
     assert len(text.load_preferences(path)) == 1
   with pytest.warns(UserWarning), pytest.raises(ValueError, match="no rows"):
     text.load_preferences(_jsonl(path, same))
@@ -256,84 +243,8 @@ def test_reward_pairs_all_counts_ties_and_puts_the_higher_reward_first():
   assert got == [(0, 1, 0), (0, 1, 2)]
 
 
-def test_pairs_from_scored():
-  scored = [
-    text.Scored("p", ("a", "b", "c"), (0.0, -1.0, 2.0)),
-    text.Scored("q", ("a", "b", "c"), (1.0, 1.0, 1.0)),
-    text.Scored("r", ("same", "same", "c"), (0.0, 1.0, 0.5)),  # equal text is a tie too
-  ]
-  assert text.pairs_from_scored(scored) == ([text.Preference("p", "c", "b")], 2)
-  preferences, num_ties = text.pairs_from_scored(scored, pairs="all")
-  assert len(preferences) == 3 + 0 + 2 and num_ties == 3 + 1
-
-
 def test_bad_pairs():
   with pytest.raises(ValueError, match="'best'"):
     text.reward_pairs(np.zeros((2, 2)), pairs="best")
   with pytest.raises(ValueError, match=r"\[N, K\]"):
     text.reward_pairs(np.zeros((2, 1)))
-
-
-# --- token arrays -------------------------------------------------------------------------------
-
-
-def test_encode_prompts_pads_on_the_left():
-  tokens, mask = text.encode_prompts(_Letters(), ["abc", "z"], max_length=8, multiple=4)
-  np.testing.assert_array_equal(tokens, [[0, 1, 2, 3], [0, 0, 0, 26]])
-  np.testing.assert_array_equal(mask, [[0, 1, 1, 1], [0, 0, 0, 1]])
-  assert tokens.dtype == np.int32 and mask.dtype == np.float32
-
-
-def test_encode_completions_appends_eos_and_pads_on_the_right():
-  tokens, mask = text.encode_completions(_Letters(), ["abc", "z"], max_length=8, multiple=4)
-  np.testing.assert_array_equal(tokens, [[1, 2, 3, 27], [26, 27, 0, 0]])
-  np.testing.assert_array_equal(mask, [[1, 1, 1, 1], [1, 1, 0, 0]])
-
-
-def test_width_is_a_multiple_but_never_past_the_limit():
-  def width(n, limit):
-    return text.encode_prompts(_Letters(), ["a" * n], max_length=limit)[0].shape[1]
-
-  assert [width(1, 20), width(8, 20), width(9, 20), width(17, 20)] == [8, 8, 16, 20]
-
-
-def test_truncation_is_explicit():
-  tokens, _ = text.encode_prompts(_Letters(), ["abcdef"], max_length=4, multiple=4, truncate="left")
-  np.testing.assert_array_equal(tokens, [[3, 4, 5, 6]])
-  tokens, mask = text.encode_completions(
-    _Letters(), ["abcdef"], max_length=4, multiple=4, truncate="right"
-  )
-  np.testing.assert_array_equal(tokens, [[1, 2, 3, 4]])
-  assert mask.all()
-  with pytest.raises(
-    ValueError, match=r"prompt 1 \('abcdef'\) has 6 tokens, more than max_length=4.*'left'"
-  ):
-    text.encode_prompts(_Letters(), ["a", "abcdef"], max_length=4)
-  # The end of sequence counts.
-  with pytest.raises(
-    ValueError, match=r"completion 0 .* has 5 tokens, more than max_length=4.*'right'"
-  ):
-    text.encode_completions(_Letters(), ["abcd"], max_length=4)
-
-
-def test_bad_tokens():
-  small = types.SimpleNamespace(encode=_Letters().encode, vocab_size=10, eos_id=9, pad_id=0)
-  with pytest.raises(ValueError, match=r"prompt 1 .* has token 11, outside the vocabulary of 10"):
-    text.encode_prompts(small, ["a", "bk"], max_length=4)
-  with pytest.raises(ValueError, match=r"prompt 0 .* has no tokens"):
-    text.encode_prompts(small, ["123"], max_length=4)
-  with pytest.raises(ValueError, match=r"completion 0 .*has no tokens"):
-    text.encode_completions(small, ["123"], max_length=4)
-  with pytest.raises(ValueError, match="empty"):
-    text.encode_prompts(small, [], max_length=4)
-  with pytest.raises(ValueError, match="truncate is 'right'"):
-    text.encode_prompts(small, ["a"], max_length=4, truncate="right")
-
-
-def test_start_token_goes_before_prompts_and_never_before_completions():
-  tokenizer = _Letters()
-  tokenizer.start = (26,)
-  tokens, _ = text.encode_prompts(tokenizer, ["ab"], max_length=3, multiple=1)
-  np.testing.assert_array_equal(tokens, [[26, 1, 2]])
-  tokens, _ = text.encode_completions(tokenizer, ["ab"], max_length=3, multiple=1)
-  np.testing.assert_array_equal(tokens, [[1, 2, 27]])

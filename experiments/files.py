@@ -1,0 +1,61 @@
+"""Files that are replaced as a whole, so that no reader ever sees half of one; JSON."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def write_file(path: pathlib.Path, data: str | bytes) -> None:
+  """Replaces a file as a whole: a full disk or a killed process leaves the old contents.
+
+  Raises:
+    OSError: the file cannot be written; the message names it and the remedy.
+  """
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(temporary, path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise write_error(path, error) from error
+
+
+def write_error(path: pathlib.Path, error: OSError) -> OSError:
+  """Returns an error whose message names the file that could not be written and the remedy."""
+  return OSError(
+    f"cannot write {path}: {error.strerror or error}. The earlier contents are untouched. Free "
+    "some space or make the folder writable, then run the same command to continue."
+  )
+
+
+def write_json(path: pathlib.Path, data: Any) -> None:
+  """Replaces a JSON file as a whole; errors are those of `write_file`."""
+  write_file(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Returns the contents of a JSON file; None if it is absent or damaged."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the fields of a nested config under their dotted names.
+
+  Example:
+    >>> flatten({"seed": 0, "train": {"num_steps": 5}})
+    {'seed': 0, 'train.num_steps': 5}
+  """
+  flat: dict[str, Any] = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping) and value:
+      flat.update(flatten(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat

@@ -1,0 +1,1 @@
+"""The output of a run: records, results with confidence intervals, figures and an HTML page."""

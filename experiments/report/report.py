@@ -1,0 +1,60 @@
+"""The report of a run: one HTML file that loads nothing, and the figures as files."""
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from experiments import files
+from experiments.report import page, plots, records, results
+
+
+def write_run(
+  folder: pathlib.Path,
+  config: Any,
+  result: results.Result,
+  *,
+  headline: str,
+  figures: Iterable[results.Figure] = (),
+  history: records.History | None = None,
+  warning: str = "",
+) -> pathlib.Path:
+  """Writes `figures/` and `report.html` of a run; returns the path of the report.
+
+  Args:
+    folder: the folder of the run.
+    config: the config of the run.
+    result: the final evaluation. A result that was read from `results.json` has no figures; the
+      report then shows those that an earlier call saved in `folder`.
+    headline: the metric that comes first.
+    figures: figures to show after those of `result`.
+    history: training records and periodic evaluations, drawn as learning curves.
+    warning: why the run had to stop; shown in red at the top.
+  """
+  history = records.History() if history is None else history
+  curves = plots.learning_curves(history, headline)
+  drawn = [*result.figures, *figures, *([curves] if curves else [])]
+  for figure in drawn:
+    plots.save_figure(figure, folder / "figures")
+  index_path = folder / "figures" / "evaluation.json"
+  index = [[figure.name, figure.caption] for figure in result.figures]
+  if index:
+    files.write_json(index_path, index)
+  shown = (index or files.read_json(index_path) or []) + [
+    [figure.name, figure.caption] for figure in drawn[len(result.figures) :]
+  ]
+  html = page.render(
+    title=f"{config.paper}:{config.get('preset') or 'custom'}",
+    result=result,
+    headline=headline,
+    history=history,
+    figures=[
+      (name, caption, (folder / "figures" / f"{name}.svg").read_bytes())
+      for name, caption in shown
+      if (folder / "figures" / f"{name}.svg").exists()
+    ],
+    config=files.flatten(config.to_dict()),
+    environment=files.read_json(folder / "environment.json") or {},
+    warning=warning,
+  )
+  files.write_file(folder / "report.html", html)
+  return folder / "report.html"

@@ -1,0 +1,1 @@
+"""Questions that need several runs or several methods: comparisons, sweeps, tables."""

@@ -1,0 +1,319 @@
+"""Every method on the language of digits: one run trains a method under both judges at once.
+
+The state of a run has leading axes [judge, setting, seed]: two judges, the values of the method's
+own regulariser (traced, so one program serves all), the seeds. Offline methods learn from pairs
+that the reference wrote once; online ones draw from the policy and ask the judge at every step. A
+reward model stands in where a method needs a reward and the judge, being intransitive, has none.
+"""
+
+import functools
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignment import dro, reward_model, sequences, srpo
+from alignment.baselines import sft
+from alignment.models import scalar_head, transformer
+from experiments.data import digits
+from experiments.loop import training
+from experiments.report import results, statistics
+from experiments.tasks import bandits, digit_language, digit_methods, language
+from sharding import checks
+
+
+class World:
+  """What the methods of a comparison share, each made once: reference, reward model, data."""
+
+  def __init__(self, config: Any, folder: pathlib.Path):
+    self._config, self._folder = config, folder
+
+  @functools.cached_property
+  def ref_params(self) -> Any:
+    return restore_params("sft", self._config, self._folder)
+
+  @functools.cached_property
+  def reward_params(self) -> Any:
+    return restore_params("reward_model", self._config, self._folder)
+
+  @functools.cached_property
+  def data(self) -> digit_methods.Data:
+    return digit_language.make_data(self._config, self.ref_params, self.reward_params)
+
+
+def build_in(config: Any, workdir: pathlib.Path, world: World | None = None) -> training.Experiment:
+  """Returns the experiment of `config.method`.
+
+  Args:
+    config: of one method, as `comparison.sub_config` makes it.
+    workdir: of the run; those of the reference and the reward model lie beside it.
+    world: shared by several runs of one process; made from the folders by default.
+  """
+  bandits.check_counts(config, num_prompts=2, num_seeds=1)
+  checks.count("config.train.batch_size", config.train.batch_size)
+  checks.count("config.eval.num_prompts", config.eval.num_prompts)
+  if config.method == "sft":
+    return _reference(config)
+  world = world or World(config, workdir.parent)
+  if config.method == "reward_model":
+    return _reward_model(config, world)
+  checks.choice("config.method", config.method, tuple(digit_methods.METHODS))
+  return _method(config, world)
+
+
+def scanned(step: Callable[..., Any], num_steps: int) -> Callable[..., Any]:
+  """Returns `run(state, key)`: `step(state, key) -> (state, metrics)` that many times.
+
+  Metrics are those of the last step, their losses the mean of all.
+  """
+
+  def run(state, key):
+    state, metrics = jax.lax.scan(step, state, jax.random.split(key, num_steps))
+    return state, {name: values.mean(0) for name, values in metrics.items()}
+
+  return run
+
+
+def _reference(config: Any) -> training.Experiment:
+  """Imitates answers and revisions of the language's people, half of each in a batch."""
+  network = digit_language.network_of(config)
+  num_steps = config.train.num_steps * config.train.inner_steps
+  optimizer = language.make_optimizer(config.optimizer, num_steps)
+  algorithm_config = sft.Config()
+  half = config.train.batch_size
+
+  def step(state, key):
+    prompt_key, answer_key, edit_key, update_key = jax.random.split(key, 4)
+    prompts = digits.prompts(prompt_key, 2 * half)
+    answers = digits.imitations(answer_key, prompts)
+    plain, shown = (jax.tree.map(lambda leaf, i=i: leaf[i::2], answers) for i in (0, 1))
+    better = digits.edits(edit_key, shown)
+    room = [(0, 0), (digits.REVISION_LENGTH - digits.PROMPT_LENGTH, 0)]
+    context = [
+      jnp.concatenate([jnp.pad(short, room), long])
+      for short, long in zip(plain[2:], digits.revision_prompts(shown), strict=True)
+    ]
+    tokens, mask = (jnp.concatenate([plain[i], better[i]]) for i in (0, 1))
+    return sft.update(
+      state,
+      sft.Batch(tokens, mask, *context),
+      update_key,
+      apply_fn=transformer.make_apply_fn(network),
+      optimizer=optimizer,
+      config=algorithm_config,
+    )
+
+  def init(key):
+    params = transformer.init_params(network, key)
+    return sft.init(params, optimizer=optimizer, config=algorithm_config)
+
+  def evaluate(state):
+    samples = digit_language.sample_rows(network, state.params, config, "sft")
+    lines = digits.text(*map(np.asarray, samples[:2]))
+    prompts = digits.text(*map(np.asarray, samples[2:]))
+    return results.Result(
+      metrics={"reward": statistics.mean_interval(digits.quality(samples).rewards)},
+      tables=[
+        results.Table(
+          "Samples", ["prompt", "answer"], list(map(list, zip(prompts[:8], lines[:8], strict=True)))
+        )
+      ],
+    )
+
+  return training.Experiment(
+    init=init,
+    update=lambda state, batch, key: scanned(step, config.train.inner_steps)(state, key),
+    batches=bandits.NoData,
+    headline="reward",
+    evaluate=evaluate,
+  )
+
+
+def _reward_model(config: Any, world: World) -> training.Experiment:
+  """Fits Bradley-Terry rewards to the intransitive judge's labels of the offline pairs."""
+  network = digit_language.network_of(config)
+  num_steps = config.train.num_steps * config.train.inner_steps
+  optimizer = language.make_optimizer(config.optimizer, num_steps)
+  ref_params = world.ref_params
+  algorithm_config = reward_model.Config()
+  apply_fn = scalar_head.make_apply_fn(network)
+
+  def batch_of(data, rows):
+    pairs = digit_methods.pairs(None, digit_methods.Draw(data, rows, *[None] * 4))  # type: ignore[arg-type]
+    answers = (*pairs[:2], *pairs[3:5])
+    return reward_model.Batch(*answers, pairs.prompt_tokens, pairs.prompt_mask)
+
+  def update(state, data, key):
+    data = data._replace(judged=jax.tree.map(lambda leaf: leaf[1], data.judged))
+
+    def step(state, key):
+      rows = jax.random.randint(key, (config.train.batch_size,), 0, len(data.tokens))
+      return reward_model.update(
+        state,
+        batch_of(data, rows),
+        key,
+        apply_fn=apply_fn,
+        optimizer=optimizer,
+        config=algorithm_config,
+      )
+
+    return scanned(step, config.train.inner_steps)(state, key)
+
+  def evaluate(state):
+    """Accuracy on fresh pairs of the reference, against the more probable winner."""
+    first, second = (
+      digit_language.sample_rows(network, ref_params, config, name) for name in ("one", "two")
+    )
+    truth = digits.preferences(digits.quality(first), digits.quality(second), True)
+    margin = apply_fn(state.params, first) - apply_fn(state.params, second)
+    decided = np.asarray(truth != 0.5)
+    right = np.asarray((margin > 0) == (truth > 0.5))[decided]
+    return results.Result(
+      metrics={"accuracy": statistics.clopper_pearson(int(right.sum()), right.size)},
+      notes=["Accuracy: agreement with the side that the intransitive judge favours."],
+    )
+
+  return training.Experiment(
+    init=lambda key, params: reward_model.init(
+      scalar_head.from_decoder(params), optimizer=optimizer, config=algorithm_config
+    ),
+    init_args=(ref_params,),
+    update=update,
+    batches=lambda: bandits.NoData(digit_language.make_data(config, ref_params, None)),
+    headline="accuracy",
+    evaluate=evaluate,
+  )
+
+
+def restore_params(method: str, config: Any, folder: pathlib.Path) -> Any:
+  """Returns the parameters of a finished run beside this one."""
+  from experiments.loop import run_folder
+
+  saved = run_folder.read_config(folder / method)
+  return training.restore(build_in(saved, folder / method), saved, folder / method).state.params
+
+
+# --- one method -----------------------------------------------------------------------------------
+
+
+def _method(config: Any, world: World) -> training.Experiment:
+  method, network = digit_methods.METHODS[config.method], digit_language.network_of(config)
+  values = bandits.positives(config, f"algorithm.{method.knob}")
+  settings = method.configs(values)
+  num_seeds, inner_steps = config.data.num_seeds, config.train.inner_steps
+  adam = language.make_optimizer(config.optimizer, config.train.num_steps * inner_steps)
+  is_dro = method.algorithm is dro
+  optimizer = dro.make_optimizer(adam, adam) if is_dro else adam
+  logps_fn = transformer.make_apply_fn(network)
+  apply_fn = scalar_head.make_policy_and_value_fn(network) if is_dro else logps_fn
+  ref_params = world.ref_params
+  shape = (len(digits.ORACLES), len(values), num_seeds)
+
+  def init(key, ref_params):
+    del key  # every run starts at the reference
+    params = ref_params
+    if is_dro:
+      params = dro.Params(ref_params, scalar_head.from_decoder(ref_params))
+    one = method.algorithm.init(params, optimizer=optimizer, config=settings)
+    return bandits.Sweep({config.method: bandits.broadcast(one, shape)}, jnp.zeros((), jnp.int32))
+
+  def run(data, state, key, judged, setting):
+    def step(state, key):
+      row_key, draw_key, update_key = jax.random.split(key, 3)
+      rows = jax.random.randint(row_key, (config.train.batch_size,), 0, len(data.tokens))
+      draw = digit_methods.Draw(
+        data._replace(judged=judged),
+        rows,
+        draw_key,
+        digit_language.generate_fn(network),
+        logps_fn,
+        scalar_head.make_apply_fn(network),
+      )
+      return method.algorithm.update(
+        state,
+        method.batch(state, draw),
+        update_key,
+        apply_fn=apply_fn,
+        optimizer=optimizer,
+        config=setting,
+      )
+
+    return scanned(step, inner_steps)(state, key)
+
+  def update(sweep, data, key):
+    over_seeds = jax.vmap(functools.partial(run, data), in_axes=(0, 0, None, None))
+    over_settings = jax.vmap(over_seeds, in_axes=(0, None, None, 0))
+    over_judges = jax.vmap(over_settings, in_axes=(0, None, 0, None))
+    # The same keys under every setting and judge: what differs is not the luck of the draw.
+    keys = jax.random.split(key, num_seeds)
+    state, metrics = over_judges(sweep.runs[config.method], keys, data.judged, settings)
+    metrics = {name: jnp.mean(each) for name, each in metrics.items()}
+    return bandits.Sweep({config.method: state}, sweep.step + 1), metrics
+
+  def evaluate(sweep):
+    params = sweep.runs[config.method].params
+    return _measure(config, network, params.policy if is_dro else params, ref_params, values)
+
+  return training.Experiment(
+    init=init,
+    init_args=(ref_params,),
+    update=update,
+    batches=lambda: bandits.NoData(world.data),
+    headline=f"win_rate/scalar/{values[0]:g}",
+    evaluate=evaluate,
+  )
+
+
+def _measure(config, network, params, ref_params, values) -> results.Result:
+  """Samples every run once a held-out prompt: what the comparison between methods is made of.
+
+  `arrays`: `rewards`, `styles`, `log_ratios` `[judge, setting, seed, prompt]` of the answers, and
+  `revised` `[judge, setting, seed, revision]`, win rates against the reference's answers.
+  """
+  sample_fn, apply_fn = digit_language.generate_fn(network), transformer.make_apply_fn(network)
+  prompts = digit_language.test_prompts(config)
+  reference = digits.quality(digit_language.sample_rows(network, ref_params, config, "sft"))
+  shape = jax.tree.leaves(params)[0].shape[:3]
+  seed = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(config.method.encode()))
+  keys = jax.random.split(seed, shape)
+
+  @jax.jit
+  def look(params, ref_params, answers, reference, intransitive):
+    first = answers[0]
+    logps = apply_fn(params, first) - apply_fn(ref_params, first)
+    log_ratios = sequences.sequence_logps(logps, first.mask, reduction="sum")
+    quality = digits.quality(first)
+    wins = [digits.preferences(digits.quality(a), reference, intransitive).mean() for a in answers]
+    return quality.rewards, quality.styles, log_ratios, jnp.stack(wins)
+
+  found = []
+  for run in np.ndindex(*shape):
+    own = jax.tree.map(lambda leaf, run=run: leaf[run], params)
+    answers = srpo.sample(
+      srpo.State(own, (), jnp.zeros((), jnp.int32)),
+      prompts,
+      keys[run],
+      sample_fn=sample_fn,
+      revision_fn=digits.revision_prompts,
+      num_revisions=config.eval.num_revisions if config.method in digit_methods.REVISED else 0,
+    )
+    found.append(look(own, ref_params, answers, reference, bool(run[0])))
+  found = [np.stack(values) for values in zip(*jax.device_get(found), strict=True)]
+  arrays = {
+    name: values.reshape(*shape, -1)
+    for name, values in zip(("rewards", "styles", "log_ratios", "revised"), found, strict=True)
+  }
+  metrics = {}
+  for i, judge in enumerate(digits.ORACLES):
+    for j, value in enumerate(values):
+      tag = f"{judge}/{value:g}"
+      # The spread over seeds, each the mean of all prompts.
+      metrics[f"win_rate/{tag}"] = statistics.mean_interval(arrays["revised"][i, j, :, 0])
+      metrics[f"reward/{tag}"] = statistics.mean_interval(arrays["rewards"][i, j].mean(-1))
+      metrics[f"kl/{tag}"] = statistics.mean_interval(arrays["log_ratios"][i, j].mean(-1))
+  kept = {name: np.round(values, 4) for name, values in arrays.items()}
+  return results.Result(metrics=metrics, arrays=kept)

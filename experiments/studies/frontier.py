@@ -1,0 +1,83 @@
+"""Reward against sequence KL along the training of several algorithms: runs of runs."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.loop import suite, training
+from experiments.report import plots, results
+
+NAMES = {
+  "copg": "CoPG",
+  "dpo": "DPO",
+  "dro": "DRO-V",
+  "ipo": "IPO",
+  "kto": "KTO",
+  "nash_md": "Nash-MD-PG",
+  "online_ipo": "online IPO",
+  "rloo": "RLOO",
+  "srpo": "SRPO",
+}
+
+
+def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
+  """Trains each algorithm in a folder of its own, then draws all of them into one report."""
+  known = {name: f"{name}:{config.preset}" for name in NAMES}
+  parts = suite.configs_of("config.algorithms", config.algorithms, known)
+  for part in parts.values():
+    part.seed = config.seed
+    for section in ("eval", "sharding", "train", "checkpoint"):
+      part[section].update(config[section])
+  return suite.run(config, workdir, parts, _summarise)
+
+
+def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
+  records = {name: part.history.evals for name, part in parts.items()}
+  rows = []
+  found = {}
+  for name, evaluations in records.items():
+    last = evaluations[-1]
+    for key in ("win_rate", "reward", "kl"):
+      found[f"{name}/{key}"] = _estimate(last, key)
+    for row in evaluations:
+      cells = [_estimate(row, key) for key in ("kl", "reward", "win_rate")]
+      rows.append([_name(name), row["step"], *cells, row["length"], row["distinct_2"]])
+  columns = ["algorithm", "step", "KL", "reward", "win rate", "length", "distinct-2"]
+  table = results.Table(
+    "Evaluations", columns, rows, caption="Intervals are 95 % confidence intervals.", digits=3
+  )
+  return suite.Summary(
+    results.Result(metrics=found, tables=[table]), f"{next(iter(parts))}/reward", [draw(records)]
+  )
+
+
+def draw(records: Mapping[str, list[dict[str, Any]]]) -> results.Figure:
+  """Draws mean held-out reward against sequence KL, from the reference (KL 0) to the end."""
+  figure, axes = plots.subplots(1, 1, size=(4.6, 3.6))
+  axis = axes[0][0]
+  for name, rows in records.items():
+    start = rows[0]["reward_reference"]
+    kl = np.array([0.0, *(row["kl"] for row in rows)])
+    reward = np.array([start, *(row["reward"] for row in rows)])
+    low = np.array([start, *(row["reward_low"] for row in rows)])
+    high = np.array([start, *(row["reward_high"] for row in rows)])
+    axis.errorbar(
+      kl, reward, yerr=[reward - low, high - reward], marker="o", capsize=2, label=_name(name)
+    )
+  axis.set(xlabel="sequence KL to the reference, nats", ylabel="mean reward, held-out prompts")
+  axis.legend()
+  caption = (
+    "Each curve is one algorithm and each point one evaluation. Bars are 95 % intervals of the "
+    "mean reward."
+  )
+  return results.Figure(name="reward_kl", caption=caption, figure=figure)
+
+
+def _name(part: str) -> str:
+  return NAMES.get(part, part)
+
+
+def _estimate(row: Mapping[str, float], key: str) -> results.Estimate:
+  return results.Estimate(row[key], row.get(f"{key}_low"), row.get(f"{key}_high"))

@@ -1,0 +1,53 @@
+"""ARMAC beside NFSP, MCCFR and CFR on one game: a run for each of `methods`, and one figure."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.loop import suite, training
+from experiments.report import results
+from experiments.tasks import game_runs
+
+METHODS = {
+  "armac": "armac:{preset}",
+  "nfsp": "nfsp:{preset}",
+  "mccfr": "cfr:{preset}_sampled",
+  "cfr": "cfr:{preset}",
+}
+
+
+def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
+  """Runs each method in a folder of its own, then draws all of them into one report."""
+  known = {name: text.format(preset=config.preset) for name, text in METHODS.items()}
+  parts = suite.configs_of("config.methods", config.methods, known)
+  for part in parts.values():
+    part.seed = config.seed
+  return suite.run(config, workdir, parts, _summarise)
+
+
+def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
+  """Returns the NashConv of every method at its end and where the shortest of them ended."""
+  records = {name: part.history for name, part in parts.items()}
+  shortest = min(history[-1]["env_steps"] for history in records.values())
+  found, rows = {}, []
+  for name, history in records.items():
+    last = history[-1]
+    # The last measurement that had seen no more than the shortest run.
+    within = [row for row in history if row["env_steps"] <= shortest] or [history[0]]
+    for row in (within[-1], last):
+      cells = [row[key] for key in ("nash_conv", "nash_conv/low", "nash_conv/high")]
+      rows.append([name, round(row["env_steps"]), round(row["seconds"]), *cells])
+    found[f"nash_conv/{name}"] = results.Estimate(
+      within[-1]["nash_conv"],
+      within[-1]["nash_conv/low"],
+      within[-1]["nash_conv/high"],
+      note=f"after {within[-1]['env_steps']:.3g} decisions",
+    )
+  columns = ["method", "decisions", "seconds", "NashConv", "best seed", "worst seed"]
+  title = "NashConv where the shortest run ends, and at the end of each run"
+  table = results.Table(title, columns, rows, digits=4)
+  return suite.Summary(
+    results.Result(metrics=found, tables=[table]),
+    f"nash_conv/{next(iter(parts))}",
+    [game_runs.curves(records)],
+  )

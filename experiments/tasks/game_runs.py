@@ -1,0 +1,177 @@
+"""Runs on a compiled game: seeds side by side, and the exact NashConv of what each has learned.
+
+A step of the loop is one `Solver.update` of every seed, vmapped: an epoch of ARMAC or NFSP, a scan
+of iterations of CFR. After each of them the mean policy is measured on the whole tree, which costs
+little beside the step, so that the record of a run is its curve.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.loop import training
+from experiments.report import plots, results, statistics
+from experiments.tasks import bandits, game_figures
+from rl_theory import games, policy_arrays, policy_files
+from sharding import checks
+
+_MAX_ROWS = 40  # of a heat map
+
+
+class Solver(NamedTuple):
+  """One method on one game, for one seed; all pure.
+
+  Attributes:
+    init: `init(key) -> state`.
+    update: `update(state, key) -> (state, metrics)`, one step of the loop.
+    mean_policy: `mean_policy(state) -> [S, A]`, what is measured.
+    env_steps: `env_steps(state) -> []`, decisions that have been played or passed.
+  """
+
+  init: Callable[[jax.Array], Any]
+  update: Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
+  mean_policy: Callable[[Any], jax.Array]
+  env_steps: Callable[[Any], jax.Array]
+
+
+class Runs(NamedTuple):
+  """State of the loop.
+
+  learners: the state of each seed, leaves `[num_seeds, ...]`.
+  step: `[]` int32, counts steps of the loop.
+  """
+
+  learners: Any
+  step: jax.Array
+
+
+def compile_game(config: Any) -> games.Game:
+  """Returns the game of a config.
+
+  Raises:
+    ValueError: if `environment` has a bad field.
+  """
+  checks.count("config.environment.num_seeds", config.environment.num_seeds)
+  return games.compile_game(config.environment.game, max_nodes=config.environment.max_nodes)
+
+
+def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
+  """Returns the experiment that runs a solver with `environment.num_seeds` seeds."""
+  num_seeds = config.environment.num_seeds
+
+  def init(key):
+    learners = jax.vmap(solver.init)(jax.random.split(key, num_seeds))
+    return Runs(learners, jnp.zeros((), jnp.int32))
+
+  def update(runs, batch, key):
+    del batch  # seeds play their own episodes
+    learners, metrics = jax.vmap(solver.update)(runs.learners, jax.random.split(key, num_seeds))
+    distances = jax.vmap(lambda one: games.nash_conv(game, solver.mean_policy(one)))(learners)
+    measured = {
+      "nash_conv": jnp.mean(distances),
+      "nash_conv/low": jnp.min(distances),
+      "nash_conv/high": jnp.max(distances),
+      "env_steps": jnp.mean(jax.vmap(solver.env_steps)(learners).astype(jnp.float32)),
+    }
+    return Runs(learners, runs.step + 1), jax.tree.map(jnp.mean, metrics) | measured
+
+  policies = jax.jit(lambda runs: jax.vmap(solver.mean_policy)(runs.learners))
+  return training.Experiment(
+    init=init,
+    update=update,
+    batches=bandits.NoData,
+    headline="nash_conv",
+    maximise=False,
+    evaluate=lambda runs: _result(config, game, policies(runs), runs, solver),
+    sample=lambda runs: policy_table(game, np.asarray(policies(runs))[0]),
+    export=lambda runs, folder: _export(game, np.asarray(policies(runs))[0], folder),
+    figures=lambda history, result: [
+      curves({str(config.paper): history}),
+      game_figures.policy_heat_map(game, result.arrays["policy"], states=_first_states(game)),
+    ],
+  )
+
+
+def _result(
+  config: Any, game: games.Game, policies: jax.Array, runs: Runs, solver: Solver
+) -> results.Result:
+  distances = np.asarray(jax.vmap(functools.partial(games.nash_conv, game))(policies))
+  values = np.asarray(jax.vmap(functools.partial(games.expected_values, game))(policies))
+  uniform = float(games.nash_conv(game, policy_arrays.uniform(game)))
+  steps = int(np.mean(np.asarray(jax.vmap(solver.env_steps)(runs.learners))))
+  metrics = {
+    "nash_conv": results.Estimate(
+      float(distances.mean()),
+      float(distances.min()),
+      float(distances.max()),
+      note=f"range of {len(distances)} seeds" if len(distances) > 1 else "",
+    ),
+    "env_steps": float(steps),
+  }
+  tables = [
+    results.Table(
+      "Mean policies",
+      ["seed", "NashConv", "exploitability", "values of the players"],
+      [
+        [k, float(d), float(d) / game.num_players, [*map(float, value)]]
+        for k, (d, value) in enumerate(zip(distances, values, strict=True))
+      ],
+      caption=f"NashConv is the sum over players, exploitability their mean. Uniform play has a "
+      f"NashConv of {uniform:.4f}.",
+    ),
+  ]
+  bar = float(config.environment.bar)
+  if bar:
+    criteria = [(f"NashConv of every seed below {bar:g}", bool(np.all(distances < bar)))]
+    tables.insert(0, results.checks_table("Pass criteria", criteria))
+    metrics["criteria_passed"] = statistics.fraction_passed(criteria)
+  return results.Result(metrics=metrics, tables=tables, arrays={"policy": np.asarray(policies[0])})
+
+
+def policy_table(game: games.Game, policy: np.ndarray) -> results.Table:
+  """Returns the rows of a policy with the states' strings."""
+  rows = [
+    [player, string, [*map(float, probs)]]
+    for player, string, probs in zip(
+      np.asarray(game.state_players).tolist(), game.state_strings, policy, strict=True
+    )
+  ]
+  return results.Table("Mean policy of seed 0", ["player", "information state", "actions"], rows)
+
+
+def _export(game: games.Game, policy: np.ndarray, folder: pathlib.Path) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  for ending in ("json", "csv"):  # of one run: what an interrupted end has left may be replaced
+    policy_files.write_policy(folder / f"policy.{ending}", game, policy, overwrite=True)
+
+
+def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> results.Figure:
+  """Draws NashConv against decisions played and against seconds, one curve a method."""
+  figure, axes = plots.subplots(1, 2, sharey=True)
+  for axis, name, label, scale in (
+    (axes[0][0], "env_steps", "decisions played", "log"),
+    (axes[0][1], "seconds", "seconds, compilation included", "linear"),
+  ):
+    for method, rows in records.items():
+      along = np.array([row[name] for row in rows])
+      (line,) = axis.plot(along, [row["nash_conv"] for row in rows], label=method)
+      low, high = ([row[f"nash_conv/{end}"] for row in rows] for end in ("low", "high"))
+      axis.fill_between(along, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axis.set(xlabel=label, xscale=scale, yscale="log")
+  axes[0][0].set_ylabel("NashConv of the mean policy")
+  if len(records) > 1:
+    plots.legend_below(figure, axes[0][0])
+  caption = "Mean over seeds; bands from the best to the worst of them. Exact, on the whole tree."
+  return results.Figure(name="nash_conv", caption=caption, figure=figure)
+
+
+def _first_states(game: games.Game) -> list[int]:
+  """Returns the first information states of each player, as many as one figure can show."""
+  each = _MAX_ROWS // game.num_players
+  slices = [game.layout.player_slice(player) for player in range(game.num_players)]
+  return [row for own in slices for row in range(own.start, min(own.start + each, own.stop))]

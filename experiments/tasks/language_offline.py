@@ -1,0 +1,365 @@
+"""A pretrained model with prompts and a reward: what it is trained on and how it is compared.
+
+Prompts are split into train and test. K completions of each training prompt come from the
+reference (or from the user's file), are scored, and are kept with their reference
+log-probabilities. A comparison draws fresh completions of held-out prompts, policy against
+reference.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+
+from alignment import sequences
+from alignment.models import sampling, transformer
+from experiments.data import encoding, pretrained, rewards, sample_cache, templates, text
+from sharding import checks
+
+OWN_DATA = ("scored", "preferences", "demonstrations")
+
+
+def has_own_data(data: Any) -> bool:
+  """Whether a config's `data` names what to train on, in place of the reference's samples."""
+  return any(data[name] for name in OWN_DATA)
+
+
+class Samples(NamedTuple):
+  """N prompts with K scored completions each, as NumPy arrays.
+
+  prompt_tokens: `[N, P]` int32, left-padded.  prompt_mask: `[N, P]` float32.
+  tokens: `[N, K, T]` int32, right-padded, end of sequence included.  mask: `[N, K, T]` float32.
+  ref_logps: `[N, K]` sums over completion tokens under the reference, nats.
+  rewards: `[N, K]` float32.
+  best_probs: `[N]` P(best beats worst), 1 unless the data carry soft labels.
+  prompts: N texts.
+  """
+
+  prompt_tokens: np.ndarray
+  prompt_mask: np.ndarray
+  tokens: np.ndarray
+  mask: np.ndarray
+  ref_logps: np.ndarray
+  rewards: np.ndarray
+  best_probs: np.ndarray
+  prompts: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A model, its prompts and its reward: what data, evaluation and sampling have in common."""
+
+  config: Any
+  model: pretrained.Pretrained
+  network: transformer.TransformerConfig
+  apply_fn: Callable[[Any, sequences.Sequences], jax.Array]
+  reward_fn: rewards.Reward
+  train_prompts: list[str]
+  test_prompts: list[str]
+  cache: sample_cache.SampleCache
+
+  # --- reference log-probabilities and samples ------------------------------------------------
+
+  def encode_prompts(
+    self, prompts: list[str], names: list[str] | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and mask `[N, P]`, P the longest prompt (in its template) rounded up."""
+    data = self.config.data
+    return encoding.encode_prompts(
+      self.model.tokenizer,
+      self._filled(prompts),
+      max_length=data.prompt_length,
+      multiple=4,
+      truncate="left" if data.truncate else None,
+      names=names,
+    )
+
+  def _filled(self, prompts: list[str]) -> list[str]:
+    return [templates.fill(self.config.data.prompt_template, prompt=prompt) for prompt in prompts]
+
+  def logps(self, params: Any, prompts: list[str], tokens: np.ndarray, mask: np.ndarray):
+    """Returns `[N, K]` summed log-probabilities of completions `[N, K, T]` of N prompts."""
+    out = []
+    for chunk in self._chunks("log-probabilities", *self.encode_prompts(prompts), tokens, mask):
+      prompt_tokens, prompt_mask, chunk_tokens, chunk_mask = chunk
+      batch = sequences.flatten_samples(chunk_tokens, chunk_mask, prompt_tokens, prompt_mask)
+      out.append(_sequence_logps(params, batch, apply_fn=self.apply_fn))
+    flat = np.concatenate([np.asarray(x) for x in out])
+    return flat.reshape(-1, tokens.shape[1])[: len(tokens)]
+
+  def generate(
+    self, params: Any, prompts: list[str], key: jax.Array, num_samples: int
+  ) -> dict[str, np.ndarray]:
+    """Samples K completions of each prompt.
+
+    Returns `tokens` and `mask` `[N, K, T]`, and `logps` `[N, K]`, the model's own summed
+    log-probabilities. In float32 they are the sampler's, which a separate pass equals but for
+    rounding; in bfloat16 rounding is tenths of a nat, so they come from the pass that training
+    makes.
+    """
+    data, tokenizer = self.config.data, self.model.tokenizer
+    drawn = []
+    chunks = self._chunks("sampling", *self.encode_prompts(prompts), num_samples=num_samples)
+    for i, (chunk_tokens, chunk_mask) in enumerate(chunks):
+      samples = sampling.generate(
+        params,
+        chunk_tokens,
+        chunk_mask,
+        jax.random.fold_in(key, i),
+        config=self.network,
+        max_new_tokens=data.completion_length,
+        num_samples=num_samples,
+        temperature=data.temperature,
+        top_k=data.top_k,
+        top_p=data.top_p,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+      )
+      drawn.append(jax.device_get(samples))
+    shape = (-1, num_samples, data.completion_length)
+    tokens, mask, logps = (
+      np.concatenate(x).reshape(shape)[: len(prompts)] for x in zip(*drawn, strict=True)
+    )
+    if self.network.dtype == "float32":
+      logps = (logps * mask).sum(-1)
+    else:
+      logps = self.logps(params, prompts, tokens, mask)
+    return {"tokens": tokens, "mask": mask, "logps": logps}
+
+  def _chunks(self, what: str, *arrays: np.ndarray, num_samples: int | None = None):
+    """Yields slices of N prompts and their data, the last filled with its last row: one compile.
+
+    About `data.sample_batch_size` completions each; K is `num_samples`, or `arrays[-1].shape[1]`.
+    """
+    count, num_samples = len(arrays[0]), num_samples or arrays[-1].shape[1]
+    size = max(1, self.config.data.sample_batch_size // num_samples)
+    # Minutes on a CPU: a bar on a terminal, a line elsewhere.
+    starts = range(0, count, size)
+    if not sys.stderr.isatty() and len(starts) > 1:
+      print(f"{what}: {count * num_samples} completions", flush=True)
+    for start in tqdm.tqdm(starts, desc=what, leave=False, disable=None):
+      rows = np.minimum(np.arange(start, start + size), count - 1)
+      yield tuple(x[rows] for x in arrays)
+
+  def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Returns the text of each row of `[N, T]`, special tokens dropped."""
+    tokenizer = self.model.tokenizer
+    return [
+      tokenizer.decode([int(t) for t, m in zip(row, keep, strict=True) if m])
+      for row, keep in zip(tokens, mask, strict=True)
+    ]
+
+  def reference_samples(
+    self, prompts: list[str], num_samples: int, seed: int
+  ) -> dict[str, np.ndarray]:
+    """Samples the reference once for these settings, then reads them from the cache."""
+    data = self.config.data
+    settings = {
+      **self._model_settings(),
+      "prompts": self._filled(prompts),
+      "num_samples": num_samples,
+      "seed": seed,
+      "temperature": data.temperature,
+      "top_k": data.top_k,
+      "top_p": data.top_p,
+      "sample_batch_size": data.sample_batch_size,  # batches have keys of their own
+    }
+
+    def make():
+      return self.generate(self.model.params, prompts, jax.random.key(seed), num_samples)
+
+    return self.cache.get(settings, make)
+
+  def reference_logps(self, prompts: list[str], tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns the reference's `[N, K]` log-probabilities of completions, kept in the cache."""
+    settings = {
+      **self._model_settings(),
+      "prompts": self._filled(prompts),
+      "tokens": hashlib.sha256(tokens.tobytes() + mask.tobytes()).hexdigest(),
+    }
+
+    def make():
+      return {"logps": self.logps(self.model.params, prompts, tokens, mask)}
+
+    return self.cache.get(settings, make)["logps"]
+
+  def _model_settings(self) -> dict[str, Any]:
+    return {
+      "model": self.model.fingerprint,
+      "tokenizer": self.model.tokenizer.fingerprint,
+      "dtype": self.network.dtype,
+      "prompt_length": self.config.data.prompt_length,
+      "completion_length": self.config.data.completion_length,
+    }
+
+  # --- training data --------------------------------------------------------------------------
+
+  def training_samples(self) -> Samples:
+    """Returns the scored completions to train on, from the user's file or from the reference."""
+    data = self.config.data
+    if has_own_data(data):
+      return self._own_samples()
+    drawn = self.reference_samples(self.train_prompts, data.num_samples, self.config.seed)
+    tokens, mask = drawn["tokens"], drawn["mask"]
+    completions = self.decode(*(x.reshape(-1, x.shape[-1]) for x in (tokens, mask)))
+    repeated = [p for p in self.train_prompts for _ in range(data.num_samples)]
+    scores = self.cache.rewards(
+      drawn, self.reward_fn.fingerprint, lambda: self.reward_fn(repeated, completions)
+    )
+    scores = scores.reshape(tokens.shape[:2]).astype(np.float32)
+    encoded, ones = self.encode_prompts(self.train_prompts), np.ones(len(tokens), np.float32)
+    return Samples(*encoded, tokens, mask, drawn["logps"], scores, ones, self.train_prompts)
+
+  def _own_samples(self) -> Samples:
+    data = self.config.data
+    if data.scored:
+      scored = self._without_held_out(text.load_scored(data.scored))
+      completions = [row.completions for row in scored]
+      labels = [f"completions[{i}]" for i in range(len(completions[0]))]
+      scores = np.array([row.rewards for row in scored], np.float32)
+      best_probs = np.ones(len(scored), np.float32)
+      prompts, where = _places(scored)
+    elif data.demonstrations:
+      shown = self._without_held_out(text.load_demonstrations(data.demonstrations))
+      completions, labels = [(row.completion,) for row in shown], ["completion"]
+      scores, best_probs = np.zeros((len(shown), 1), np.float32), np.ones(len(shown), np.float32)
+      prompts, where = _places(shown)
+    else:
+      fields = data.preference_fields.split(",")
+      pairs = self._without_held_out(text.load_preferences(data.preferences, fields))
+      completions, labels = [(row.chosen, row.rejected) for row in pairs], ["chosen", "rejected"]
+      # A hard label as rewards: on these CoPG is IPO with tau = beta (proposition 3).
+      scores = np.tile(np.array([0.25, -0.25], np.float32), (len(pairs), 1))
+      best_probs = np.array([row.chosen_prob for row in pairs], np.float32)
+      prompts, where = _places(pairs)
+    shape = (*scores.shape, data.completion_length)
+    encoded = self.encode_prompts(prompts, [f"{place}: prompt" for place in where])
+    tokens, mask = encoding.encode_completions(
+      self.model.tokenizer,
+      [completion for group in completions for completion in group],
+      max_length=data.completion_length,
+      multiple=data.completion_length,
+      truncate="right" if data.truncate else None,
+      names=[f"{place}: {label}" for place in where for label in labels],
+    )
+    tokens, mask = tokens.reshape(shape), mask.reshape(shape)
+    # A single completion is imitated, not compared with what the reference thinks of it.
+    logps = np.zeros_like(scores)
+    if not data.demonstrations:
+      logps = self.reference_logps(prompts, tokens, mask)
+    return Samples(*encoded, tokens, mask, logps, scores, best_probs, prompts)
+
+  def _without_held_out(self, rows: list[Any]) -> list[Any]:
+    """Returns the rows whose prompt is not one that the run is judged on."""
+    held_out = set(self.test_prompts)
+    kept = [row for row in rows if row.prompt not in held_out]
+    if len(kept) < len(rows):
+      print(f"{len(rows) - len(kept)} rows are left out: their prompts are held out", flush=True)
+    if not kept:
+      raise ValueError(
+        f"all {len(rows)} rows have prompts that are held out for the comparison: lower "
+        f"eval.num_prompts={len(held_out)}, or give other data.prompts"
+      )
+    return kept
+
+  # --- evaluation -----------------------------------------------------------------------------
+
+  def compare(self, params: Any) -> "Comparison":
+    """Draws one completion a held-out prompt from policy and reference and scores both.
+
+    With keys of their own: on common random numbers two policies that hardly differ draw the same
+    texts, which are ties, and the win rate of the rest is that of another question.
+    """
+    prompts, seed = self.test_prompts, self.config.seed
+    reference = self.reference_samples(prompts, 1, seed + 1)
+    drawn = self.generate(params, prompts, jax.random.key(seed + 2), 1)
+    ref_logps = self.logps(self.model.params, prompts, drawn["tokens"], drawn["mask"])
+    tokens, mask = drawn["tokens"][:, 0], drawn["mask"][:, 0]
+    ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]
+    texts, ref_texts = self.decode(tokens, mask), self.decode(ref_tokens, ref_mask)
+    return Comparison(
+      prompts=prompts,
+      texts=texts,
+      ref_texts=ref_texts,
+      rewards=self.reward_fn(prompts, texts),
+      ref_rewards=self.reward_fn(prompts, ref_texts),
+      log_ratios=(drawn["logps"] - ref_logps)[:, 0],
+      ids=_unpad(tokens, mask),
+      ref_ids=_unpad(ref_tokens, ref_mask),
+    )
+
+
+class Comparison(NamedTuple):
+  """Held-out completions of the policy beside the reference's, N of each.
+
+  prompts, texts, ref_texts: N strings.  rewards, ref_rewards: `[N]`.
+  log_ratios: `[N]` log pi - log ref of the policy's samples, nats.  ids, ref_ids: token lists.
+  """
+
+  prompts: list[str]
+  texts: list[str]
+  ref_texts: list[str]
+  rewards: np.ndarray
+  ref_rewards: np.ndarray
+  log_ratios: np.ndarray
+  ids: list[list[int]]
+  ref_ids: list[list[int]]
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def _sequence_logps(params, batch, *, apply_fn):
+  return sequences.sequence_logps(apply_fn(params, batch), batch.mask, reduction="sum")
+
+
+def _places(rows: list[Any]) -> tuple[list[str], list[str]]:
+  return [row.prompt for row in rows], [row.where for row in rows]
+
+
+def _unpad(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+  return [row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)]
+
+
+def make_task(config: Any) -> Task:
+  """Loads the model, the prompts and the reward of a config."""
+  model = pretrained.load(config.network.model)
+  network = dataclasses.replace(
+    model.config, dtype=config.network.dtype, remat=config.network.remat
+  )
+  for name in ("num_prompts", "prompt_length", "completion_length", "sample_batch_size"):
+    checks.count(f"data.{name}", config.data[name])
+  checks.count("network.logps_chunk", config.network.logps_chunk)
+  templates.check("data.prompt_template", config.data.prompt_template, "prompt")
+  longest = config.data.prompt_length + config.data.completion_length
+  if longest > network.max_length:
+    raise ValueError(
+      f"data.prompt_length + data.completion_length = {longest} exceeds the context of "
+      f"{config.network.model} ({network.max_length} tokens): shorten one of them"
+    )
+  given = [f"data.{name}={config.data[name]}" for name in OWN_DATA if config.data[name]]
+  if len(given) > 1:
+    raise ValueError(f"{' and '.join(given)} are both given: a run trains on one of them")
+  prompts = text.load_prompts(config.data.prompts or None)
+  needed = 1 if given else config.data.num_prompts
+  if not 0 < config.eval.num_prompts <= len(prompts) - needed:
+    raise ValueError(
+      f"eval.num_prompts={config.eval.num_prompts} held-out prompts and data.num_prompts={needed} "
+      f"to train on ask for more than the {len(prompts)} there are in "
+      f"{config.data.prompts or 'the package'}: lower one of them"
+    )
+  train, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
+  return Task(
+    config=config,
+    model=model,
+    network=network,
+    apply_fn=transformer.make_apply_fn(network, logps_chunk=config.network.logps_chunk),
+    reward_fn=rewards.resolve(config.reward),
+    train_prompts=train[: config.data.num_prompts],
+    test_prompts=test,
+    cache=sample_cache.SampleCache(config.data.cache or None),
+  )

@@ -1,0 +1,184 @@
+"""Labelled pairs and the scalar model that learns from them.
+
+With `network.train=head` the body is frozen. Its features of every completion are computed once
+and stand in the place of the completion's tokens, so that `reward_model.update` trains a linear
+model in seconds; they are divided by the root mean square of their differences, training pairs
+only. `full_params` makes a scalar model of either.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignment import reward_model
+from alignment.models import scalar_head, transformer
+from experiments.data import learned_rewards, pretrained, sample_cache, text
+from experiments.tasks import language
+from sharding import checks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+  """A body, and pairs split by prompt; frozen bodies are read once, when first asked."""
+
+  model: pretrained.Pretrained
+  network: transformer.TransformerConfig
+  params: Any  # of a scalar model, before training
+  settings: learned_rewards.Settings
+  pairs: list[text.Preference]
+  held_out: np.ndarray  # [N] whether a pair is for testing
+  frozen: bool
+  cache: sample_cache.SampleCache
+
+  @property
+  def apply_fn(self) -> reward_model.ApplyFn:
+    return _head_of_features if self.frozen else scalar_head.make_apply_fn(self.network)
+
+  @property
+  def trained_params(self) -> Any:
+    return {"scalar_head": self.params["scalar_head"]} if self.frozen else self.params
+
+  @property
+  def train_pairs(self) -> list[text.Preference]:
+    return [self.pairs[n] for n in np.flatnonzero(~self.held_out)]
+
+  @property
+  def test_pairs(self) -> list[text.Preference]:
+    return [self.pairs[n] for n in np.flatnonzero(self.held_out)]
+
+  def train_batch(self) -> reward_model.Batch:
+    return self._batch(~self.held_out)
+
+  def test_batch(self) -> reward_model.Batch:
+    return self._batch(self.held_out)
+
+  def full_params(self, params: Any) -> Any:
+    """Returns the parameters of a scalar model from those that were trained."""
+    if not self.frozen:
+      return params
+    head = params["scalar_head"]
+    return self.params | {"scalar_head": head | {"kernel": head["kernel"] / self._scale}}
+
+  def _batch(self, rows: np.ndarray) -> reward_model.Batch:
+    batch = self._features if self.frozen else self._tokens
+    return reward_model.Batch(*(np.asarray(x)[rows] for x in batch))
+
+  @functools.cached_property
+  def _tokens(self) -> reward_model.Batch:
+    names = ("prompt", "chosen", "rejected")
+    texts = ([getattr(pair, name) for pair in self.pairs] for name in names)
+    batch = learned_rewards.encode_pairs(self.model.tokenizer, self.settings, *texts)
+    return batch._replace(chosen_probs=np.array([p.chosen_prob for p in self.pairs], np.float32))
+
+  @functools.cached_property
+  def _features(self) -> reward_model.Batch:
+    """The batch with the features of each completion in the place of its tokens."""
+    features = self._raw_features / self._scale
+    ones = np.ones(features[:, 0].shape, np.float32)
+    return self._tokens._replace(
+      chosen_tokens=features[:, 0],
+      chosen_mask=ones,
+      rejected_tokens=features[:, 1],
+      rejected_mask=ones,
+      prompt_tokens=ones[:, :1],  # the features have read it
+      prompt_mask=ones[:, :1],
+    )
+
+  @functools.cached_property
+  def _scale(self) -> np.ndarray:
+    """`[D]` root mean square of the difference within a training pair."""
+    chosen, rejected = np.moveaxis(self._raw_features[~self.held_out], 1, 0)
+    return np.sqrt(np.mean((chosen - rejected) ** 2, axis=0)) + 1e-6
+
+  @functools.cached_property
+  def _raw_features(self) -> np.ndarray:
+    """`[N, 2, D]`: of the row that chosen ends, and of the row that rejected ends."""
+    kind = self.settings.kind
+    rows = reward_model.rows(self._tokens, config=reward_model.Config(kind=kind))
+    settings = {
+      "features_of": [[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs],
+      "model": [self.model.fingerprint, self.model.tokenizer.fingerprint],
+      "network": [self.network.num_layers, self.network.dtype],
+      "settings": dataclasses.asdict(self.settings),
+    }
+
+    def make():
+      print(f"features: {len(rows.tokens)} completions, equal ones once", flush=True)
+      read = functools.partial(scalar_head.features, self.params, config=self.network)
+      return {"features": learned_rewards.by_length(read, rows)}
+
+    found = self.cache.get(settings, make)["features"].reshape(len(self.pairs), 2, -1)
+    return found if kind == "bradley_terry" else found[:, ::-1]  # row 0 ends with rejected
+
+
+def make_task(config: Any) -> Task:
+  """Loads the pairs and the body of a config; raises ValueError before any compute."""
+  checks.choice("network.train", config.network.train, ("all", "head"))
+  for name in ("prompt_length", "completion_length"):
+    checks.count(f"data.{name}", config.data[name])
+  pairs = _load_pairs(config)
+  prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+  if not 0 < config.eval.num_prompts < len(prompts):
+    raise ValueError(
+      f"eval.num_prompts={config.eval.num_prompts} held-out prompts of {len(prompts)} in the data: "
+      f"choose 1 to {len(prompts) - 1}"
+    )
+  _, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
+  held_out = np.isin([pair.prompt for pair in pairs], test)
+  num_train = int((~held_out).sum())
+  language.check_batch_size(config, config.algorithm.num_microbatches)
+  if config.train.batch_size > num_train:
+    raise ValueError(
+      f"train.batch_size={config.train.batch_size} exceeds the {num_train} training pairs: "
+      "lower it or eval.num_prompts"
+    )
+  model = pretrained.load(config.network.model)
+  num_layers = config.network.num_layers or model.config.num_layers
+  if not 0 < num_layers <= model.config.num_layers:
+    raise ValueError(
+      f"network.num_layers={num_layers}: {config.network.model} has {model.config.num_layers}; "
+      "choose fewer, or 0 for all"
+    )
+  network = dataclasses.replace(
+    model.config,
+    num_layers=num_layers,
+    dtype=config.network.dtype,
+    remat=config.network.remat,
+  )
+  answers = 1 if config.algorithm.kind == "bradley_terry" else 2
+  longest = config.data.prompt_length + answers * config.data.completion_length
+  if longest > network.max_length:
+    raise ValueError(
+      f"data.prompt_length and {answers} x data.completion_length are {longest} tokens, more than "
+      f"the context of {config.network.model} ({network.max_length}): shorten one of them"
+    )
+  params = scalar_head.from_decoder(model.params)
+  params["layers"] = jax.tree.map(lambda x: x[:num_layers], params["layers"])
+  lengths = (config.data.prompt_length, config.data.completion_length)
+  return Task(
+    model=model,
+    network=network,
+    params=params,
+    settings=learned_rewards.Settings(config.algorithm.kind, *lengths),
+    pairs=pairs,
+    held_out=held_out,
+    frozen=config.network.train == "head",
+    cache=sample_cache.SampleCache(config.data.cache or None),
+  )
+
+
+def _load_pairs(config: Any) -> list[text.Preference]:
+  if not config.data.preferences:
+    raise ValueError(
+      "data.preferences is empty: give --config.data.preferences=FILE (JSON lines of prompt, "
+      "chosen, rejected), tfds:NAME, hf:NAME or finegrained_rlhf:FILE"
+    )
+  return text.load_preferences(config.data.preferences, config.data.preference_fields.split(","))
+
+
+def _head_of_features(params: Any, rows: Any) -> jax.Array:
+  """`apply_fn` of a frozen body: `rows.tokens` are features `[B, D]`."""
+  return rows.tokens @ params["scalar_head"]["kernel"] + params["scalar_head"]["bias"]

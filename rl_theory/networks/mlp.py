@@ -1,0 +1,26 @@
+"""A multilayer perceptron with one output for each action, for NFSP."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+class MLP(nn.Module):
+  """Maps observations `[..., O]` to one number for each action, `[..., A]`, 0 at initialisation.
+
+  Attributes:
+    num_actions: A.
+    widths: of the hidden layers, with plain rectifiers.
+  """
+
+  num_actions: int
+  widths: tuple[int, ...] = (128,)
+
+  @nn.compact
+  def __call__(self, observations: jax.Array) -> jax.Array:
+    x = observations
+    for width in self.widths:
+      x = nn.relu(nn.Dense(width)(x))
+    zeros: Any = nn.initializers.zeros
+    return nn.Dense(self.num_actions, kernel_init=zeros, name="head")(x)

@@ -1,0 +1,137 @@
+"""Tests of loop.presets: configs by name, and overrides that keep the types of the fields."""
+
+import pathlib
+
+import fake_paper
+import ml_collections
+import pytest
+
+from experiments.loop import presets
+
+_PAPER = pathlib.Path(fake_paper.__file__)
+
+
+def _config():
+  config = fake_paper.get_config()
+  config.nothing = None
+  config.names = ("a", "b")
+  config.empty = ()
+  return config
+
+
+@pytest.mark.parametrize(
+  ("argument", "expected"),
+  [
+    ("train.num_steps=7", 7),
+    ("train.num_steps=1e3", 1000),
+    ("train.num_steps=1_000", 1000),
+    ("optimizer.learning_rate=1", 1.0),
+    ("optimizer.learning_rate=3e-4", 3e-4),
+    ("data.name=a=b", "a=b"),
+    ("data.name=", ""),
+    ("algorithm.flag=True", True),
+    ("algorithm.flag=no", False),
+    ("algorithm.taus=(1, 2)", (1.0, 2.0)),
+    ("algorithm.taus=[0.5]", (0.5,)),
+    ("algorithm.taus=0.5,2", (0.5, 2.0)),
+    ("names='x','y'", ("x", "y")),
+    ("empty=(1,'a')", (1, "a")),
+    ("nothing=3", 3),
+    ("nothing=text", "text"),
+    ("seed=-1", -1),
+  ],
+)
+def test_values_take_the_type_of_the_field(argument, expected):
+  name, _, value = argument.partition("=")
+  config = presets.override(_config(), [(name, value)])
+  found = config
+  for part in name.split("."):
+    found = found[part]
+  assert found == expected
+  assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("train.num_steps=abc", "expected int"),
+    ("train.num_steps=0.5", "expected int"),
+    ("train.num_steps=inf", "expected int"),
+    ("optimizer.learning_rate=fast", "expected float"),
+    ("algorithm.flag=maybe", "expected bool"),
+    ("algorithm.taus=x", "expected a tuple like"),
+    ("train=5", "is a section: set one of its fields, train."),
+    ("optimizer.learning_rat=1", "did you mean --config.optimizer.learning_rate?"),
+    ("learning_rate=1", "did you mean --config.optimizer.learning_rate?"),
+    ("optim.learning_rate=1", "did you mean --config.optimizer.learning_rate?"),
+    ("sed=1", "did you mean --config.seed?"),
+    ("xyzzy=1", "its fields are algorithm."),
+  ],
+)
+def test_bad_overrides_name_the_remedy(argument, words):
+  name, _, value = argument.partition("=")
+  with pytest.raises(ValueError, match=rf"--config\.{name}") as caught:
+    presets.override(_config(), [(name, value)])
+  assert words in str(caught.value)
+
+
+def test_overriding_leaves_the_original_alone():
+  config = _config()
+  presets.override(config, [("seed", "9")])
+  assert config.seed == 0
+
+
+def test_an_override_without_a_value_is_an_error():
+  with pytest.raises(ValueError, match=r"--config\.seed needs a value"):
+    presets.split_overrides(["--config.seed"])
+
+
+def test_every_listed_preset_exists_and_is_complete():
+  listed = presets.listing()
+  for paper, module in presets.papers().items():
+    for preset in module.PRESETS:
+      assert f"{paper}:{preset} " in listed
+      config = presets.resolve(f"{paper}:{preset}")
+      assert (config.paper, config.preset) == (paper, preset)
+      presets.check(config)
+      module = presets.module_of(config)
+      assert hasattr(module, "run") != hasattr(module, "build"), preset
+
+
+def test_a_file_is_found_with_and_without_a_preset(tmp_path):
+  assert presets.resolve(str(_PAPER)).preset == "tiny"
+  assert presets.resolve(f"{_PAPER}:other").preset == "other"
+  path = tmp_path / "mine.py"
+  path.write_text(
+    "import ml_collections\n"
+    "def get_config():\n  return ml_collections.ConfigDict({'paper': 'mine', 'seed': 1})\n"
+  )
+  assert presets.resolve(str(path)).seed == 1
+  with pytest.raises(ValueError, match="takes no preset"):
+    presets.resolve(f"{path}:big")
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [("x = 1", "defines no get_config"), ("def get_config():\n  return 3", "must return")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
+  path = tmp_path / "mine.py"
+  path.write_text(text)
+  with pytest.raises(ValueError, match=words):
+    presets.resolve(str(path))
+
+
+def test_check_names_field_and_value():
+  config = ml_collections.ConfigDict(_config())
+  config.train.num_steps = 0
+  with pytest.raises(ValueError, match=r"config\.train\.num_steps must be an integer >= 1, got 0"):
+    presets.check(config)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "seed", "sharding"])
+def test_check_names_what_is_missing(name):
+  config = ml_collections.ConfigDict(_config())
+  del config[name]
+  with pytest.raises(ValueError, match=rf"the config lacks {name}"):
+    presets.check(config)

@@ -1,0 +1,123 @@
+"""Tests of report.statistics and results: intervals against their definitions, edges, JSON."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.report import results, statistics
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (196, 256), (1, 1)])
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_clopper_pearson_ends_are_where_the_binomial_tails_are(k, n, confidence):
+  found = statistics.clopper_pearson(k, n, confidence)
+  tail = (1 - confidence) / 2
+  # The ends are defined by P(X >= k | low) = P(X <= k | high) = tail.
+  if k > 0:
+    assert stats.binom.sf(k - 1, n, found.low) == pytest.approx(tail, rel=1e-9)
+  else:
+    assert found.low == 0
+  if k < n:
+    assert stats.binom.cdf(k, n, found.high) == pytest.approx(tail, rel=1e-9)
+  else:
+    assert found.high == 1
+  assert found.value == k / n and found.n == n
+
+
+def test_clopper_pearson_covers_at_least_as_often_as_it_says():
+  n = 20
+  intervals = [statistics.clopper_pearson(k, n) for k in range(n + 1)]
+  for p in (0.02, 0.3, 0.5, 0.9):
+    covered = sum(stats.binom.pmf(k, n, p) for k, i in enumerate(intervals) if i.low <= p <= i.high)
+    assert covered >= 0.95
+
+
+def test_no_trials_know_nothing():
+  assert statistics.clopper_pearson(0, 0) == results.Estimate(0.5, 0.0, 1.0, 0)
+
+
+@pytest.mark.parametrize(("k", "n"), [(-1, 5), (6, 5)])
+def test_impossible_counts_are_refused(k, n):
+  with pytest.raises(ValueError, match=f"k={k} successes of n={n}"):
+    statistics.clopper_pearson(k, n)
+
+
+def test_ties_are_counted_in_the_note_and_left_out_of_the_rate():
+  found = statistics.win_rate(30, 10, ties=60)
+  assert (found.value, found.n, found.note) == (0.75, 40, "60 ties")
+  assert found == statistics.dataclasses.replace(statistics.clopper_pearson(30, 40), note="60 ties")
+  with pytest.raises(ValueError, match="losses must not be negative, got -1"):
+    statistics.win_rate(1, -1)
+
+
+def test_the_t_interval_is_scipys():
+  values = np.random.default_rng(0).normal(3, 2, 17)
+  found = statistics.mean_interval(values, 0.9)
+  low, high = stats.t.interval(0.9, 16, loc=values.mean(), scale=stats.sem(values))
+  # Both are float64 formulas: rounding only.
+  np.testing.assert_allclose([found.low, found.high], [low, high], rtol=1e-12)
+
+
+def test_the_bootstrap_agrees_with_t_on_normal_values_and_repeats_itself():
+  values = np.random.default_rng(1).normal(size=200)
+  t = statistics.mean_interval(values)
+  found = statistics.mean_interval(values, method="bootstrap")
+  assert found == statistics.mean_interval(values, method="bootstrap")
+  # Half-widths are 0.13; the Monte Carlo error of a 2.5 % quantile of 2000 means is about 0.004.
+  np.testing.assert_allclose([found.low, found.high], [t.low, t.high], atol=0.02)
+
+
+def test_one_observation_has_no_interval_and_none_is_an_error():
+  assert statistics.mean_interval([2.0]) == results.Estimate(2.0, n=1)
+  with pytest.raises(ValueError, match="values is empty"):
+    statistics.mean_interval([])
+  with pytest.raises(ValueError, match="'bootstrap', got 'magic'"):
+    statistics.mean_interval([1.0, 2.0], method="magic")
+  with pytest.raises(ValueError, match=r"between 0 and 1, such as 0\.95, got 95"):
+    statistics.mean_interval([1.0, 2.0], 95)
+
+
+def test_distinct_n_counts_over_the_set_and_not_across_texts():
+  texts = [[1, 2, 3], [1, 2], [7]]
+  assert statistics.distinct_n(texts, 1).value == pytest.approx(4 / 6)
+  assert statistics.distinct_n(texts, 2) == results.Estimate(2 / 3, n=3)
+  assert statistics.distinct_n(texts, 4) == results.Estimate(0.0, n=0)
+  with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    statistics.distinct_n(texts, 0)
+
+
+@pytest.mark.parametrize(("confidences", "found"), [([0.4, 0.9], "0.4 to 0.9"), ([], "none")])
+def test_calibration_takes_probabilities_of_the_choices_made(confidences, found):
+  with pytest.raises(ValueError, match=rf"in \[0.5, 1\], got {found}"):
+    statistics.calibration_error(confidences, [True] * len(confidences))
+
+
+def test_fraction_passed():
+  found = statistics.fraction_passed([("a", True), ("b", False), ("c", np.True_)])
+  assert found.value == pytest.approx(2 / 3)
+  assert found.note == "2 of 3"
+  with pytest.raises(ValueError, match="checks is empty"):
+    statistics.fraction_passed([])
+
+
+def test_a_result_survives_json():
+  result = results.Result(
+    metrics={"rate": statistics.win_rate(3, 1, 2), "plain": np.float32(0.5)},
+    tables=[results.Table("t", ["a", "b"], [["x", 1.5], ["y", 2]])],
+    notes=["n"],
+    arrays={"values": np.arange(6, dtype=np.float32).reshape(2, 3)},
+  )
+  again = results.Result.from_json(json.loads(json.dumps(result.to_json())))
+  assert again.metrics == result.metrics
+  assert again.metrics["plain"] == results.Estimate(0.5)
+  assert again.tables == result.tables
+  assert again.notes == result.notes
+  np.testing.assert_array_equal(again.arrays["values"], result.arrays["values"])
+  assert again.arrays["values"].dtype == np.float32
+
+
+def test_scalars_carry_the_interval():
+  result = results.Result(metrics={"a": results.Estimate(1.0, 0.5, 1.5), "b": 2})
+  assert result.scalars() == {"a": 1.0, "a_low": 0.5, "a_high": 1.5, "b": 2.0}
