@@ -76,16 +76,21 @@ class Rows(NamedTuple):
 
 
 class SharedPromptRows(NamedTuple):
-  """The same where K completions of length T follow one prompt: rows of P + K T tokens.
+  """The same where K completions of length T follow one prompt: packed rows of P + K T tokens.
+
+  The kernel sees K rows of P + T tokens for each packed one, in the order of `real_first`.
 
   Attributes:
-    prompt_mask: `[N, P]`.
-    order: of the `N K` rows of P + T tokens, a prompt and one completion each.
-    real: `[N K, P + T]` bool, in the new order.
+    apart: `[N, K (P + T)]` int32, where in the packed row each token of the K rows stands.
+    pack: `[N, P + K T]` int32, where in the K rows each token of the packed row stands; the prompt
+      in the first of them.
+    prompt: `[N, K, P]` int32, where in the K rows their prompts stand.
+    real: `[N K, P + T]` bool, in the order of the K rows.
   """
 
-  prompt_mask: jax.Array
-  order: Order
+  apart: jax.Array
+  pack: jax.Array
+  prompt: jax.Array
   real: jax.Array
 
 
@@ -95,17 +100,79 @@ def real_first(mask: jax.Array) -> Order:
   return Order(order, jnp.argsort(order, axis=-1).astype(jnp.int32))
 
 
+def shared_prompt_rows(mask: jax.Array, num_prompts: int, prompt_length: int) -> SharedPromptRows:
+  """Returns the rows for `mask` `[N K, P + T]`, prompt n before the completions n K to n K + K - 1.
+
+  Args:
+    mask: non-zero on real tokens, the prompt's K times.
+    num_prompts: N.
+    prompt_length: P.
+  """
+  (num_rows, span), order = mask.shape, real_first(mask)
+  group, length = num_rows // num_prompts, span - prompt_length
+
+  def split(x):
+    return x.reshape(num_prompts, group, span)
+
+  copy = jnp.arange(group, dtype=jnp.int32)[:, None]
+  places = split(order.order)
+  apart = jnp.where(places < prompt_length, places, places + copy * length)
+  back = split(order.inverse) + copy * span
+  prompt, own = back[..., :prompt_length], back[..., prompt_length:]
+  pack = jnp.concatenate([prompt[:, 0], own.reshape(num_prompts, -1)], axis=1)
+  return SharedPromptRows(apart.reshape(num_prompts, -1), pack, prompt, reorder(mask > 0, order))
+
+
+def _take(x: jax.Array, places: jax.Array) -> jax.Array:
+  """Returns `x[b, places[b, t]]` of `[B, T, ...]`."""
+  places = places.reshape(*places.shape, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, places, axis=1, mode="promise_in_bounds")
+
+
 @jax.custom_vjp
 def reorder(x: jax.Array, order: Order) -> jax.Array:
   """Returns `[B, T, ...]` in another order. Its gradient is a gather too, in place of a scatter."""
-  indices = order.order.reshape(*order.order.shape, *(1,) * (x.ndim - 2))
-  return jnp.take_along_axis(x, indices, axis=1, mode="promise_in_bounds")
+  return _take(x, order.order)
 
 
 reorder.defvjp(
-  lambda x, order: (reorder(x, order), order),
-  lambda order, cotangent: (reorder(cotangent, order.back()), None),
+  lambda x, order: (_take(x, order.order), order),
+  lambda order, cotangent: (_take(cotangent, order.inverse), None),
 )
+
+
+@jax.custom_vjp
+def _apart(x: jax.Array, rows: SharedPromptRows) -> jax.Array:
+  """Packed rows `[N, P + K T, ...]` as `[N, K (P + T), ...]`; gathers in both directions."""
+  return _take(x, rows.apart)
+
+
+def _apart_transpose(rows, cotangent):
+  num_prompts, group, prompt_length = rows.prompt.shape
+  of_prompts = _take(cotangent, rows.prompt.reshape(num_prompts, -1))
+  of_prompts = of_prompts.reshape(num_prompts, group, prompt_length, *cotangent.shape[2:]).sum(1)
+  own = _take(cotangent, rows.pack[:, prompt_length:])
+  return jnp.concatenate([of_prompts, own], axis=1), None
+
+
+_apart.defvjp(lambda x, rows: (_take(x, rows.apart), rows), _apart_transpose)
+
+
+@jax.custom_vjp
+def _pack(x: jax.Array, rows: SharedPromptRows) -> jax.Array:
+  """Rows `[N, K (P + T), ...]` as packed ones; the prompt is that of the first row."""
+  return _take(x, rows.pack)
+
+
+def _pack_transpose(rows, cotangent):
+  _, group, prompt_length = rows.prompt.shape
+  first = jnp.arange(rows.apart.shape[1]) < rows.apart.shape[1] // group
+  read = first | (rows.apart >= prompt_length)
+  read = read.reshape(*read.shape, *(1,) * (cotangent.ndim - 2))
+  return jnp.where(read, _take(cotangent, rows.apart), 0), None
+
+
+_pack.defvjp(lambda x, rows: (_take(x, rows.pack), rows), _pack_transpose)
 
 
 def attend(
@@ -115,20 +182,12 @@ def attend(
   keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
   if isinstance(rows, Rows):
     return _causal(queries, keys, values, rows.real)
-  num_prompts, prompt_length = rows.prompt_mask.shape
-  num_rows, span = rows.real.shape
-  group, length = num_rows // num_prompts, span - prompt_length
 
   def apart(x):
-    """`[N, P + K T, ...]` as `[N K, P + T, ...]`: the prompt is copied, for this layer only."""
-    prompts = jnp.repeat(x[:, :prompt_length], group, axis=0)
-    own = x[:, prompt_length:].reshape(num_rows, length, *x.shape[2:])
-    return reorder(jnp.concatenate([prompts, own], axis=1), rows.order)
+    return _apart(x, rows).reshape(*rows.real.shape, *x.shape[2:])
 
   out = _causal(apart(queries), apart(keys), apart(values), rows.real)
-  out = reorder(out, rows.order.back())
-  of_completion = out[:, prompt_length:].reshape(num_prompts, group * length, *out.shape[2:])
-  return jnp.concatenate([out[::group, :prompt_length], of_completion], axis=1)
+  return _pack(out.reshape(*rows.apart.shape, *out.shape[2:]), rows)
 
 
 def _causal(queries, keys, values, real):

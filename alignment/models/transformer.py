@@ -307,6 +307,12 @@ class Transformer(nn.Module):
     (num_prompts, prompt_length), (num_rows, length) = prompt.shape, tokens.shape
     group = num_rows // num_prompts
     row_mask = jnp.concatenate([jnp.repeat(prompt_mask, group, axis=0), mask], axis=1)
+    kernel = self._has_kernel(prompt_length + length)
+    if kernel and 5 * (group - 1) * prompt_length < row_mask.size // num_prompts:
+      # The kernel takes whole rows, so that packed ones are taken apart in every layer. That costs
+      # more than it spares where less than a fifth of the tokens are copies.
+      rows = jnp.concatenate([jnp.repeat(prompt, group, axis=0), tokens], axis=1)
+      return self.hidden_states(rows, row_mask)[0][:, prompt_length - 1 :]
 
     def pack(of_prompts, of_rows):
       """`[N, P]` and `[N K, T]` as `[N, P + K T]`: one row a prompt, the completions behind it."""
@@ -315,10 +321,8 @@ class Transformer(nn.Module):
     positions = attention.positions_of(row_mask)
     positions = pack(positions[::group, :prompt_length], positions[:, prompt_length:])
     visible: attention.Visible
-    if self._has_kernel(prompt_length + length):
-      order = fused_attention.real_first(row_mask)
-      real = fused_attention.reorder(row_mask > 0, order)
-      visible = fused_attention.SharedPromptRows(prompt_mask, order, real)
+    if kernel:
+      visible = fused_attention.shared_prompt_rows(row_mask, num_prompts, prompt_length)
     else:
       bias = attention.attention_bias(row_mask)
       visible = attention.SharedPromptBias(
