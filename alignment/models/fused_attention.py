@@ -5,6 +5,10 @@ splash attention, written in Pallas. A kernel knows "causal", but not the masks 
 `attention.attention_bias` writes out. So the tokens of each row are put in another order first: the
 real ones to the front, in their order, the padding behind them. A real token then sees the real
 tokens up to itself under a causal mask alone, wherever the padding was.
+
+One padded token is read: the start token of an empty prompt, the last one before the first real
+token. By the contract of `attention_bias` it sees only itself. It goes to the end of its row, and
+`start_alone` puts its own value in place of what the kernel says of it.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -74,6 +78,11 @@ class Rows(NamedTuple):
 
   real: jax.Array
 
+  @property
+  def start(self) -> int:
+    """Where the start token of an empty prompt stands."""
+    return self.real.shape[1] - 1
+
 
 class SharedPromptRows(NamedTuple):
   """The same where K completions of length T follow one prompt: packed rows of P + K T tokens.
@@ -85,7 +94,7 @@ class SharedPromptRows(NamedTuple):
     pack: `[N, P + K T]` int32, where in the K rows each token of the packed row stands; the prompt
       in the first of them.
     prompt: `[N, K, P]` int32, where in the K rows their prompts stand.
-    real: `[N K, P + T]` bool, in the order of the K rows.
+    real: `[N, P + K T]` bool, in the packed order.
   """
 
   apart: jax.Array
@@ -93,10 +102,21 @@ class SharedPromptRows(NamedTuple):
   prompt: jax.Array
   real: jax.Array
 
+  @property
+  def start(self) -> int:
+    """Where in the packed row the start token of an empty prompt stands."""
+    return self.prompt.shape[2] - 1
+
 
 def real_first(mask: jax.Array) -> Order:
-  """Returns the order that moves the real tokens of `mask` `[B, T]` to the front of each row."""
-  order = jnp.argsort(mask <= 0, axis=-1, stable=True).astype(jnp.int32)
+  """Returns the order that moves the real tokens of `mask` `[B, T]` to the front of each row.
+
+  The last padded token before the first real one (where there is one) goes to the end.
+  """
+  leading = jnp.cumsum(mask > 0, axis=-1) == 0
+  last_leading = leading & ~jnp.pad(leading[:, 1:], [(0, 0), (0, 1)])
+  order = jnp.argsort((mask <= 0) + last_leading.astype(jnp.int32), axis=-1, stable=True)
+  order = order.astype(jnp.int32)
   return Order(order, jnp.argsort(order, axis=-1).astype(jnp.int32))
 
 
@@ -120,7 +140,10 @@ def shared_prompt_rows(mask: jax.Array, num_prompts: int, prompt_length: int) ->
   back = split(order.inverse) + copy * span
   prompt, own = back[..., :prompt_length], back[..., prompt_length:]
   pack = jnp.concatenate([prompt[:, 0], own.reshape(num_prompts, -1)], axis=1)
-  return SharedPromptRows(apart.reshape(num_prompts, -1), pack, prompt, reorder(mask > 0, order))
+  real = split(mask > 0)
+  own_real = real[..., prompt_length:].reshape(num_prompts, -1)
+  real = jnp.concatenate([real[:, 0, :prompt_length], own_real], axis=1)
+  return SharedPromptRows(apart.reshape(num_prompts, -1), pack, prompt, real)
 
 
 def _take(x: jax.Array, places: jax.Array) -> jax.Array:
@@ -181,27 +204,37 @@ def attend(
   """Grouped-query attention; shapes as in `attention.attend`."""
   keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
   if isinstance(rows, Rows):
-    return _causal(queries, keys, values, rows.real)
+    return _causal(queries, keys, values)
+
+  num_prompts, group, _ = rows.prompt.shape
 
   def apart(x):
-    return _apart(x, rows).reshape(*rows.real.shape, *x.shape[2:])
+    return _apart(x, rows).reshape(num_prompts * group, -1, *x.shape[2:])
 
-  out = _causal(apart(queries), apart(keys), apart(values), rows.real)
+  out = _causal(apart(queries), apart(keys), apart(values))
   return _pack(out.reshape(*rows.apart.shape, *out.shape[2:]), rows)
 
 
-def _causal(queries, keys, values, real):
+def start_alone(change: jax.Array, own: jax.Array, rows: Rows | SharedPromptRows) -> jax.Array:
+  """Returns what attention adds to each token, that of a padded start token being its own value.
+
+  Done here rather than on the output of the kernel, where it would be another pass over memory: the
+  compiler joins this with the sum that follows.
+
+  Args:
+    change: `[B, T, D]`, after the output product.
+    own: `[B, D]`, the output product of the values at `rows.start`.
+    rows: of these tokens.
+  """
+  here = jnp.arange(change.shape[1]) == rows.start
+  return jnp.where((here & ~rows.real)[..., None], own[:, None], change)
+
+
+def _causal(queries, keys, values):
   """Attention of `[B, T, H, head_dim]` on `[B, T, KV, head_dim]`, real tokens first."""
   if kernel_for(queries.dtype, queries.shape[-1]) == "splash":
-    out = splash(queries, keys, values)
-  else:
-    out = jax.nn.dot_product_attention(
-      queries, keys, values, is_causal=True, implementation="cudnn"
-    )
-  # The start token of an empty prompt counts as padding and is read all the same: by the contract
-  # of `attention_bias` it sees only itself.
-  own = jnp.repeat(values, queries.shape[2] // values.shape[2], axis=2)
-  return jnp.where(real[..., None, None], out, own)
+    return splash(queries, keys, values)
+  return jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
 
 
 def splash(

@@ -182,7 +182,12 @@ class Attention(nn.Module):
     keys = heads("key", config.num_kv_heads, True).swapaxes(1, 2)
     values = heads("value", config.num_kv_heads, False).swapaxes(1, 2)
     out = attention.attend(queries, keys, values, visible).reshape(batch, length, -1)
-    return Dense(config.width, config, name="output")(out), (keys, values)
+    project = Dense(config.width, config, name="output")
+    change = project(out)
+    if isinstance(visible, fused_attention.Rows | fused_attention.SharedPromptRows):
+      own = jnp.repeat(values[:, :, visible.start], config.num_heads // config.num_kv_heads, axis=1)
+      change = fused_attention.start_alone(change, project(own.reshape(batch, -1)), visible)
+    return change, (keys, values)
 
 
 class Mlp(nn.Module):
