@@ -85,7 +85,8 @@ def _forward(chunk_size, rows, embedding, tokens):
     whole, num_slices = None, -(-embedding.shape[0] // chunk_size)
     (highest, total), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
   log_normalisers = highest + jnp.log(total)
-  chosen = jnp.einsum("nd,nd->n", rows, embedding[tokens], preferred_element_type=dtype)
+  chosen = embedding[tokens].astype(rows.dtype)
+  chosen = jnp.einsum("nd,nd->n", rows, chosen, preferred_element_type=dtype)
   return chosen - log_normalisers, (rows, embedding, tokens, log_normalisers, whole)
 
 
@@ -108,7 +109,7 @@ def _backward(chunk_size, residuals, cotangents):
     chosen = (ids[None, :] == tokens[:, None]) & (ids >= first)
     logit_grads = chosen - jnp.exp(logits - log_normalisers[:, None])
     logit_grads = jnp.where(live, cotangents[:, None] * logit_grads, 0).astype(rows.dtype)
-    weights = jax.lax.dynamic_slice_in_dim(embedding, slice_start, chunk_size)
+    weights = jax.lax.dynamic_slice_in_dim(embedding, slice_start, chunk_size).astype(rows.dtype)
     row_grads += jnp.dot(logit_grads, weights, preferred_element_type=dtype)
     new = jnp.dot(logit_grads.T, safe_rows, preferred_element_type=dtype)
     old = jax.lax.dynamic_slice_in_dim(embedding_grads, slice_start, chunk_size)
@@ -133,7 +134,8 @@ def _slice_logits(chunk_size, rows, embedding, index):
   Its entries that the slice before has covered are -inf. (Padding would copy the embedding.)
   """
   start = jnp.minimum(index * chunk_size, embedding.shape[0] - chunk_size)
-  weights = jax.lax.dynamic_slice_in_dim(embedding, start, chunk_size)
+  # Left as they are, float32 weights would turn the product with bfloat16 rows into a float32 one.
+  weights = jax.lax.dynamic_slice_in_dim(embedding, start, chunk_size).astype(rows.dtype)
   logits = jnp.dot(rows, weights.T, preferred_element_type=_accumulator(rows))
   fresh = start + jnp.arange(chunk_size) >= index * chunk_size
   return jnp.where(fresh, logits, -jnp.inf), start

@@ -37,12 +37,17 @@ class Side:
     script: the benchmark, which calls `serve` when started with these arguments.
     python: interpreter.
     *arguments: of the script.
+    platform: "cpu", or "gpu" for whatever accelerator JAX finds.
   """
 
-  def __init__(self, script: str, python: str, *arguments: str):
+  def __init__(self, script: str, python: str, *arguments: str, platform: str = "cpu"):
     root = pathlib.Path(__file__).resolve().parent.parent
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(root)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if platform == "cpu":
+      environment["JAX_PLATFORMS"] = "cpu"
+    environment["PYTHONPATH"] = os.pathsep.join(
+      filter(None, [str(root), os.environ.get("PYTHONPATH")])
+    )
     self.process = subprocess.Popen(
       [python, script, *arguments],
       stdin=subprocess.PIPE,

@@ -1,15 +1,13 @@
 """The arithmetic of attention: rotary positions, masks, grouped queries. No parameters in here."""
 
-from __future__ import annotations
-
+import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-  from alignment.models import transformer
+from alignment.models import fused_attention
 
 # Keys and values, each [B, num_kv_heads, S, head_dim].
 KeysValues = tuple[jax.Array, jax.Array]
@@ -18,11 +16,25 @@ KeysValues = tuple[jax.Array, jax.Array]
 HIDDEN = -1e30
 
 
-def rope_frequencies(config: transformer.TransformerConfig) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's stretch of the rotary wavelengths (the numbers of a `rope_type: llama3` config).
+
+  Frequencies whose wavelength exceeds `original_max_length / low_frequency_factor` are divided by
+  `factor`, those below `original_max_length / high_frequency_factor` are kept, with a linear blend
+  in between.
+  """
+
+  factor: float
+  low_frequency_factor: float
+  high_frequency_factor: float
+  original_max_length: int
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
   """Returns the `[head_dim / 2]` rotary frequencies, in radians per token."""
-  exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  frequencies = config.rope_theta**-exponents
-  scaling = config.rope_scaling
+  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  frequencies = theta**-exponents
   if scaling is None:
     return frequencies
   turns = scaling.original_max_length * frequencies / (2 * math.pi)
@@ -34,10 +46,11 @@ def rope_frequencies(config: transformer.TransformerConfig) -> jax.Array:
 
 
 def rope_table(
-  positions: jax.Array, config: transformer.TransformerConfig
+  positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[jax.Array, jax.Array]:
   """Returns cosines and sines `[B, T, 1, head_dim / 2]` for integer `positions` `[B, T]`."""
-  angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
+  frequencies = rope_frequencies(head_dim, theta, scaling)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -89,10 +102,19 @@ class SharedPromptBias(NamedTuple):
   completion: jax.Array
 
 
-def attend(
-  queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array | SharedPromptBias
-) -> jax.Array:
-  """Grouped-query attention; with a `SharedPromptBias`, of completions that share a prompt."""
+# What the queries may see: written out for all pairs of tokens, or for a kernel.
+Visible = jax.Array | SharedPromptBias | fused_attention.Rows | fused_attention.SharedPromptRows
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: Visible) -> jax.Array:
+  """Grouped-query attention of queries `[B, T, H, head_dim]` on keys `[B, KV, T, head_dim]`.
+
+  With a `SharedPromptBias` or `SharedPromptRows`, of completions that share a prompt. The kind of
+  `visible` chooses the form: written out, or a fused kernel.
+  """
+  if isinstance(visible, fused_attention.Rows | fused_attention.SharedPromptRows):
+    return fused_attention.attend(queries, keys, values, visible)
+  bias = visible
   if not isinstance(bias, SharedPromptBias):
     return _attend(queries, keys, values, bias)
   num_prompts, prompt_length = bias.prompt.shape[:2]
@@ -151,14 +173,14 @@ def accumulator(dtype) -> jnp.dtype:
 
 
 def rotary_columns(
-  kernel: jax.Array, num_heads: int, config: transformer.TransformerConfig
+  kernel: jax.Array, num_heads: int, pairing: Literal["half", "adjacent"]
 ) -> jax.Array:
   """Returns a query or key kernel `[..., D, num_heads * head_dim]` in "half" order.
 
   Queries and keys reordered alike have the same products, and a matrix is often smaller than the
   activations: so "adjacent" becomes "half" here, and `rotate` knows only one kind.
   """
-  if config.rope_pairing == "half":
+  if pairing == "half":
     return kernel
   pairs = kernel.reshape(*kernel.shape[:-1], num_heads, -1, 2)
   return pairs.swapaxes(-1, -2).reshape(kernel.shape)

@@ -313,7 +313,9 @@ def decode(
   slots = jnp.arange(span)
   seen = (slots >= decoder.padding[:, None]) & (slots <= slot)
   bias = jnp.where(seen, 0.0, attention.HIDDEN)[:, None]
-  rope = attention.rope_table(slot - decoder.padding[:, None], config)
+  rope = attention.rope_table(
+    slot - decoder.padding[:, None], config.head_dim, config.rope_theta, config.rope_scaling
+  )
   dtype = jnp.dtype(config.dtype)
   x = decoder.embedding[token].astype(dtype).T  # [D, B]: see the module docstring
   updated = []
@@ -349,8 +351,8 @@ def _normed(x: jax.Array, config: transformer.TransformerConfig) -> jax.Array:
 def _decoder_layer(layer: Any, config: transformer.TransformerConfig) -> dict[str, jax.Array]:
   """Joins and transposes the matrices of one layer; see `Decoder.layers`."""
   kernels = {name: value["kernel"] for name, value in layer["attention"].items()}
-  query = attention.rotary_columns(kernels["query"], config.num_heads, config)
-  key = attention.rotary_columns(kernels["key"], config.num_kv_heads, config)
+  query = attention.rotary_columns(kernels["query"], config.num_heads, config.rope_pairing)
+  key = attention.rotary_columns(kernels["key"], config.num_kv_heads, config.rope_pairing)
   joined = jnp.concatenate([query * config.head_dim**-0.5, key, kernels["value"]], axis=1)
   mlp = jnp.concatenate([layer["mlp"]["gate"]["kernel"], layer["mlp"]["up"]["kernel"]], axis=1)
   matrices = {

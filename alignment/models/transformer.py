@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from alignment import chunked_likelihood, sequences
-from alignment.models import attention
+from alignment.models import attention, fused_attention
 from sharding import checks
 
 Params = dict[str, Any]
@@ -51,19 +51,8 @@ SHARDING_RULES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3's stretch of the rotary wavelengths (the numbers of a `rope_type: llama3` config).
-
-  Frequencies whose wavelength exceeds `original_max_length / low_frequency_factor` are divided by
-  `factor`, those below `original_max_length / high_frequency_factor` are kept, with a linear blend
-  in between.
-  """
-
-  factor: float
-  low_frequency_factor: float
-  high_frequency_factor: float
-  original_max_length: int
+# Named here too, since users write it beside `TransformerConfig`.
+RopeScaling = attention.RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +81,8 @@ class TransformerConfig:
       about a third more time. False keeps the products with weights of every layer and recomputes
       the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
       page faults of twice the memory.
+    fused_attention: use a fused kernel for attention where there is one (bfloat16 on an
+      NVIDIA GPU or a TPU). False writes the scores out everywhere, as on a CPU.
     scan_layers: compile one layer and loop over it, in place of L copies in a row, which take
       longer to compile and run no faster.
   """
@@ -112,6 +103,7 @@ class TransformerConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
+  fused_attention: bool = True
   scan_layers: bool = True
 
   def __post_init__(self):
@@ -165,7 +157,7 @@ class Dense(nn.Module):
     kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
     kernel = kernel.astype(config.dtype)
     if self.rotary_heads:
-      kernel = attention.rotary_columns(kernel, self.rotary_heads, config)
+      kernel = attention.rotary_columns(kernel, self.rotary_heads, config.rope_pairing)
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], self.features)
 
@@ -176,7 +168,7 @@ class Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rope, bias) -> tuple[jax.Array, attention.KeysValues]:
+  def __call__(self, x, rope, visible) -> tuple[jax.Array, attention.KeysValues]:
     config = self.config
     batch, length = x.shape[:2]
 
@@ -189,8 +181,13 @@ class Attention(nn.Module):
     queries = heads("query", config.num_heads, True)
     keys = heads("key", config.num_kv_heads, True).swapaxes(1, 2)
     values = heads("value", config.num_kv_heads, False).swapaxes(1, 2)
-    out = attention.attend(queries, keys, values, bias).reshape(batch, length, -1)
-    return Dense(config.width, config, name="output")(out), (keys, values)
+    out = attention.attend(queries, keys, values, visible).reshape(batch, length, -1)
+    project = Dense(config.width, config, name="output")
+    change = project(out)
+    if isinstance(visible, fused_attention.Rows | fused_attention.SharedPromptRows):
+      own = jnp.repeat(values[:, :, visible.start], config.num_heads // config.num_kv_heads, axis=1)
+      change = fused_attention.start_alone(change, project(own.reshape(batch, -1)), visible)
+    return change, (keys, values)
 
 
 class Mlp(nn.Module):
@@ -212,10 +209,10 @@ class Block(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, rope, bias) -> tuple[jax.Array, attention.KeysValues]:
+  def __call__(self, x, rope, visible) -> tuple[jax.Array, attention.KeysValues]:
     config = self.config
     normed = RMSNorm(config, name="attention_norm")(x)
-    change, keys_values = Attention(config, name="attention")(normed, rope, bias)
+    change, keys_values = Attention(config, name="attention")(normed, rope, visible)
     x = x + change
     x = x + Mlp(config, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
     return x, keys_values
@@ -241,7 +238,11 @@ class Transformer(nn.Module):
         Block,
         prevent_cse=False,  # inside a scan nothing can be merged across the two passes
         policy=(
-          policies.nothing_saveable if config.remat else policies.dots_with_no_batch_dims_saveable
+          policies.nothing_saveable
+          if config.remat
+          else policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, fused_attention.keep
+          )
         ),
       ),
       variable_axes={"params": 0},
@@ -265,13 +266,33 @@ class Transformer(nn.Module):
       out = self.head(hidden)
     return out.astype(attention.accumulator(out.dtype))
 
+  def _has_kernel(self, length: int) -> bool:
+    """Whether attention over rows of this length runs through a kernel; one token needs none."""
+    config = self.config
+    kernel = fused_attention.kernel_for(config.dtype, config.head_dim)
+    return config.fused_attention and length > 1 and kernel is not None
+
+  def _rope_table(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    config = self.config
+    return attention.rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+
   def hidden_states(
     self, tokens: jax.Array, mask: jax.Array
   ) -> tuple[jax.Array, attention.KeysValues]:
     """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
-    rope = attention.rope_table(attention.positions_of(mask), self.config)
-    x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
-    return self.final_norm(x), keys_values
+    if not self._has_kernel(tokens.shape[1]):
+      rope = self._rope_table(attention.positions_of(mask))
+      x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
+      return self.final_norm(x), keys_values
+    order = fused_attention.real_first(mask)
+    tokens, mask = (fused_attention.reorder(x, order) for x in (tokens, mask))
+    rope = self._rope_table(attention.positions_of(mask))
+    x, keys_values = self.layers(self.embed(tokens), rope, fused_attention.Rows(mask > 0))
+    places = order.inverse[None, :, None, :, None]
+    keys_values = jax.tree.map(
+      lambda x: jnp.take_along_axis(x, places, axis=3, mode="promise_in_bounds"), keys_values
+    )
+    return fused_attention.reorder(self.final_norm(x), order.back()), keys_values
 
   def completion_states(
     self, prompt: jax.Array, prompt_mask: jax.Array, tokens: jax.Array, mask: jax.Array
@@ -291,6 +312,12 @@ class Transformer(nn.Module):
     (num_prompts, prompt_length), (num_rows, length) = prompt.shape, tokens.shape
     group = num_rows // num_prompts
     row_mask = jnp.concatenate([jnp.repeat(prompt_mask, group, axis=0), mask], axis=1)
+    kernel = self._has_kernel(prompt_length + length)
+    if kernel and 5 * (group - 1) * prompt_length < row_mask.size // num_prompts:
+      # The kernel takes whole rows, so that packed ones are taken apart in every layer. That costs
+      # more than it spares where less than a fifth of the tokens are copies.
+      rows = jnp.concatenate([jnp.repeat(prompt, group, axis=0), tokens], axis=1)
+      return self.hidden_states(rows, row_mask)[0][:, prompt_length - 1 :]
 
     def pack(of_prompts, of_rows):
       """`[N, P]` and `[N K, T]` as `[N, P + K T]`: one row a prompt, the completions behind it."""
@@ -298,12 +325,16 @@ class Transformer(nn.Module):
 
     positions = attention.positions_of(row_mask)
     positions = pack(positions[::group, :prompt_length], positions[:, prompt_length:])
-    bias = attention.attention_bias(row_mask)
-    shared = attention.SharedPromptBias(
-      prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
-    )
-    rope = attention.rope_table(positions, self.config)
-    x, _ = self.layers(self.embed(pack(prompt, tokens)), rope, shared)
+    visible: attention.Visible
+    if kernel:
+      visible = fused_attention.shared_prompt_rows(row_mask, num_prompts, prompt_length)
+    else:
+      bias = attention.attention_bias(row_mask)
+      visible = attention.SharedPromptBias(
+        prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
+      )
+    rope = self._rope_table(positions)
+    x, _ = self.layers(self.embed(pack(prompt, tokens)), rope, visible)
     last = jnp.repeat(x[:, prompt_length - 1 : prompt_length], group, axis=0)
     x = x[:, prompt_length:].reshape(num_rows, length, x.shape[-1])
     return self.final_norm(jnp.concatenate([last, x], axis=1))

@@ -1,0 +1,204 @@
+"""Attention through a kernel gives the numbers of the written-out form, and holds no scores.
+
+There is no GPU here: `jax.nn.dot_product_attention` runs its own written-out form in place of the
+kernel, so what is tested is all that stands around it; the program for a GPU is only lowered.
+"""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from alignment import sequences
+from alignment.models import fused_attention, sampling, transformer
+
+CONFIG = transformer.TransformerConfig(
+  vocab_size=37,
+  num_layers=2,
+  width=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_width=20,
+  max_length=64,
+  rope_theta=100.0,
+)
+WRITTEN_OUT = dataclasses.replace(CONFIG, fused_attention=False)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+  """Takes the path of the kernel, with JAX's form for CPUs at its end."""
+  plain = jax.nn.dot_product_attention
+
+  def on_cpu(*args, implementation, **kwargs):
+    assert implementation == "cudnn"
+    return plain(*args, implementation="xla", **kwargs)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+  monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim: "cudnn")
+  # What is traced depends on the patches, and jit does not know them.
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+@functools.partial(jax.jit, static_argnames="seed")
+def make_params(seed=0):
+  """Parameters large enough that attention and the norms matter."""
+  params = transformer.init_params(WRITTEN_OUT, jax.random.key(seed))
+  keys = iter(jax.random.split(jax.random.key(seed + 1), 99))
+  return jax.tree.map(
+    lambda x: x + (0.3 if x.ndim > 1 else 0.2) * jax.random.normal(next(keys), x.shape), params
+  )
+
+
+def make_batch(group, length=6):
+  """Prompts padded left, right, inside and whole; completions cut and empty."""
+  prompt_mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
+  rows = len(prompt_mask) * group
+  mask = np.arange(length) < (np.arange(rows)[::-1, None] % (length + 1))
+  keys = jax.random.split(jax.random.key(0))
+  return sequences.Sequences(
+    jax.random.randint(keys[0], (rows, length), 0, CONFIG.vocab_size),
+    jnp.asarray(mask, jnp.float32),
+    jax.random.randint(keys[1], prompt_mask.shape, 0, CONFIG.vocab_size),
+    jnp.asarray(prompt_mask),
+  )
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_log_probabilities_and_gradients_equal_the_written_out_form(kernel, group):
+  # Two completions of ten tokens spare too little: their prompts are repeated.
+  params, batch = make_params(), make_batch(group, length=10 if group == 2 else 6)
+
+  def run(config):
+    apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
+
+    def loss(params):
+      logps = apply_fn(params, batch) * batch.mask
+      return jnp.sum(logps * jnp.cos(jnp.arange(logps.size).reshape(logps.shape))), logps
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  ((_, want), want_grads), ((_, got), grads) = run(WRITTEN_OUT), run(CONFIG)
+  np.testing.assert_allclose(got, want, atol=1e-5)  # the same float32 sums in another order
+  chex.assert_trees_all_close(grads, want_grads, atol=2e-4, rtol=1e-4)  # and sums over all rows
+
+
+def test_generation_reads_prompts_with_the_same_result(kernel):
+  """Keys and values go back to the order of the prompts before the caches take them."""
+  params, batch = make_params(), make_batch(1)
+  want, got = (
+    sampling.generate(
+      params,
+      batch.prompt_tokens,
+      batch.prompt_mask,
+      jax.random.key(0),
+      config=config,
+      max_new_tokens=5,
+      eos_id=-1,
+      pad_id=0,
+    )
+    for config in (WRITTEN_OUT, CONFIG)
+  )
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)  # float32, another order of sums
+
+
+def test_reorder_and_its_gradient_are_permutations():
+  mask = jnp.array([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
+  order = fused_attention.real_first(mask)
+  np.testing.assert_array_equal(order.order, [[1, 3, 4, 2, 0], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]])
+  x = jax.random.normal(jax.random.key(0), (3, 5, 2))
+  np.testing.assert_array_equal(
+    fused_attention.reorder(fused_attention.reorder(x, order), order.back()), x
+  )
+  weights = jnp.arange(30.0).reshape(x.shape)
+  got = jax.grad(lambda x: jnp.sum(weights * fused_attention.reorder(x, order)))(x)
+  places = order.order[..., None]
+  want = jax.grad(lambda x: jnp.sum(weights * jnp.take_along_axis(x, places, axis=1)))(x)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_a_cpu_and_float32_have_no_kernel():
+  assert fused_attention.kernel_for("bfloat16", 64) is None
+  assert fused_attention.kernel_for("float32", 64) is None
+
+
+def lower_step(kernel, platform, group, prompt, monkeypatch, sharding=None):
+  """Lowers the gradient of a model without running it; returns the program and its scores."""
+  span = 196  # a number that no other axis has
+  length = span + 1 - prompt
+  config = dataclasses.replace(CONFIG, dtype="bfloat16", head_dim=64, max_length=256)
+  monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim: kernel)
+  # The only thing that JAX asks of a GPU while it traces.
+  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+  shaped = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+  params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  params = jax.tree.map(lambda x: shaped(x.shape, x.dtype), params)
+  completions, prompts = (4, length), (4 // group, prompt)
+  shapes = (completions, completions, prompts, prompts)
+  batch = sequences.Sequences(*(shaped(shape, jnp.int32) for shape in shapes))
+  apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
+  step = jax.jit(jax.value_and_grad(lambda params, batch: jnp.sum(apply_fn(params, batch))))
+  lowered = step.trace(params, batch).lower(lowering_platforms=(platform,))
+  # Two axes as long as the keys (or their blocks), or as the queries of a completion and the keys.
+  pairs = rf"({length - 1}|{span})[x,]{span}|256[x,]256"
+  return lowered, re.compile(rf"(tensor<|\[)(\d+[x,])*({pairs})(x|\])")
+
+
+# Rows of one prompt, prompts that are repeated because they are short, prompts that are read once.
+ROWS = [(1, 16), (2, 16), (2, 150)]
+
+
+@pytest.mark.parametrize(("group", "prompt"), ROWS)
+def test_a_gpu_program_of_a_training_step_holds_no_scores(monkeypatch, group, prompt):
+  """Lowered for CUDA, without a GPU."""
+  lowered, scores = lower_step(None, "cuda", group, prompt, monkeypatch)
+  assert scores.search(lowered.as_text())
+  lowered, _ = lower_step("cudnn", "cuda", group, prompt, monkeypatch)
+  text = lowered.as_text()
+  assert not scores.search(text)
+  # What the kernel returns is kept: in the loop over layers it runs once forward, once backward.
+  calls = re.findall(r"stablehlo.custom_call @(__cudnn\$\w+)", text)
+  assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+
+
+@pytest.mark.parametrize(("group", "prompt"), ROWS)
+def test_a_tpu_program_of_a_training_step_holds_no_scores(monkeypatch, group, prompt):
+  """Compiled for a TPU v5e, without one; needs the package libtpu."""
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU on the network
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  lowered, scores = lower_step("splash", "tpu", group, prompt, monkeypatch, one)
+  text = lowered.compile().as_text()
+  assert not scores.search(text)
+  # Forward, gradient of the queries, gradient of keys and values: each once in the loop.
+  assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
+def test_splash_attention_equals_the_form_for_cpus():
+  keys = jax.random.split(jax.random.key(0), 3)
+  queries = jax.random.normal(keys[0], (2, 130, 4, 64))
+  pairs = tuple(jax.random.normal(key, (2, 130, 2, 64)) for key in keys[1:])
+
+  def run(attend):
+    def loss(*arrays):
+      out = attend(*arrays)
+      return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(queries, *pairs)
+
+  got = run(functools.partial(fused_attention.splash, interpret=True))
+  want = run(functools.partial(jax.nn.dot_product_attention, is_causal=True))
+  # float32 sums of up to 130 terms in another order, and the kernel's own exponentials
+  chex.assert_trees_all_close(got, want, atol=2e-4, rtol=1e-4)
