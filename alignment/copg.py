@@ -22,9 +22,9 @@ Reference: Flet-Berliac et al. 2024, https://arxiv.org/abs/2406.19185 (EMNLP 202
 | y ~ mu1, y' ~ mu2 | any two samples of a prompt; K = 2 is the paper |
 
 Deviations: we minimise the squared form; the paper maximises a function that differs from its
-negative by a constant. K samples instead of two (K = 2 gives the paper's loss). There is no
-stop-gradient: with one inside the regularised reward the method would solve the problem of beta /
-2.
+negative by a constant. K samples instead of two (K = 2 gives the paper's loss). The paper's
+function contains R with beta / 2, and gradients flow through it; a stop-gradient there would solve
+the problem of beta / 2.
 """
 
 import dataclasses

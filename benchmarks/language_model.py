@@ -106,6 +106,7 @@ def make_jax_side(folder: pathlib.Path, shape: Shape, platform: str):
     max_length=2 * shape.length,
     tied_head=shape.tied,
     dtype="float32" if platform == "cpu" else "bfloat16",
+    fused_attention=True,
   )
   params = jax.jit(lambda key: transformer.init_params(config, key))(jax.random.key(0))
   huggingface.save(folder, config, params)

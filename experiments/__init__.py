@@ -1,4 +1,4 @@
-"""Runs the papers: the only place with flags, files and loops.
+"""Runs the papers: the command line, the training loop and the reports.
 
 `main` is the one binary. A paper adds `configs/<paper>.py` with its presets and
 `papers/<paper>.py` with `build(config) -> training.Experiment`. From there a run goes down

@@ -114,8 +114,8 @@ def _exit_code(error: Exception) -> int | None:
 def _message(error: Exception) -> str:
   if isinstance(error, ModuleNotFoundError) and error.name:
     return (
-      f"the package {error.name!r} is not installed: "
-      'pip install "bootstrax[experiments,lm]" installs everything'
+      f"the package {error.name!r} is not installed: run pip install '.[experiments,lm]' in the "
+      "source folder of bootstrax"
     )
   return str(error) or type(error).__name__
 
@@ -232,8 +232,8 @@ def _evaluate(args: argparse.Namespace, experiment: Any, config: Any, workdir: p
   if function is None:
     name = "evaluate" if args.mode == "eval" else "sample"
     raise ValueError(
-      f"--mode={args.mode}: the paper {config.paper!r} has no function {name!r}; give another "
-      "--mode, or define it in the paper's Experiment"
+      f"--mode={args.mode}: runs of {config.paper!r} have nothing to {name}; give another --mode, "
+      f"or set {name!r} in the Experiment of the paper"
     )
   restored = training.restore(experiment, config, workdir, args.checkpoint)
   found = function(restored.state)

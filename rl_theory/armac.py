@@ -39,6 +39,7 @@ each epoch. The states of the others are stored too, because the mean policy nee
 explorer plays a fixed mixture. One candidate of the paper is left out: play on q(h, .) looks at
 hidden cards, and then mu_i no longer cancels. Episodes come in groups that share j; the draws of j
 are stratified, so each j is still uniform, and a group costs one matrix product.
+`recency` above 0 is ours, not the paper's.
 """
 
 import dataclasses

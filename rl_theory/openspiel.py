@@ -195,7 +195,7 @@ def _pyspiel() -> Any:
     import pyspiel
   except ImportError as error:
     raise ImportError(
-      "OpenSpiel, which provides the games, is not installed: pip install 'bootstrax[games]'"
+      "OpenSpiel, which provides the games, is not installed: pip install open-spiel"
     ) from error
   return pyspiel
 

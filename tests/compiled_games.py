@@ -13,7 +13,7 @@ import pytest
 from rl_theory import games
 
 pyspiel = pytest.importorskip(
-  "pyspiel", reason="OpenSpiel absent: pip install 'bootstrax[games]' to test games"
+  "pyspiel", reason="OpenSpiel absent: pip install '.[games]' to test games"
 )
 
 KUHN, KUHN3, LEDUC = "kuhn_poker", "kuhn_poker(players=3)", "leduc_poker"

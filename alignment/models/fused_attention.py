@@ -26,8 +26,8 @@ def kernel_for(dtype, head_dim: int) -> Literal["cudnn", "splash"] | None:
   cuDNN has one for bfloat16 and float16 from compute capability 8.0 on. Splash attention is used on
   a single TPU only: a Pallas kernel cannot be split over the devices of a mesh by the compiler.
 
-  The choice is made when a program is traced. Set `TransformerConfig.fused_attention=False` in
-  order to compile for a CPU on a machine with a GPU.
+  The choice is made when a program is traced, so a program for a CPU on a machine with a GPU needs
+  `TransformerConfig.fused_attention=False`.
   """
   device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # set at run time
   device = device or jax.local_devices()[0]

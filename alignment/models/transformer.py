@@ -82,7 +82,8 @@ class TransformerConfig:
       the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
       page faults of twice the memory.
     fused_attention: use a fused kernel for attention where there is one (bfloat16 on an
-      NVIDIA GPU or a TPU). False writes the scores out everywhere, as on a CPU.
+      NVIDIA GPU or a TPU). False writes the scores out everywhere. It is off by default because the
+      kernels have been compiled and tested against a simulation, but not yet run on a GPU.
     scan_layers: compile one layer and loop over it, in place of L copies in a row, which take
       longer to compile and run no faster.
   """
@@ -103,7 +104,7 @@ class TransformerConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
-  fused_attention: bool = True
+  fused_attention: bool = False
   scan_layers: bool = True
 
   def __post_init__(self):

@@ -75,7 +75,9 @@ def find(name: str | os.PathLike[str], directory: str | os.PathLike[str] = "") -
       return path
   found = sorted({p.stem for p in base.glob("*") if p.is_dir() or p.suffix == ".npz"})
   close = difflib.get_close_matches(name, found, cutoff=0.4) or found[:10]
-  hint = f"found {', '.join(close)}" if close else "found no data sets"
+  hint = f"found {', '.join(close)}" if close else "it holds no data sets"
+  if not base.exists():
+    hint = "that folder does not exist"
   raise ValueError(f"no graph data set {name!r} under {base}: {hint}; give a name or a path")
 
 

@@ -232,7 +232,7 @@ def _vader_analyzer() -> Any:
     from vaderSentiment import vaderSentiment
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-      f"the reward 'vader' needs {error.name}: pip install 'bootstrax[lm]'", name=error.name
+      f"the reward 'vader' needs {error.name}: pip install '.[lm]'", name=error.name
     ) from error
   return vaderSentiment.SentimentIntensityAnalyzer()
 

@@ -124,7 +124,7 @@ def _tfds(source: str, name: str) -> Iterator[tuple[str, _Row]]:
     import tensorflow_datasets as tfds
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-      f"{source} needs {error.name}: pip install 'bootstrax[experiments]'", name=error.name
+      f"{source} needs {error.name}: pip install '.[experiments]'", name=error.name
     ) from error
   name, _, split = name.partition("#")
   try:
@@ -139,7 +139,7 @@ def _huggingface(source: str, name: str) -> Iterator[tuple[str, _Row]]:
     import datasets
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-      f"{source} needs {error.name}: pip install 'bootstrax[huggingface]'", name=error.name
+      f"{source} needs {error.name}: pip install '.[huggingface]'", name=error.name
     ) from error
   name, _, split = name.partition("#")
   parts = name.split("/")

@@ -1,6 +1,6 @@
-"""A run of runs: parts in folders of their own below the work directory, and one report of all.
+"""Studies that start several runs, each in a folder of its own, and write one report of all.
 
-A study names the configs of its parts and says what their results come to (`Summary`). Parts that
+A study names the configs of its parts and summarises their results (`Summary`). Parts that
 are finished are not trained again, and an interrupted one continues where it stopped.
 """
 
@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """What the parts come to: numbers, the metric that stands first, and figures of the whole."""
+  """The summary of all parts: numbers, the metric that stands first, and figures of the whole."""
 
   result: results.Result
   headline: str
@@ -48,7 +48,7 @@ def run(
     config: of the whole.
     workdir: its folder.
     parts: config of each part by the name of its folder, in the order of training.
-    summarise: from the finished parts to what they come to.
+    summarise: from the finished parts to their summary.
     build: makes the experiment of a part; by default the module that the part's config names does.
     report_unfinished: whether to report on the finished parts when a signal stops the run.
 

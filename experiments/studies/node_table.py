@@ -91,7 +91,7 @@ def _run_of(part: suite.Part) -> _Run:
   table = next(t for t in part.result.tables if tuple(t.columns) == node_classification.COLUMNS)
   last, peak = part.history[-1], part.result.metrics.get("peak_memory_gib")
   return _Run(
-    # Runs of version 0.1.0 kept the numbers as text; float() reads both.
+    # Earlier runs kept the numbers as text; float() reads both.
     scores={
       name: next((float(r[1]), float(r[2])) for r in table.rows if r[0].startswith(name))
       for name in ROWS

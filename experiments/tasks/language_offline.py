@@ -350,9 +350,10 @@ def make_task(config: Any) -> Task:
   needed = 1 if given else config.data.num_prompts
   if not 0 < config.eval.num_prompts <= len(prompts) - needed:
     raise ValueError(
-      f"eval.num_prompts={config.eval.num_prompts} must be at least 1 and leave {needed} of the "
-      f"{len(prompts)} prompts of {config.data.prompts or 'the package'} for training: lower it"
-      + ("" if given else " or data.num_prompts")
+      f"{config.data.prompts or 'the package'} has {len(prompts)} prompts, but a run needs "
+      f"{needed} to train on and eval.num_prompts={config.eval.num_prompts} (at least 1) to "
+      "compare on: lower "
+      + ("eval.num_prompts" if given else "eval.num_prompts or data.num_prompts")
     )
   train, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
   return Task(

@@ -28,6 +28,7 @@ CONFIG = transformer.TransformerConfig(
   mlp_width=20,
   max_length=64,
   rope_theta=100.0,
+  fused_attention=True,
 )
 WRITTEN_OUT = dataclasses.replace(CONFIG, fused_attention=False)
 

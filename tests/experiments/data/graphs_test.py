@@ -213,7 +213,7 @@ def test_an_unknown_name_is_answered_with_the_closest(tmp_path):
     graphs.load("amazon_fotos", directory=tmp_path)
   with pytest.raises(ValueError, match="amazon_computers, amazon_photo, wikics"):
     graphs.load("qqq", directory=tmp_path)
-  with pytest.raises(ValueError, match="found no data sets"):
+  with pytest.raises(ValueError, match="that folder does not exist"):
     graphs.load("qqq", directory=tmp_path / "none")
 
 

@@ -132,7 +132,7 @@ def test_vader_missing_names_the_extra(monkeypatch):
 
   rewards._vader_analyzer.cache_clear()
   monkeypatch.setattr(builtins, "__import__", without)
-  with pytest.raises(ModuleNotFoundError, match=r"pip install 'bootstrax\[lm\]'"):
+  with pytest.raises(ModuleNotFoundError, match=r"pip install '.\[lm\]'"):
     rewards.resolve("vader")(["p"], ["c"])
   monkeypatch.undo()
   rewards._vader_analyzer.cache_clear()
