@@ -87,8 +87,8 @@ def preference_matrix(preferences: Any, *, fetch: bool = False, **per_action: An
     fetch: look at JAX arrays too.
     **per_action: named arrays `[..., A]` that must have the same number of actions.
   """
-  shapes = {"preferences": np.shape(preferences)}
-  shapes |= {name: np.shape(array) for name, array in per_action.items()}
+  shapes = {"preferences": _shape("preferences", preferences)}
+  shapes |= {name: _shape(name, array) for name, array in per_action.items()}
   num_actions = shapes["preferences"][-1:]
   square = len(shapes["preferences"]) >= 2 and shapes["preferences"][-2:-1] == num_actions
   if not square or any(found[-1:] != num_actions for found in shapes.values()):
@@ -129,7 +129,7 @@ def choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 def same_shape(**arrays: Any) -> tuple[int, ...]:
   """Returns the one shape that all the named arrays have; raises `ValueError` if they differ."""
-  shapes = {name: np.shape(array) for name, array in arrays.items()}
+  shapes = {name: _shape(name, array) for name, array in arrays.items()}
   if len(set(shapes.values())) > 1:
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     raise ValueError(f"shapes must be equal, got {listed}")
@@ -138,7 +138,7 @@ def same_shape(**arrays: Any) -> tuple[int, ...]:
 
 def shape(name: str, array: Any, expected: tuple[int, ...], meaning: str) -> None:
   """Raises `ValueError` unless `array` has the `expected` shape; `meaning` is e.g. '[B, T]'."""
-  if np.shape(array) != expected:
+  if _shape(name, array) != expected:
     raise ValueError(
       f"{name} must have shape {meaning} = {list(expected)}, got {list(np.shape(array))}"
     )
@@ -147,19 +147,19 @@ def shape(name: str, array: Any, expected: tuple[int, ...], meaning: str) -> Non
 def not_empty(**arrays: Any) -> None:
   """Raises `ValueError` if one of the named arrays has no entries."""
   for name, array in arrays.items():
-    if 0 in np.shape(array):
+    if 0 in _shape(name, array):
       raise ValueError(f"{name} must not be empty, got shape {list(np.shape(array))}")
 
 
 def vector(name: str, values: Any) -> None:
   """Raises `ValueError` unless `values` is a list of numbers."""
-  if np.ndim(values) != 1:
+  if len(_shape(name, values)) != 1:
     raise ValueError(f"{name} must be a list of numbers, got {values!r}: give [{values!r}] for one")
 
 
 def matrix(name: str, array: Any, num_rows: int | None = None) -> None:
   """Raises `ValueError` unless `array` is `[N, D]`, not empty, with `num_rows` rows if given."""
-  found = np.shape(array)
+  found = _shape(name, array)
   if len(found) != 2 or 0 in found:
     raise ValueError(
       f"{name} must have shape [N, D] and must not be empty, got {list(found)}: fold further axes "
@@ -171,10 +171,10 @@ def matrix(name: str, array: Any, num_rows: int | None = None) -> None:
 
 def row_mask(mask: Any, num_rows: int) -> None:
   """Raises `ValueError` unless `mask` is `[num_rows]` of bool: other shapes would broadcast."""
-  if np.shape(mask) != (num_rows,) or not np.issubdtype(_dtype(mask), np.bool_):
+  if _shape("mask", mask) != (num_rows,) or not np.issubdtype(_dtype(mask), np.bool_):
     raise ValueError(
       f"mask must have shape [{num_rows}], one bool for each row, got "
-      f"{_dtype(mask)} {list(np.shape(mask))}"
+      f"{_dtype(mask)} {list(_shape('mask', mask))}"
     )
 
 
@@ -193,7 +193,11 @@ def token_ids(name: str, value: Any, size: int) -> None:
 def labels(array: Any, num_classes: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` unless `array` is `[N]` of integers in [0, num_classes)."""
   count("num_classes", num_classes, least=2)
-  if np.ndim(array) != 1 or not len(array) or not np.issubdtype(_dtype(array), np.integer):
+  if (
+    len(_shape("labels", array)) != 1
+    or 0 in np.shape(array)
+    or not np.issubdtype(_dtype(array), np.integer)
+  ):
     raise ValueError(
       f"labels must be integers of shape [N], not empty, got {_dtype(array)} "
       f"{list(np.shape(array))}"
@@ -208,7 +212,7 @@ def labels(array: Any, num_classes: Any, *, fetch: bool = False) -> None:
 
 def binary(name: str, array: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` unless `array` is `[N, L]`, not empty, of zeros and ones."""
-  if np.ndim(array) != 2 or 0 in np.shape(array):
+  if len(_shape(name, array)) != 2 or 0 in np.shape(array):
     raise ValueError(f"{name} must have shape [N, L], not empty, got {list(np.shape(array))}")
   known = _on_host(array, fetch)
   if known is not None and not np.isin(known, (0, 1)).all():
@@ -219,7 +223,7 @@ def binary(name: str, array: Any, *, fetch: bool = False) -> None:
 
 def row_numbers(name: str, array: Any, num_rows: int, ndim: int, *, fetch: bool = False) -> None:
   """Raises `ValueError` unless `array` has `ndim` axes, none empty, of row numbers."""
-  if np.ndim(array) != ndim or 0 in np.shape(array):
+  if len(_shape(name, array)) != ndim or 0 in np.shape(array):
     raise ValueError(
       f"{name} must have {ndim} axes, none of them empty, got shape {list(np.shape(array))}"
     )
@@ -236,6 +240,7 @@ def row_numbers(name: str, array: Any, num_rows: int, ndim: int, *, fetch: bool 
 
 def disjoint(name: str, array: Any, other_name: str, other: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` if `array` and `other` share a row; compared along the last axis."""
+  _shape(name, array), _shape(other_name, other)
   first, second = _on_host(array, fetch), _on_host(other, fetch)
   if first is None or second is None:
     return
@@ -258,6 +263,14 @@ def _require(
     raise ValueError(f"{name} must {requirement}, got {array}")
 
 
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+  """Returns the shape of an array or a list; raises `ValueError` for rows of unequal length."""
+  try:
+    return np.shape(value)
+  except ValueError as error:
+    raise ValueError(f"{name} must have rows of equal length, got {value!r}") from error
+
+
 def _numbers(name: str, value: Any, fetch: bool) -> np.ndarray | None:
   """Returns the value as an array of numbers, None where it cannot be seen; refuses anything else.
 
@@ -265,6 +278,8 @@ def _numbers(name: str, value: Any, fetch: bool) -> np.ndarray | None:
   """
   if isinstance(value, str):
     raise ValueError(f"{name} must be a number, got the string {value!r}")
+  if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+    raise ValueError(f"{name} must hold real numbers, got a PRNG key")
   try:
     array = _on_host(value, fetch)
   except ValueError as error:  # a ragged list
@@ -289,7 +304,12 @@ def _on_host(value: Any, fetch: bool) -> np.ndarray | None:
     return None
   array = np.asarray(value)
   if array.dtype == object:  # a fraction, a huge integer, or a list of JAX's placeholders
-    return np.asarray(float(value)) if isinstance(value, numbers.Real) else None
+    if not isinstance(value, numbers.Real):
+      return None
+    try:
+      return np.asarray(float(value))
+    except OverflowError:  # an integer beyond the largest float
+      return np.asarray(np.inf)
   return array
 
 

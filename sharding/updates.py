@@ -29,7 +29,8 @@ def gradient_step(
     batch: for the loss.
     key: for the loss.
     apply_fn: the network, for the loss.
-    optimizer: the one that made `state.opt_state`.
+    optimizer: the one that made `state.opt_state`. A line search, which evaluates the loss itself,
+      does not work here.
     config: for the loss. Its field `num_microbatches`, where it has one, says into how many parts
       the batch is split (see `accumulate_grads`).
 

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import pathlib
 import pkgutil
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -115,16 +116,19 @@ def module_of(config: Any) -> Any:
     ValueError: if there is no such module.
   """
   name = config.get("runner") or config.paper
-  top = name.partition(".")[0]
+  full = name
   for package in ("experiments.papers", "experiments.studies"):
-    if importlib.util.find_spec(f"{package}.{top}") is not None:
-      return importlib.import_module(f"{package}.{name}")
-  if importlib.util.find_spec(top) is None:
+    if importlib.util.find_spec(f"{package}.{name.partition('.')[0]}") is not None:
+      full = f"{package}.{name}"
+  try:
+    return importlib.import_module(full)
+  except ModuleNotFoundError as error:
+    if error.name is None or not f"{full}.".startswith(f"{error.name}."):
+      raise  # a module that this one imports
     raise ValueError(
       f"config.paper={name!r} is neither in experiments/papers or experiments/studies nor a module "
       "that can be imported: correct it, or add the folder of the module to PYTHONPATH"
-    )
-  return importlib.import_module(name)
+    ) from error
 
 
 def build(config: Any, workdir: pathlib.Path) -> Any:
@@ -136,6 +140,18 @@ def build(config: Any, workdir: pathlib.Path) -> Any:
   module = module_of(config)
   if hasattr(module, "build_in"):
     return module.build_in(config, workdir)
+  if not hasattr(module, "build"):
+    raise ValueError(f"the module of config.paper={config.paper!r} has no function build(config)")
+  required = [
+    name
+    for name, parameter in inspect.signature(module.build).parameters.items()
+    if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+  ]
+  if len(required) > 1:
+    raise ValueError(
+      f"the module of config.paper={config.paper!r} has build({', '.join(required)}), but build "
+      "gets the config alone: drop the other arguments, or call it build_in(config, workdir)"
+    )
   return module.build(config)
 
 
@@ -248,10 +264,12 @@ def _cast(text: str, old: Any) -> Any:
   if isinstance(old, float):
     return float(text)
   if isinstance(old, (tuple, list)):
-    value = ast.literal_eval(text if text.startswith(("(", "[")) else f"({text},)")
+    first = old[0] if old else None
+    if isinstance(first, str) and re.fullmatch(r"[\w.:/, -]+", text):  # words without quotes
+      return type(old)(word.strip() for word in text.split(",") if word.strip())
+    value = ast.literal_eval(text if text.startswith(("(", "[")) else f"({text.rstrip(', ')},)")
     if not isinstance(value, (tuple, list)):
       value = (value,)
-    first = old[0] if old else None
     if isinstance(first, (int, float, str)) and not isinstance(first, bool):
       value = [_cast(str(item), first) for item in value]
     return type(old)(value)

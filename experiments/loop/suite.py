@@ -83,7 +83,7 @@ def write(config: Any, workdir: pathlib.Path, summary: Summary, *, step: int = 0
 
 
 def configs_of(
-  field: str, entries: Iterable[str], known: Mapping[str, str]
+  field: str, entries: Iterable[str], known: Mapping[str, str], *, needs: Iterable[str] = ()
 ) -> dict[str, ml_collections.ConfigDict]:
   """Returns the config of each entry of a field that lists runs, by the name of its folder.
 
@@ -92,11 +92,14 @@ def configs_of(
     entries: keys of `known`, or anything that `--config` takes: `<paper>:<preset>` of a paper here
       or `path.py:preset` of the user's own.
     known: `<paper>:<preset>` by short name.
+    needs: fields that a config must have to fit the study, such as `environment.game`.
 
   Raises:
-    ValueError: if there are no entries, one is unknown, or two would share a folder.
+    ValueError: if there are no entries, one is unknown, holds several runs or does not fit, or two
+      are the same run.
   """
   entries = tuple(entries)
+  short = {text: name for name, text in known.items()}
   found: dict[str, ml_collections.ConfigDict] = {}
   for entry in entries:
     if entry not in known and ":" not in entry and not entry.endswith(".py"):
@@ -104,7 +107,14 @@ def configs_of(
         f"{field}={entries}: {entry!r} is not one of {', '.join(known)}: give one of these, a "
         "<paper>:<preset> or a config file"
       )
+    entry = short.get(entry, entry)
     config = presets.resolve(known.get(entry, entry))
+    presets.check(config)
+    if hasattr(presets.module_of(config), "run"):
+      raise ValueError(f"{field}={entries}: {entry!r} holds several runs, name one of them")
+    fields = files.flatten(config.to_dict())
+    if missing := [need for need in needs if need not in fields]:
+      raise ValueError(f"{field}={entries}: {entry!r} does not fit, it has no {missing[0]}")
     name = entry if entry in known else f"{config.paper}-{config.get('preset') or 'custom'}"
     if name in found:
       raise ValueError(f"{field}={entries}: give each run once, {name!r} is there twice")

@@ -38,7 +38,7 @@ class Experiment:
   """What the loop needs to train a paper; `build` in `papers/<paper>.py` returns one.
 
   Attributes:
-    init: `init(key, *init_args) -> State`, pure. `State` has a field `step` that counts updates.
+    init: `init(key, *init_args) -> State`, pure. `State` has a field `step` that counts its steps.
     update: `update(state, batch, key) -> (State, Metrics)`, pure, with all other arguments bound.
     batches: returns a new data iterator. `__next__` returns (ids `[B]`, batch of NumPy arrays),
       `get_state()` a JSON value or bytes, and `set_state()` accepts that value.
@@ -47,6 +47,7 @@ class Experiment:
     maximise: whether a higher headline is better.
     rules: how the state is sharded over the mesh.
     init_args: arrays passed to `init`, such as pretrained weights.
+    steps_per_update: how many steps one `update` takes, where it scans over several.
     evaluate: `evaluate(state) -> Result`, called every `eval.every` steps and at the end.
     sample: `sample(state) -> results.Table`, for `--mode=sample`.
     export: `export(state, folder)`, called once at the end with `workdir/model`.
@@ -61,6 +62,7 @@ class Experiment:
   maximise: bool = True
   rules: sharding.Rules = sharding.REPLICATED
   init_args: tuple[Any, ...] = ()
+  steps_per_update: int = 1
   evaluate: Callable[[Any], results.Result] | None = None
   sample: Callable[[Any], results.Table] | None = None
   export: Callable[[Any, pathlib.Path], None] | None = None
@@ -280,7 +282,7 @@ class _Run:
       args = (self.key, *self.experiment.init_args)
       return sharding.init_sharded(self.experiment.init, self.mesh, self.experiment.rules, *args), 0
     record = restored.record
-    if int(restored.state.step) != restored.step:
+    if int(restored.state.step) != restored.step * self.experiment.steps_per_update:
       raise RunError(
         f"checkpoint {restored.step} holds a state of step {restored.state.step}: restore the "
         "folder from a backup, or start again in a new --workdir"

@@ -133,8 +133,8 @@ def _cell(text: str) -> str:
 
 def _align(texts: list[str]) -> str:
   """Returns the class attribute of cells that all hold numbers; empty for other cells."""
-  numbers = [re.fullmatch(r"[+\-−]?[\d.,]+(e[+\-]?\d+)?%?( \[.*\])?", text) for text in texts]
-  return " class=number" if texts and all(numbers) else ""
+  number = re.compile(r"[+\-−]?([\d.,]+(e[+\-]?\d+)?%?( \[.*\])?|nan|inf)|")  # or nothing
+  return " class=number" if any(texts) and all(map(number.fullmatch, texts)) else ""
 
 
 def _details(title: str, fields: Mapping[str, Any]) -> str:

@@ -41,16 +41,19 @@ class Table:
       return f"{value} [{number(cell.low, self.digits)}, {number(cell.high, self.digits)}]"
     if isinstance(cell, list | tuple):
       return "  ".join(map(self.text, cell))
+    cell = _plain(cell)
     return number(cell, self.digits) if isinstance(cell, float) else str(cell)
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> "Table":
     """Returns the table that `Result.to_json` wrote, with the estimates in its cells."""
-    rows = [
-      [Estimate(**cell) if isinstance(cell, Mapping) else cell for cell in row]
-      for row in data["rows"]
-    ]
-    return cls(**{**data, "rows": rows})
+
+    def cell(value: Any) -> Any:
+      if isinstance(value, list):
+        return [cell(part) for part in value]
+      return Estimate(**value) if isinstance(value, Mapping) else value
+
+    return cls(**{**data, "rows": [[cell(value) for value in row] for row in data["rows"]]})
 
 
 @dataclasses.dataclass
@@ -143,8 +146,8 @@ class Result:
   def to_json(self) -> dict[str, Any]:
     """Returns JSON values; figures are left out, because they are saved as files."""
     return {
-      "metrics": {name: dataclasses.asdict(value) for name, value in self.metrics.items()},
-      "tables": [dataclasses.asdict(table) for table in self.tables],
+      "metrics": {name: _plain(value) for name, value in self.metrics.items()},
+      "tables": [_plain(table) for table in self.tables],
       "notes": list(self.notes),
       "arrays": {
         name: {"dtype": str(np.asarray(value).dtype), "values": np.asarray(value).tolist()}
@@ -163,6 +166,21 @@ class Result:
         name: np.asarray(item["values"], item["dtype"]) for name, item in data["arrays"].items()
       },
     )
+
+
+def _plain(value: Any) -> Any:
+  """Returns the value as JSON has it: NumPy and JAX numbers and arrays, and what holds them."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = dataclasses.fields(value)
+    return {field.name: _plain(getattr(value, field.name)) for field in fields}
+  if isinstance(value, Mapping):
+    return {str(name): _plain(part) for name, part in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(part) for part in value]
+  if hasattr(value, "tolist"):  # bfloat16 scalars give themselves back
+    value = value.tolist()
+    return float(value) if hasattr(value, "tolist") else value
+  return value
 
 
 def number(value: float, digits: int | None = None) -> str:

@@ -50,6 +50,8 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   """Trains reference, reward model and all methods, each in its own folder, and compares them."""
   for name in config.methods:
     checks.choice("config.methods", name, tuple(digit_methods.METHODS))
+  if len(set(config.methods)) < len(config.methods):
+    raise ValueError(f"config.methods={tuple(config.methods)}: give each method once")
   if not config.methods:
     raise ValueError(f"config.methods is empty: choose from {', '.join(digit_methods.METHODS)}")
   world = runs.World(config, workdir)

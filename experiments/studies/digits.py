@@ -128,6 +128,7 @@ def _reference(config: Any) -> training.Experiment:
     init=init,
     update=lambda state, batch, key: scanned(step, config.train.inner_steps)(state, key),
     batches=bandits.NoData,
+    steps_per_update=config.train.inner_steps,
     headline="reward",
     evaluate=evaluate,
   )
@@ -186,6 +187,7 @@ def _reward_model(config: Any, world: World) -> training.Experiment:
     init_args=(ref_params,),
     update=update,
     batches=lambda: bandits.NoData(digit_language.make_data(config, ref_params, None)),
+    steps_per_update=config.train.inner_steps,
     headline="accuracy",
     evaluate=evaluate,
   )

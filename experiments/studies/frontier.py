@@ -25,7 +25,9 @@ NAMES = {
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   """Trains each algorithm in its own folder and compares all of them in one report."""
   known = {name: f"{name}:{config.preset}" for name in NAMES}
-  parts = suite.configs_of("config.algorithms", config.algorithms, known)
+  parts = suite.configs_of(
+    "config.algorithms", config.algorithms, known, needs=("reward", "eval.num_prompts")
+  )
   for part in parts.values():
     part.seed = config.seed
     for section in ("eval", "sharding", "train", "checkpoint"):

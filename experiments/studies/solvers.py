@@ -19,7 +19,7 @@ METHODS = {
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   """Trains each method in its own folder and compares all of them in one report."""
   known = {name: text.format(preset=config.preset) for name, text in METHODS.items()}
-  parts = suite.configs_of("config.methods", config.methods, known)
+  parts = suite.configs_of("config.methods", config.methods, known, needs=["environment.game"])
   for part in parts.values():
     part.seed = config.seed
   return suite.run(config, workdir, parts, _summarise)

@@ -283,3 +283,28 @@ def test_preference_matrix():
   ):
     with pytest.raises(ValueError, match=message):
       call()
+
+
+@pytest.mark.parametrize(
+  "check",
+  [
+    lambda x: checks.matrix("x", x),
+    lambda x: checks.vector("x", x),
+    lambda x: checks.shape("x", x, (2, 2), "[A, A]"),
+    lambda x: checks.not_empty(x=x),
+    lambda x: checks.same_shape(x=x, y=[1]),
+    lambda x: checks.row_numbers("x", x, 4, 1),
+    lambda x: checks.disjoint("x", x, "y", [1]),
+    lambda x: checks.finite("x", x),
+  ],
+)
+def test_ragged_lists_are_named(check):
+  with pytest.raises(ValueError, match=r"^x must .*rows of equal length"):
+    check([[1, 2], [3]])
+
+
+def test_numbers_that_no_float_holds_and_keys_are_refused():
+  with pytest.raises(ValueError, match="x must be finite, got inf"):
+    checks.finite("x", 10**400)
+  with pytest.raises(ValueError, match="x must hold real numbers, got a PRNG key"):
+    checks.positive("x", jax.random.key(0), fetch=True)

@@ -1,6 +1,7 @@
 """Tests of loop.presets: configs by name, and overrides that keep the types of the fields."""
 
 import pathlib
+import sys
 
 import fake_paper
 import ml_collections
@@ -135,3 +136,40 @@ def test_check_names_what_is_missing(name):
   del config[name]
   with pytest.raises(ValueError, match=rf"the config lacks {name}"):
     presets.check(config)
+
+
+@pytest.mark.parametrize(
+  ("source", "message"),
+  [
+    ("", "has no function build"),
+    (
+      "def build(config, workdir): pass",
+      r"has build\(config, workdir\), but build gets",
+    ),
+  ],
+)
+def test_a_module_that_cannot_build_is_refused_in_one_line(source, message, tmp_path, monkeypatch):
+  (tmp_path / "users_paper.py").write_text(source)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "users_paper", raising=False)
+  config = ml_collections.ConfigDict({"paper": "users_paper"})
+  with pytest.raises(ValueError, match=message):
+    presets.build(config, tmp_path)
+  for name in ("users_paper.missing", "copg.missing", "nowhere.at.all"):
+    with pytest.raises(ValueError, match=f"config.paper='{name}' is neither in experiments/papers"):
+      presets.module_of(ml_collections.ConfigDict({"paper": name}))
+
+
+def test_a_module_that_lacks_a_package_says_which(tmp_path, monkeypatch):
+  (tmp_path / "needs_more.py").write_text("import no_such_package_at_all")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
+    presets.module_of(ml_collections.ConfigDict({"paper": "needs_more"}))
+
+
+def test_lists_of_words_need_no_quotes():
+  config = ml_collections.ConfigDict({"methods": ("a", "b"), "sizes": (1, 2)})
+  for text in ("copg,dpo", "('copg', 'dpo')", "'copg','dpo',", "copg, dpo,"):
+    assert presets.override(config, [("methods", text)]).methods == ("copg", "dpo")
+  assert presets.override(config, [("methods", "my.py:tiny")]).methods == ("my.py:tiny",)
+  assert presets.override(config, [("sizes", "3,")]).sizes == (3,)

@@ -97,6 +97,9 @@ def test_entries_are_short_names_presets_or_files():
     (["ppo"], "config.methods=.*'ppo' is not one of ipo, dpo: give one of these, a <paper>:<pres"),
     (["ipo", "ipo"], "give each run once, 'ipo' is there twice"),
     (["ipo:none"], "no preset 'none' of ipo"),
+    (["ipo", "ipo:tiny"], "give each run once, 'ipo' is there twice"),
+    (["frontier:tiny"], "'frontier:tiny' holds several runs, name one of them"),
+    (["cfr:tiny"], "'cfr:tiny' does not fit, it has no reward"),
   ):
     with pytest.raises(ValueError, match=match):
-      suite.configs_of("config.methods", entries, known)
+      suite.configs_of("config.methods", entries, known, needs=["reward"])

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -121,3 +122,22 @@ def test_a_result_survives_json():
 def test_scalars_carry_the_interval():
   result = results.Result(metrics={"a": results.Estimate(1.0, 0.5, 1.5), "b": 2})
   assert result.scalars() == {"a": 1.0, "a_low": 0.5, "a_high": 1.5, "b": 2.0}
+
+
+def test_tables_and_estimates_of_numpy_and_jax_numbers_survive_json():
+  numbers = [np.float32(0.25), np.int64(3), np.bool_(True), jnp.float32(0.5), jnp.bfloat16(0.5)]
+  table = results.Table(
+    "t",
+    ["a", "b", "c"],
+    [[number, [number, 1.5], results.Estimate(number, n=np.int64(2))] for number in numbers]
+    + [["nan", [results.Estimate(1.0, 0.5, 1.5)], np.array([0.25, 0.5])]],
+    digits=2,
+  )
+  found = results.Result(metrics={"x": results.Estimate(np.float32(0.5))}, tables=[table])
+  again = results.Result.from_json(json.loads(json.dumps(found.to_json())))
+  assert again.metrics["x"].value == 0.5
+  shown = [[again.tables[0].text(cell) for cell in row] for row in again.tables[0].rows]
+  assert [row[0] for row in shown] == ["0.25", "3", "True", "0.50", "0.50", "nan"]
+  assert shown[0][1] == "0.25  1.50" and shown[0][2] == "0.25"
+  assert shown[-1][1] == "1.00 [0.50, 1.50]" and shown[-1][2] == "0.25  0.50"
+  assert [table.text(cell) for cell in table.rows[0]] == shown[0]

@@ -1,6 +1,10 @@
 """Tests of the comparison: interpolation to one KL, the tournament, and every method's batch."""
 
+import dataclasses
 import functools
+import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from experiments.loop import presets, training
 from experiments.report import statistics
 from experiments.studies import comparison
 from experiments.studies import digits as runs
-from experiments.tasks import digit_language, digit_methods
+from experiments.tasks import bandits, digit_language, digit_methods
 
 
 def _arrays(kls, rewards, num_seeds=2, count=4000):
@@ -151,3 +155,36 @@ def test_the_tiny_comparison_runs_and_resumes(tmp_path, capsys):
   found = experiment.evaluate(state)
   saved = training.train(experiment, sub, tmp_path / "srpo").result
   np.testing.assert_array_equal(found.arrays["revised"], saved.arrays["revised"])
+
+
+def test_a_part_that_scans_over_several_steps_resumes_where_it_stopped(tmp_path):
+  config = presets.resolve("comparison:tiny")
+  config.train.inner_steps = 2
+  config.sft.num_steps = 3
+  part = comparison.sub_config(config, "sft")
+
+  class Stopping(bandits.NoData):
+    def __next__(self):
+      if self.get_state()["step"] == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return super().__next__()
+
+  records = []
+  for name in ("whole", "stopped"):
+    folder = tmp_path / name
+    experiment = runs.build_in(part, folder)
+    if name == "stopped":
+      stopping = dataclasses.replace(experiment, batches=Stopping)
+      assert training.train(stopping, part, folder).status == "interrupted"
+    assert training.train(experiment, part, folder).status == "finished"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records.append([{**json.loads(line), "seconds": 0} for line in lines])
+  assert records[0] == records[1]
+
+
+@pytest.mark.parametrize(("methods", "match"), [(("dpo", "dpo"), "once"), ((), "is empty")])
+def test_methods_are_given_once(methods, match, tmp_path):
+  config = presets.resolve("comparison:tiny")
+  config.methods = methods
+  with pytest.raises(ValueError, match=match):
+    comparison.run(config, tmp_path)
