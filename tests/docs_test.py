@@ -1,6 +1,7 @@
 """The pages keep their promises: links lead somewhere, commands parse, examples run."""
 
 import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -85,3 +86,11 @@ def test_the_figure_of_the_readme_can_still_be_drawn():
   overview.draw_nash_md(axis)
   bound, distance = (line.get_ydata() for line in axis.get_lines())
   assert (distance < bound).all() and distance[-1] < 2e-8  # 1.08e-8 in docs/results/bandits.md
+
+
+def test_the_example_of_an_own_algorithm_trains(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "docs")
+  assert main.run([f"--config={ROOT}/docs/my_paper.py:small", f"--workdir={tmp_path}/run"]) == 0
+  found = json.loads((tmp_path / "run" / "results.json").read_text())["result"]["metrics"]
+  # The noise of 64 outputs, 0.1 each, moves a weight by 0.1 / sqrt(64); Adam starts a unit away.
+  assert found["largest_error"]["value"] < 0.1
