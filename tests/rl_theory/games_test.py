@@ -366,7 +366,7 @@ def test_bad_dictionaries_are_refused():
 
 def test_without_openspiel_the_remedy_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "pyspiel", None)
-  with pytest.raises(ImportError, match=r"bootstrax\[games\]"):
+  with pytest.raises(ImportError, match=r"open-spiel"):
     games.compile_game("kuhn_poker")
 
 
