@@ -234,8 +234,11 @@ def start_alone(change: jax.Array, own: jax.Array, rows: Rows | SharedPromptRows
     own: `[B, D]`, the output product of the values at `rows.start`.
     rows: of these tokens.
   """
-  here = jnp.arange(change.shape[1]) == rows.start
-  return jnp.where((here & ~rows.real)[..., None], own[:, None], change)
+  length = change.shape[1]
+  alone = (jnp.arange(length) == rows.start) & ~rows.real
+  # Padded rather than broadcast: the gradient of `own` is then one slice, not a sum over T.
+  placed = jnp.pad(own[:, None], [(0, 0), (rows.start, length - 1 - rows.start), (0, 0)])
+  return jnp.where(alone[..., None], placed, change)
 
 
 def _causal(queries, keys, values):
