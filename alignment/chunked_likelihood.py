@@ -115,17 +115,17 @@ def _join(first, second):
 def _log_sum_exp(logits):
   """Returns (m, s) of each row of `[N, C]`: its sum of exponentials is s exp(m)."""
 
-  def two_passes(logits):
+  def in_two_passes(logits):
     highest = jnp.maximum(jnp.max(logits, axis=1), _LOWEST)
     return highest, jnp.sum(jnp.exp(logits - highest[:, None]), axis=1)
 
-  def one_pass(logits):
-    # On a GPU the logits are read from memory once: that costs more than the second exponential.
-    start = (jnp.asarray(_LOWEST, logits.dtype), jnp.asarray(0, logits.dtype))
-    pairs = (logits, jnp.ones_like(logits))
-    return tuple(jax.lax.reduce(pairs, start, _join, dimensions=(1,)))
+  return jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=in_two_passes)
 
-  return jax.lax.platform_dependent(logits, cuda=one_pass, default=two_passes)
+
+def _in_one_pass(logits):
+  """The same for a GPU, where a second exponential costs less than reading the logits again."""
+  start = (jnp.asarray(_LOWEST, logits.dtype), jnp.asarray(0, logits.dtype))
+  return tuple(jax.lax.reduce((logits, jnp.ones_like(logits)), start, _join, dimensions=(1,)))
 
 
 def _backward(chunk_size, residuals, cotangents):

@@ -116,7 +116,7 @@ def make_step(shape: Shape, platform: str, changes: Mapping[str, Any]):
     max_length=2 * shape.length,
     tied_head=shape.tied,
     dtype="float32" if platform == "cpu" else "bfloat16",
-    fused_attention=True,
+    scan_layers=platform == "cpu",
   )
   chunk = changes.get("logps_chunk")
   config = dataclasses.replace(config, **{k: v for k, v in changes.items() if k != "logps_chunk"})

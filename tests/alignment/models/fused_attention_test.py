@@ -179,12 +179,11 @@ def test_the_kernel_of_a_gpu(dtype, tolerance, length, num_heads, num_kv_heads, 
 
 
 @needs_gpu
-@pytest.mark.parametrize("length", [6, 7])
-@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize(("group", "length"), [(1, 6), (2, 11), (3, 6)])
 def test_a_gpu_loses_no_more_to_bfloat16_than_the_written_out_form(group, length):
-  params, batch = make_params(), make_batch(group, length + (4 if group == 2 else 0))
+  batch = make_batch(group, length)
 
-  def run(**changes):
+  def make(**changes):
     config = dataclasses.replace(CONFIG, **changes)
     apply_fn = transformer.make_apply_fn(config, logps_chunk=8)
 
@@ -192,12 +191,30 @@ def test_a_gpu_loses_no_more_to_bfloat16_than_the_written_out_form(group, length
       logps = apply_fn(params, batch) * batch.mask
       return jnp.sum(logps * jnp.cos(jnp.arange(logps.size).reshape(logps.shape))), logps
 
-    return jax.jit(jax.grad(loss, has_aux=True))(params)
+    return jax.jit(jax.grad(loss, has_aux=True))
 
-  want = run(dtype="float32")  # float32 has no kernel
-  got, written_out = run(dtype="bfloat16"), run(dtype="bfloat16", fused_attention=False)
-  for ours, theirs, exact in zip(got, written_out, want, strict=True):
-    assert relative_error(ours, exact) < 1.5 * relative_error(theirs, exact)
+  exact = make(dtype="float32")  # float32 has no kernel
+  ours, theirs = make(dtype="bfloat16"), make(dtype="bfloat16", fused_attention=False)
+  errors = np.zeros((2, 2))  # squares; of ours and theirs, in gradients and values
+  for seed in range(3):
+    params = make_params(seed)
+    want = exact(params)
+    for row, run in enumerate((ours, theirs)):
+      errors[row] += [relative_error(*pair) ** 2 for pair in zip(run(params), want, strict=True)]
+  # Both round at random: for one seed the ratio of the two errors lies between 0.5 and 1.9. If a
+  # start token sees other tokens it is 9 or more (groups 2 and 3), without the causal mask 48.
+  assert np.all(errors[0] < 9 * errors[1])
+
+
+def test_a_tpu_takes_its_kernel_when_asked_alone(monkeypatch):
+  for kernel, by_default in (("splash", False), ("cudnn", True), (None, False)):
+    monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim, k=kernel: k)
+    chosen = {
+      asked: transformer.Transformer(dataclasses.replace(CONFIG, fused_attention=asked))
+      for asked in (None, True, False)
+    }
+    found = [model._has_kernel(5) for model in chosen.values()]
+    assert found == [by_default, kernel is not None, False]
 
 
 def test_a_cpu_and_float32_have_no_kernel():
