@@ -87,16 +87,21 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
 
   Raises:
     FileNotFoundError: the folder holds no run.
-    ValueError: the file is not JSON.
+    ValueError: the file is not JSON, or not a config.
   """
   path = pathlib.Path(folder) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"--workdir={folder} holds no run: there is no {path}")
   try:
-    data = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}): restore it from a backup") from error
-  return ml_collections.ConfigDict(data)
+    config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(config.paper, str):
+      raise TypeError(f"paper must be a name, got {config.paper!r}")
+  except files.DAMAGED as error:
+    raise ValueError(
+      f"{path} is damaged ({type(error).__name__}: {error}): restore it from a backup, or start a "
+      "new run in another folder"
+    ) from error
+  return config
 
 
 def environment() -> dict[str, Any]:
