@@ -12,6 +12,8 @@ import os
 import pathlib
 import signal
 import sys
+import sysconfig
+import traceback
 from typing import Any
 
 from experiments.loop import memory
@@ -57,11 +59,12 @@ def run(argv: list[str] | None = None) -> int:
     print("\nstopped; repeat the command to continue from the last checkpoint", file=sys.stderr)
     return 143 if isinstance(error, _Terminated) else 130
   except Exception as error:
-    code = _exit_code(error)
+    place = _users_line(error)
+    code = _exit_code(error) or (2 if place else None)
     if code is None or _debug(argv):
       raise
     hint = "" if _is_ours(error) else "\n(--debug shows the traceback)"
-    print(f"error: {_message(error)}{hint}", file=sys.stderr)
+    print(f"error: {_message(error)}{place}{hint}", file=sys.stderr)
     return code
 
 
@@ -103,6 +106,31 @@ def _is_ours(error: Exception) -> bool:
   return source.is_relative_to(root) and "site-packages" not in source.relative_to(root).parts
 
 
+def _users_line(error: Exception) -> str:
+  """Returns " (FILE, line N)", the last line of the user's own code that the error went through.
+
+  Returns an empty text if the error comes from this library, or from an installed one, alone.
+  """
+  lines = [
+    (frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)
+  ]
+  if isinstance(error, SyntaxError) and error.filename:
+    lines.append((error.filename, error.lineno or 1))
+  here = pathlib.Path(__file__).resolve().parent
+  packages = [here.parent / name for name in ("alignment", "rl_theory", "representation")]
+  others = [
+    *packages,
+    here,
+    here.parent / "sharding",
+    *map(pathlib.Path, sysconfig.get_paths().values()),
+  ]
+  for name, number in reversed(lines):
+    path = pathlib.Path(name)
+    if path.is_file() and not any(path.resolve().is_relative_to(folder) for folder in others):
+      return f" ({name}, line {number})"
+  return ""
+
+
 def _exit_code(error: Exception) -> int | None:
   """Returns the exit code of an error that the user can mend; None for a bug."""
   if isinstance(error, (ValueError, OSError, ImportError)):
@@ -117,6 +145,10 @@ def _message(error: Exception) -> str:
       f"the package {error.name!r} is not installed: run pip install '.[experiments,lm]' in the "
       "source folder of bootstrax"
     )
+  if isinstance(error, SyntaxError):
+    return f"{type(error).__name__}: {error.msg}"
+  if _exit_code(error) is None:
+    return f"{type(error).__name__}: {error}"
   return str(error) or type(error).__name__
 
 

@@ -336,6 +336,7 @@ def make_task(config: Any) -> Task:
   for name in ("num_prompts", "prompt_length", "completion_length", "sample_batch_size"):
     checks.count(f"data.{name}", config.data[name])
   checks.count("network.logps_chunk", config.network.logps_chunk)
+  checks.count("eval.num_table_rows", config.eval.num_table_rows, least=0)
   templates.check("data.prompt_template", config.data.prompt_template, "prompt")
   longest = config.data.prompt_length + config.data.completion_length
   if longest > network.max_length:
