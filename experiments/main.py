@@ -7,6 +7,7 @@ because only the standard library and ml_collections are imported until the argu
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
@@ -223,21 +224,25 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
   if args.multihost or os.environ.get("BOOTSTRAX_MULTIHOST") == "1":
     import sharding
 
-    sharding.initialize_multihost()
+    if sharding.initialize_multihost() == 1:
+      raise ValueError(
+        "--multihost found no cluster, so every host would train alone: start the processes on a "
+        "TPU pod or through Slurm, Open MPI or Kubernetes, or leave --multihost out"
+      )
   from experiments.loop import presets, run_folder, training
 
   if args.mode == "train":
     presets.check(config)
     training.make_mesh(config.sharding.mesh)  # a bad mesh fails here, before any work
     # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
-    if jax.process_index() == 0:
-      run_folder.claim(config, workdir)
-    study = getattr(presets.module_of(config), "run", None)  # a study of several runs
-    if study is not None:
-      outcome = study(config, workdir)
-    else:
-      experiment = presets.build(config, workdir)
-      outcome = training.train(experiment, config, workdir, wandb=args.wandb)
+    first = jax.process_index() == 0
+    with run_folder.hold(config, workdir) if first else contextlib.nullcontext():
+      study = getattr(presets.module_of(config), "run", None)  # a study of several runs
+      if study is not None:
+        outcome = study(config, workdir)
+      else:
+        experiment = presets.build(config, workdir)
+        outcome = training.train(experiment, config, workdir, wandb=args.wandb)
     if outcome.status == "interrupted":
       return 128 + outcome.signal
     if outcome.result is not None:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sharding
 from experiments import main
-from experiments.loop import training
+from experiments.loop import run_folder, training
 from experiments.report import plots
 
 _PAPER = str(pathlib.Path(fake_paper.__file__).resolve())
@@ -171,6 +172,27 @@ def test_a_bad_mesh_creates_no_folder(tmp_path, capsys):
   assert code == 2
   assert "need 3 devices" in message
   assert not folder.exists()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
+  folder, command = tmp_path / "run", [f"--config={_PAPER}", f"--workdir={tmp_path / 'run'}"]
+  with run_folder.hold(fake_paper.get_config(), folder):
+    code, message = _fails(capsys, *command)
+  assert code == 2
+  assert "is in use: another process trains in it" in message
+  assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
+  assert main.run(command) == 0  # the folder is free again
+  assert main.run(command) == 0
+
+
+def test_multihost_without_a_cluster_is_an_error(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sharding, "initialize_multihost", lambda: 1)
+  code, message = _fails(
+    capsys, f"--config={_PAPER}", f"--workdir={tmp_path / 'run'}", "--multihost"
+  )
+  assert code == 2
+  assert "found no cluster" in message
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_diverges_exits_with_one(tmp_path, capsys):
