@@ -23,7 +23,7 @@ def wasserstein(
 
   Args:
     first: `[..., M]` atoms, in any order, such as quantiles or sampled returns.
-    second: `[..., N]` atoms of the other distribution; leading axes broadcast.
+    second: `[..., N]` atoms of the other distribution. The leading axes of all four broadcast.
     first_probs: `[..., M]` probabilities; None for 1 / M each.
     second_probs: `[..., N]` probabilities; None for 1 / N each.
     order: at least 1; `math.inf` for the largest distance between quantiles.
@@ -32,7 +32,7 @@ def wasserstein(
     `[...]` distances, in O((M + N) log(M + N)).
 
   Raises:
-    ValueError: if `order` is less than 1, or probabilities have another shape than their atoms.
+    ValueError: if `order` is less than 1, or probabilities have another number than their atoms.
 
   Example:
     >>> print(wasserstein(jnp.array([0.0, 1.0]), jnp.array([1.0, 3.0, 0.0, 0.0])))
@@ -41,16 +41,16 @@ def wasserstein(
   if isinstance(order, str) or not order >= 1:
     raise ValueError(f"order must be a number of at least 1, got {order!r}")
   sides = []
-  for name, atoms, probs in (
-    ("first", first, first_probs),
-    ("second", second, second_probs),
-  ):
+  for name, atoms, probs in (("first", first, first_probs), ("second", second, second_probs)):
     atoms = jnp.asarray(atoms, float)
     if probs is None:
-      probs = jnp.full(atoms.shape, 1 / atoms.shape[-1], atoms.dtype)
-    else:
-      checks.shape(f"{name}_probs", probs, atoms.shape, f"that of {name}")
-      checks.probabilities(f"{name}_probs", probs)
+      probs = jnp.full(atoms.shape[-1:], 1 / atoms.shape[-1], atoms.dtype)
+    if jnp.shape(probs)[-1:] != atoms.shape[-1:]:
+      raise ValueError(
+        f"{name}_probs must have as many entries as {name}, {atoms.shape[-1:]}, on the last axis, "
+        f"got shape {list(jnp.shape(probs))}"
+      )
+    checks.probabilities(f"{name}_probs", probs)
     sides += [atoms, jnp.asarray(probs, atoms.dtype)]
   batch = jnp.broadcast_shapes(*(side.shape[:-1] for side in sides))
   sides = [jnp.broadcast_to(side, (*batch, side.shape[-1])) for side in sides]
