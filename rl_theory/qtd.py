@@ -52,7 +52,7 @@ from sharding import checks
 Metrics = dict[str, jax.Array]
 ApplyFn = Callable[[Any, jax.Array], jax.Array]
 METHODS = ("auto", "sort", "pairs")
-_FEW = 1024  # targets up to which comparing all pairs was faster on CPUs; see benchmarks/markov.py
+_FEW = 4096  # targets up to which pairs were faster on a CPU: benchmarks/markov.py --scaling
 
 
 # --- step sizes -----------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def quantile_td_error(
     targets: `[..., n]` reward + discount * next quantiles, in any order. Leading axes as in
       `quantiles`. n = 1 with a random next quantile gives the variant with a random index.
     method: "sort" in O((m + n) log n), "pairs" in O(m n), which vectorises better and keeps no
-      array of pairs, or "auto": pairs for up to 1024 targets.
+      array of pairs, or "auto": pairs for up to 4096 targets.
 
   Returns:
     `[..., m]`, between -1 and 1. No gradient passes.
