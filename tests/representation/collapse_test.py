@@ -120,8 +120,8 @@ def test_subspace_angles_are_those_of_scipy(size, scale):
   second = second.astype(np.float32)
   found = collapse.subspace_angles(first.astype(np.float32), second)
   expected = scipy.linalg.subspace_angles(first, second.astype(float))
-  # 1e-6: float32. From cosines alone an angle of 1e-6 would come out as 0 or 3e-4. The second matrix
-  # of size 4 is almost of rank 3, where the angle of the last direction is not determined.
+  # 1e-6: float32. From cosines alone an angle of 1e-6 would come out as 0 or 3e-4. The second
+  # matrix of size 4 is almost of rank 3, so its largest angle is not determined.
   np.testing.assert_allclose(found[size // 4 :], expected[size // 4 :], atol=1e-6)
 
 
