@@ -295,8 +295,7 @@ def test_the_action_objective_is_the_policy_objective_plus_a_variance():
   """For any policy, distribution and representation: the projection theorem."""
   for seed in range(5):
     batch, phi = _with_actions(seed)
-    transitions, distribution, policy, _ = map(np.asarray, batch[:3] + (0,))
-    d, features = distribution, np.asarray(phi)
+    transitions, d, policy, features = map(np.asarray, (*batch[:3], phi))
     matrices = []
     for action in range(3):
       weights = d * policy[:, action]
