@@ -6,6 +6,8 @@ gradient into the target: self-predictive learning, and BYOL with a linear encod
 no normalisation, where the next state is the other view.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,22 +21,27 @@ FAMILIES = {
 }
 
 
-def random_chains(family, num_chains, num_states=20, seed=0):
-  """Returns `[num_chains, S, S]`."""
-  keys = jax.random.split(jax.random.key(seed), num_chains)
+@functools.cache
+def _chains(family, num_states):
+  keys = jax.random.split(jax.random.key(0), 34)
   return jax.jit(jax.vmap(lambda key: FAMILIES[family](key, num_states)))(keys)
+
+
+def random_chains(family, num_chains, num_states=20):
+  """Returns `[num_chains, S, S]`; at most 34, of which one program is compiled."""
+  return _chains(family, num_states)[:num_chains]
 
 
 def random_features(num_chains, num_features=2, num_states=20, seed=1, orthonormal=True):
   """Returns `[num_chains, S, k]`."""
-  shape = (num_chains, num_states, num_features)
-  features = jax.random.normal(jax.random.key(seed), shape)
-  return jnp.linalg.qr(features)[0] if orthonormal else features
+  rng = np.random.default_rng(seed)
+  features = rng.normal(size=(num_chains, num_states, num_features))
+  return jnp.asarray(np.linalg.qr(features)[0] if orthonormal else features)
 
 
 def random_distributions(num_chains, num_states=20, seed=2):
   """Returns `[num_chains, S]`."""
-  return jax.random.dirichlet(jax.random.key(seed), jnp.ones(num_states), (num_chains,))
+  return jnp.asarray(np.random.default_rng(seed).dirichlet(np.ones(num_states), num_chains))
 
 
 def two_view_chain(key, num_items, num_views):

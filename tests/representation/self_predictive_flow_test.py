@@ -81,9 +81,9 @@ def test_the_trace_objective_of_symmetric_chains_grows_at_the_rate_of_the_paper(
     _, rate = jax.jvp(lambda x: trace_objective(x, chain), (phi,), (slope,))
     return rate, 4 * jnp.sum(slope**2)
 
-  rates, expected = jax.vmap(both)(chains, phis)
+  rates, expected = jax.jit(jax.vmap(both))(chains, phis)
   np.testing.assert_allclose(rates, expected, rtol=1e-10)
-  others, expected = jax.vmap(both)(random_chains("arbitrary", 10), phis)
+  others, expected = jax.jit(jax.vmap(both))(random_chains("arbitrary", 10), phis)
   assert np.abs(others / expected - 1).min() > 1e-3, "symmetry is needed"
 
 
@@ -96,7 +96,7 @@ def test_the_bidirectional_trace_objective_grows_at_the_rate_of_the_paper(family
     return rate, 2 * (jnp.sum(slope.forward**2) + jnp.sum(slope.backward**2))
 
   features = random_features(10, 3), random_features(10, 3, seed=2)
-  rates, expected = jax.vmap(both)(random_chains(family, 10), *features)
+  rates, expected = jax.jit(jax.vmap(both))(random_chains(family, 10), *features)
   np.testing.assert_allclose(rates, expected, rtol=1e-10)
 
 
@@ -104,8 +104,9 @@ def test_the_trace_objective_is_what_the_subspaces_explain():
   (chain,), (left,), (right,) = (
     random_chains("arbitrary", 1), random_features(1, 3), random_features(1, 3, seed=2)
   )  # fmt: skip
+  chain, left, right = map(np.asarray, (chain, left, right))
   projected = left @ (left.T @ chain @ right) @ right.T
-  explained = jnp.sum(chain**2) - jnp.sum((chain - projected) ** 2)
+  explained = np.sum(chain**2) - np.sum((chain - projected) ** 2)
   np.testing.assert_allclose(explained, trace_objective(left, chain, right), rtol=1e-12)
 
 
@@ -271,7 +272,7 @@ def test_without_stop_gradient_singular_values_only_shrink(gradient, step):
 def test_the_full_gradients_are_those_of_the_losses():
   (chain,), (phi,) = random_chains("arbitrary", 1), random_features(1, orthonormal=False)
   (distribution,) = random_distributions(1)
-  predictor = self_predictive_flow.optimal_predictor(phi, chain, distribution)
+  predictor = jax.jit(self_predictive_flow.optimal_predictor)(phi, chain, distribution)
 
   def sampled(phi):
     distances = jnp.sum(((phi @ predictor)[:, None] - phi) ** 2, axis=-1)
@@ -281,8 +282,9 @@ def test_the_full_gradients_are_those_of_the_losses():
     return jnp.sum(distribution[:, None] * (phi @ predictor - chain @ phi) ** 2) / 2
 
   for gradient, loss in (("full", sampled), ("full_of_means", of_means)):
-    found = flow(Variables(phi), chain, distribution, gradient=gradient).representation
-    np.testing.assert_allclose(found, -jax.grad(loss)(phi), atol=1e-14)
+    slope = functools.partial(flow, transitions=chain, distribution=distribution, gradient=gradient)
+    found = jax.jit(slope)(Variables(phi)).representation
+    np.testing.assert_allclose(found, -jax.jit(jax.grad(loss))(phi), atol=1e-14)
 
 
 # --- the solver and bad input ---

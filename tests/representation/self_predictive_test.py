@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 Config, Params, Transitions = (
   self_predictive.Config, self_predictive.Params, self_predictive.Transitions
 )  # fmt: skip
-MATRIX = jnp.zeros((2, 2))
+MATRIX = np.zeros((2, 2))
 
 
 def _table(table, states):
@@ -143,7 +143,9 @@ def test_updates_approach_the_dynamics_in_proportion_to_their_step(ratio):
   def updates(chain, phi, step, num_steps):
     batch = chains.Expectation(chain, jnp.full(20, 1 / 20))
     optimizer = optax.sgd(20 * step)  # the dynamics without a distribution are 20 times faster
-    state = self_predictive.init(Params(phi, MATRIX), optimizer=optimizer, config=config)
+    state = self_predictive.init(
+      Params(phi, jnp.asarray(MATRIX)), optimizer=optimizer, config=config
+    )
 
     def body(state, _):
       return self_predictive.update(
@@ -153,7 +155,7 @@ def test_updates_approach_the_dynamics_in_proportion_to_their_step(ratio):
     return jax.lax.scan(body, state, length=num_steps)[0].params.representation
 
   def both(chain, phi):
-    start = self_predictive_flow.Variables(phi, None if ratio is None else MATRIX)
+    start = self_predictive_flow.Variables(phi, None if ratio is None else jnp.asarray(MATRIX))
     slope = functools.partial(self_predictive_flow.flow, transitions=chain, ratio=ratio)
     exact, _ = self_predictive_flow.integrate(
       slope, start, step=0.05, num_steps=100, save_every=100
@@ -200,7 +202,9 @@ def test_inner_steps_lead_to_the_optimal_predictor():
     Config(),
     Config(predictor="gradient", num_inner_steps=400, inner_step_size=10.0),
   ):
-    state = self_predictive.init(Params(phi, MATRIX), optimizer=optimizer, config=config)
+    state = self_predictive.init(
+      Params(phi, jnp.asarray(MATRIX)), optimizer=optimizer, config=config
+    )
     ends.append(
       self_predictive.update(
         state, batch, None, apply_fn=_table, optimizer=optimizer, config=config
@@ -230,7 +234,9 @@ def _cosines(num_steps=20_000, num_seeds=6):
         Config(predictor=predictor), predictor_ratio=ratio, target_decay=decay
       )
       batch, optimizer = chains.Expectation(chain, jnp.full(20, 1 / 20)), optax.sgd(20 * 0.01)
-      state = self_predictive.init(Params(phi, MATRIX), optimizer=optimizer, config=config)
+      state = self_predictive.init(
+        Params(phi, jnp.asarray(MATRIX)), optimizer=optimizer, config=config
+      )
 
       def body(state, _):
         return self_predictive.update(
