@@ -37,7 +37,7 @@ def test_a_step_is_a_step_of_the_dynamics_and_both_gram_matrices_only_grow():
   config, optimizer = bidirectional.Config(), optax.sgd(0.5)
   state = _start(phi, psi, config, optimizer)
   new, _ = _step(state, chains.make_expectation(chain, distribution), config, optimizer)
-  slope = self_predictive_flow.bidirectional_flow(
+  slope = jax.jit(self_predictive_flow.bidirectional_flow)(
     self_predictive_flow.Pair(phi, psi), chain, distribution
   )
   for before, after, rate in ((phi, new.params.forward, slope.forward),
@@ -78,7 +78,7 @@ def test_samples_give_the_expectation():
   phi, psi = (random_features(1, num_states=5, seed=seed)[0] for seed in (1, 2))
   optimizer = optax.sgd(0.1)
   for config in (
-    bidirectional.Config(), bidirectional.Config(stop_gradient=False),
+    bidirectional.Config(stop_gradient=False),
     bidirectional.Config(predictor="gradient", num_inner_steps=2, target_decay=0.9),
   ):  # fmt: skip
     state = _start(phi, psi, config, optimizer)
@@ -104,12 +104,11 @@ def test_a_chain_reversed_twice_is_the_chain_and_states_never_entered_do_not_cou
 def test_the_loss_of_arrays_is_the_sum_of_both_directions():
   keys = jax.random.split(jax.random.key(0), 4)
   arrays = [jax.random.normal(key, (5, 3)) for key in keys]
-  found = bidirectional.bidirectional_loss(*arrays)
+  found = jax.jit(bidirectional.bidirectional_loss)(*arrays)
   distances = [np.sum((arrays[i] - arrays[i + 1]) ** 2, axis=1) for i in (0, 2)]
   np.testing.assert_allclose(found, (distances[0] + distances[1]) / 2, rtol=1e-12)
-  slopes = jax.grad(lambda *given: jnp.sum(bidirectional.bidirectional_loss(*given)), (0, 1, 2, 3))(
-    *arrays
-  )
+  total = lambda *given: jnp.sum(bidirectional.bidirectional_loss(*given))  # noqa: E731
+  slopes = jax.jit(jax.grad(total, (0, 1, 2, 3)))(*arrays)
   assert np.all(slopes[1] == 0) and np.all(slopes[3] == 0) and np.any(slopes[0] != 0)
 
 
