@@ -162,7 +162,7 @@ def loss(
   del key
   _check(config)
   sides = _sides(params, state, batch, apply_fn, config)
-  forward, backward = (self_predictive.batch_loss(*side, config=config) for side in sides)
+  forward, backward = (self_predictive.loss_of_embeddings(*side, config=config) for side in sides)
   phi, psi = jax.lax.stop_gradient([embeddings for embeddings, *_ in sides])
   metrics = {
     "loss": forward + backward,
@@ -218,7 +218,7 @@ def update(
 def _sides(
   params: Params, state: State, batch: Any, apply_fn: Networks, config: Config
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-  """Returns the arguments of `self_predictive.batch_loss` for each direction."""
+  """Returns the arguments of `self_predictive.loss_of_embeddings` for each direction."""
   states, next_states = chains.ends(batch)
   sources = state.target_params if config.stop_gradient else params
   forward = (

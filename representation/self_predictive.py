@@ -185,7 +185,7 @@ def self_predictive_loss(
   return jnp.sum((predictions - targets) ** 2, axis=-1) / 2
 
 
-def batch_loss(
+def loss_of_embeddings(
   embeddings: jax.Array, targets: jax.Array, predictor: jax.Array, batch: Any, *, config: Config
 ) -> jax.Array:
   """Returns the loss of a batch, given the embeddings of its states; what `loss` differentiates.
@@ -287,7 +287,7 @@ def loss(
   embeddings = apply_fn(params.representation, states)
   target_params = state.target_params if config.stop_gradient else params.representation
   targets = apply_fn(target_params, next_states)
-  value = batch_loss(embeddings, targets, params.predictor, batch, config=config)
+  value = loss_of_embeddings(embeddings, targets, params.predictor, batch, config=config)
   embeddings = jax.lax.stop_gradient(embeddings)
   return value, ({"loss": value, **collapse.metrics(embeddings, spectrum=True)}, ())
 
@@ -341,7 +341,9 @@ def inner_steps(
   descent = dataclasses.replace(config, predictor_ratio=1.0)
 
   def body(_, predictor):
-    slope = jax.grad(batch_loss, argnums=2)(embeddings, targets, predictor, batch, config=descent)
+    slope = jax.grad(loss_of_embeddings, argnums=2)(
+      embeddings, targets, predictor, batch, config=descent
+    )
     return predictor - config.inner_step_size * slope
 
   return jax.lax.fori_loop(0, config.num_inner_steps, body, predictor)

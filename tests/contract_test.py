@@ -363,7 +363,7 @@ def _tables(num_tables):
 
 
 def _sampled_transitions():
-  return self_predictive.Transitions(*np.random.default_rng(11).integers(0, 8, (2, 8)))
+  return self_predictive.Transitions(*jnp.asarray(np.random.default_rng(11).integers(0, 8, (2, 8))))
 
 
 def _read_table(table, states):

@@ -292,7 +292,7 @@ def _with_actions(seed=0, num_actions=3, num_states=7):
 def _loss(batch, phi, objective):
   shape = (2, 2) if objective == "policy" else (3, 2, 2)
   config = Config(objective=objective)
-  return self_predictive.batch_loss(phi, phi, jnp.zeros(shape), batch, config=config)
+  return self_predictive.loss_of_embeddings(phi, phi, jnp.zeros(shape), batch, config=config)
 
 
 def test_the_action_objective_is_the_policy_objective_plus_a_variance():
@@ -355,7 +355,7 @@ def test_an_action_that_was_not_sampled_does_not_matter():
   states, next_states, actions = rng.integers(0, [[7], [7], [2]], (3, 40))
   phi = random_features(1, num_states=7)[0]
   config = Config(objective="action")
-  loss = jax.jit(functools.partial(self_predictive.batch_loss, config=config))
+  loss = jax.jit(functools.partial(self_predictive.loss_of_embeddings, config=config))
   values = [
     loss(
       phi[states], phi[next_states], jnp.zeros((num_actions, 2, 2)),
