@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
-from representation import bgrl, graphs
+from representation import bgrl, bidirectional, graphs, self_predictive
 from representation.baselines import grace
 from representation.networks import adapters, gcn, mlp
 from rl_theory import armac, qtd
@@ -382,6 +382,42 @@ def _td(traces: bool) -> Case:
   )  # fmt: skip
 
 
+def _tables(num_tables):
+  keys = jax.random.split(jax.random.key(0), num_tables)
+  return [jax.random.normal(key, (8, 3)) for key in keys]
+
+
+def _sampled_transitions():
+  return self_predictive.Transitions(*jnp.asarray(np.random.default_rng(11).integers(0, 8, (2, 8))))
+
+
+def _read_table(table, states):
+  return table[states]
+
+
+def _self_predictive(*, exact: bool, **options) -> Case:
+  (table,) = _tables(1)
+  chain = jax.random.dirichlet(jax.random.key(1), jnp.ones(8), (8,))
+  batch = self_predictive.make_expectation(chain) if exact else _sampled_transitions()
+  return Case(
+    self_predictive, self_predictive.Params(table, jnp.eye(3) / 2), batch, _read_table,
+    self_predictive.Config(**options), ("ridge", 0.5) if exact else None,
+    trees={"target_params": table + 0.1}, couples_examples=True,
+  )  # fmt: skip
+
+
+def _bidirectional() -> Case:
+  forward, backward = _tables(2)
+  params = bidirectional.Params(forward, backward, jnp.eye(3) / 2, jnp.eye(3))
+  networks = bidirectional.Networks(_read_table, _read_table)
+  config = bidirectional.Config(predictor="gradient", target_decay=0.9)
+  return Case(
+    bidirectional, params, _sampled_transitions(), networks, config, None,
+    trees={"target_params": bidirectional.Targets(forward + 0.1, backward - 0.1)},
+    couples_examples=True,
+  )  # fmt: skip
+
+
 def _categorical_td() -> Case:
   config = categorical_td.Config(low=-3.0, high=3.0)
   return Case(
@@ -392,17 +428,35 @@ def _categorical_td() -> Case:
 
 BUILDERS: dict[str, Callable[[], Case]] = {
   "armac_actor": functools.partial(_armac, "actor"),
-  "armac_critic": functools.partial(_armac, "critic"), "bgrl": _bgrl,
-  "categorical_td": _categorical_td, "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
-  "grace_negatives": functools.partial(_grace, num_negatives=3), "ipo": _ipo, "kto": _kto,
-  "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "qtd": _qtd,
+  "armac_critic": functools.partial(_armac, "critic"),
+  "bgrl": _bgrl,
+  "bidirectional": _bidirectional,
+  "categorical_td": _categorical_td,
+  "copg": _copg,
+  "dpo": _dpo,
+  "dro": _dro,
+  "grace": _grace,
+  "grace_negatives": functools.partial(_grace, num_negatives=3),
+  "ipo": _ipo,
+  "kto": _kto,
+  "nash_md": _nash_md,
+  "nfsp": _nfsp,
+  "online_ipo": _online_ipo,
+  "qtd": _qtd,
   "qtd_visits": functools.partial(
     _qtd, qtd.Config(step_sizes=qtd.StepSizes(0.5, 0.6), random_index=True, method="pairs")
   ),
   "reward_model": _reward_model,
-  "rloo": _rloo, "sft": _sft, "srpo": _srpo,
-  "td": functools.partial(_td, False), "td_traces": functools.partial(_td, True),
-}  # fmt: skip
+  "rloo": _rloo,
+  "self_predictive_exact": functools.partial(_self_predictive, exact=True),
+  "self_predictive_sampled": functools.partial(
+    _self_predictive, exact=False, predictor="gradient", predictor_ratio=3.0
+  ),
+  "sft": _sft,
+  "srpo": _srpo,
+  "td": functools.partial(_td, False),
+  "td_traces": functools.partial(_td, True),
+}
 
 
 # --- helpers of the clauses ---
