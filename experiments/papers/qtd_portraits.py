@@ -182,8 +182,8 @@ def _figure(result, processes, corners) -> results.Figure:
       axis.fill(*points.T, fill=False, edgecolor=plots.PALETTE[1], linewidth=1.6, zorder=2)
     else:
       axis.plot(
-        *points.mean(0), marker="*", markersize=15, color=plots.PALETTE[1],
-        markeredgecolor="white", zorder=5,
+        *points.mean(0), marker="*", markersize=17, color=plots.PALETTE[1],
+        markeredgecolor="white", zorder=7,
       )  # fmt: skip
     for path in np.moveaxis(paths, 1, 0):
       axis.plot(*path.T, color=plots.PALETTE[0], linewidth=1, alpha=0.75, zorder=3)
