@@ -199,12 +199,16 @@ def _result(errors, settings, rates) -> results.Result:
   wins = [interval(gap) for gap in gaps[tails, first]]
   cycle = interval(gaps[certain, 0])
   means = [best[name][:, first].mean() for name in quantiles]
-  off = [np.abs(errors[name][certain] / errors["TD"][certain] - 1).max() for name in categorical]
+  # The sum of float32 masses drifts by rounding: errors below 1e-5 are not compared.
+  follows = [
+    bool(np.allclose(errors[name][certain], errors["TD"][certain], rtol=0.01, atol=1e-5))
+    for name in categorical
+  ]
   criteria = [
     (f"t_2 rewards: {ours} has a smaller error than TD on all three transitions",
      all(win.high < 0 for win in wins)),
     (f"deterministic cycle: TD has a smaller error than {ours}", bool(cycle.low > 0)),
-    ("deterministic rewards: categorical TD has the error of TD, within 1 %", max(off) < 0.01),
+    ("deterministic rewards: categorical TD has the error of TD, within 1 %", all(follows)),
     ("the error of quantile TD, averaged over problems, falls with m",
      bool(np.all(np.diff(means) < 0))),
   ]  # fmt: skip
