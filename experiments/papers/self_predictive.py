@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.loop import training
-from experiments.papers import self_predictive_flows, self_predictive_steps
+from experiments.papers import self_predictive_flows, self_predictive_steps, self_predictive_values
 
 _FIGURES = {
   "collapse": self_predictive_steps,
@@ -11,6 +11,7 @@ _FIGURES = {
   "ema": self_predictive_steps,
   "trace": self_predictive_flows,
   "bidirectional": self_predictive_flows,
+  "values": self_predictive_values,
 }
 
 

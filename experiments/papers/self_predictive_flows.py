@@ -21,8 +21,8 @@ import numpy as np
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import traced_runs
-from representation import self_predictive_flow
-from rl_theory import markov
+from representation import chain_spectrum, self_predictive_flow
+from rl_theory import transition_matrices
 from sharding import checks
 
 TITLES = {
@@ -32,13 +32,15 @@ TITLES = {
   "arbitrary": "arbitrary",
 }
 DIRECTIONS = {
-  "forward": lambda features, transitions: self_predictive_flow.flow(
-    self_predictive_flow.Variables(features), transitions
-  ).representation,
-  "bidirectional": lambda pair, transitions: tuple(
-    self_predictive_flow.bidirectional_flow(self_predictive_flow.Pair(*pair), transitions)
+  "forward": lambda features, transitions: (
+    self_predictive_flow.flow(self_predictive_flow.Variables(features), transitions).representation
   ),
+  "bidirectional": self_predictive_flow.bidirectional_flow,
 }
+SLOW = (
+  "On a slow chain the k-th singular value is so near to the next that bidirectional learning would "
+  "need more time: sigma_k (sigma_k - sigma_(k+1)) times the length of the run is below 5."
+)
 # Between two measurements, float32 changes f / f* by less than this.
 _ROUNDING = 1e-5
 
@@ -50,11 +52,13 @@ def chains(key: jax.Array, family: str, num_chains: int, num_states: int) -> jax
   probability 0.6, so that no eigenvalue is negative.
   """
   make: Callable[..., Any] = {
-    "doubly stochastic": markov.doubly_stochastic_transitions,
-    "arbitrary": functools.partial(markov.dense_transitions, concentration=0.3),
-  }.get(family, markov.symmetric_transitions)
+    "doubly stochastic": transition_matrices.doubly_stochastic_transitions,
+    "arbitrary": functools.partial(transition_matrices.dense_transitions, concentration=0.3),
+  }.get(family, transition_matrices.symmetric_transitions)
   drawn = jax.vmap(lambda key: make(key, num_states))(jax.random.split(key, num_chains))
-  return jax.vmap(lambda one: markov.lazy(one, 0.6))(drawn) if family == "positive" else drawn
+  if family == "positive":
+    return jax.vmap(lambda one: transition_matrices.lazy(one, 0.6))(drawn)
+  return drawn
 
 
 def orthonormal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -101,10 +105,23 @@ def experiment(
     )
     learners: dict[str, Any] = {direction: {} for direction in directions}
     for width in widths:
-      shape = (len(families), num_chains, num_states, width)
-      pair = tuple(orthonormal(jax.random.fold_in(key, width), shape) for key in feature_keys)
+      # The same chain has the same start in every preset, whatever else the preset has.
+      pair = self_predictive_flow.Pair(
+        *(
+          jnp.stack(
+            [
+              orthonormal(
+                jax.random.fold_in(jax.random.fold_in(key, width), list(TITLES).index(family)),
+                (num_chains, num_states, width),
+              )
+              for family in families
+            ]
+          )
+          for key in feature_keys
+        )
+      )
       for direction in directions:  # both start from the same features
-        learners[direction][str(width)] = pair[0] if direction == "forward" else pair
+        learners[direction][str(width)] = pair.forward if direction == "forward" else pair
     return transitions, learners
 
   def step(flow, features, transitions):
@@ -135,6 +152,18 @@ def experiment(
   )
 
 
+def slow_chains(config: Any, transitions: np.ndarray, width: int) -> np.ndarray:
+  """Returns whether bidirectional learning is too slow to end near its limit, `[...]` bool.
+
+  Near the top k singular vectors the error falls at the rate sigma_k (sigma_k - sigma_{k+1}). A
+  chain is slow if this times the length of the run is below 5, so that exp(-5) of it is left.
+  """
+  values = np.linalg.svd(transitions, compute_uv=False)
+  gaps = values[..., width - 1] - (values[..., width] if width < values.shape[-1] else 0)
+  time = config.algorithm.step * config.train.num_steps * config.train.inner_steps
+  return values[..., width - 1] * gaps * time < 5
+
+
 def span(features: jax.Array) -> jax.Array:
   """Returns an orthonormal basis of the columns of `features` `[S, k]`."""
   return jnp.linalg.qr(features)[0]
@@ -144,15 +173,15 @@ def build(config: Any) -> training.Experiment:
   """Returns the experiment of the presets `trace` and `bidirectional`."""
 
   def measure(features, transitions):
-    pair = features if isinstance(features, tuple) else (features, features)
-    forward, backward = map(span, pair)
-    inner = forward.T @ transitions @ backward
-    lengths = forward.T @ pair[0]
+    paired = isinstance(features, self_predictive_flow.Pair)
+    left, right = features if paired else (features, features)
+    gram = left.T @ left
     found = {
-      "objective": jnp.sum(inner**2),
-      "drift": jnp.max(jnp.abs(lengths.T @ lengths - jnp.eye(len(inner)))),
+      "objective": self_predictive_flow.trace_objective(span(left), transitions, span(right)),
+      "drift": jnp.max(jnp.abs(gram - jnp.eye(len(gram)))),
     }
-    if not isinstance(features, tuple):  # of the symmetric part, where P is not symmetric
+    if not paired:  # of the symmetric part, where P is not symmetric
+      inner = span(left).T @ transitions @ span(left)
       found["spectrum"] = jnp.linalg.eigvalsh((inner + inner.T) / 2)
     return found
 
@@ -176,14 +205,16 @@ def _result(config, transitions, learners, traces) -> results.Result:
   for direction in directions:
     for width in map(str, config.algorithm.num_features):
       best = np.sum(values[..., : int(width)] ** 2, axis=-1)
+      slow = slow_chains(config, transitions, int(width))
       ratios = traces[f"objective/{direction}/{width}"] / best  # [times, families, chains]
-      arrays[f"ratio/{direction}/{width}"] = ratios
+      arrays[f"ratio/{direction}/{width}"] = np.round(ratios, 6)
       falls = np.diff(ratios, axis=0).min(0) < -_ROUNDING  # [families, chains]
       for i, family in enumerate(families):
         rows.append(
           [
             TITLES[family], direction, int(width), traced_runs.spread(ratios[-1, i]),
             float(ratios[-1, i].min()), int((ratios[-1, i] > 0.999).sum()), int(falls[i].sum()),
+            int(slow[i].sum()) if direction == "bidirectional" else "",
           ]
         )  # fmt: skip
         about = f"{TITLES[family]}, {direction}, k = {width}"
@@ -203,55 +234,60 @@ def _result(config, transitions, learners, traces) -> results.Result:
     results.checks_table("Pass criteria", criteria),
     results.Table(
       "f / f* at the end: mean over chains [10th, 90th percentile]",
-      ["chains", "learning", "k", "f / f*", "lowest", "above 0.999", "f falls at some time"],
+      [
+        "chains",
+        "learning",
+        "k",
+        "f / f*",
+        "lowest",
+        "above 0.999",
+        "f falls at some time",
+        "slow chains",
+      ],
       rows,
+      caption=SLOW,
     ),
   ]
-  if "forward" in directions and "symmetric" in families:
+  if config.data.name == "trace" and "symmetric" in families:
     where = families.index("symmetric")
     ends = {
       width: stable_ends(transitions[where], np.asarray(x[where], float))
       for width, x in learners["forward"].items()
     }
-    for width, (overlaps, negatives) in ends.items():
+    for width, (overlaps, _) in ends.items():
       reached = overlaps > 0.99
       criteria.append(traced_runs.every(f"symmetric, k = {width}: ends in a stable set", reached))
-      arrays[f"negatives/{width}"] = negatives
     tables.append(_stable_table(ends))
+    width = sorted(ends, key=int)[len(ends) // 2]  # the figure shows one chain for each outcome
+    arrays["negatives"], shown = np.unique(ends[width][1], return_index=True)
+    arrays["spectra"] = np.round(traces[f"spectrum/forward/{width}"][:, where, shown], 6)
+    arrays["eigenvalues"] = np.linalg.eigvalsh(transitions[where, shown])
     tables[0] = results.checks_table("Pass criteria", criteria)
-  arrays |= {
-    name.replace("/forward", ""): value for name, value in traces.items() if "spectrum" in name
-  }
-  arrays["eigenvalues"] = np.sort(np.linalg.eigvals(transitions).real, axis=-1)
   metrics = {"criteria_passed": statistics.fraction_passed(criteria), "drift": drift}
   return results.Result(metrics=metrics, tables=tables, arrays=arrays)
 
 
 def stable_ends(transitions: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns which stable set each symmetric chain ended in.
-
-  The flow can only settle at the eigenvectors of the k - p largest positive and the p most negative
-  eigenvalues, for some p: there -lambda_j (lambda_j - lambda_i) < 0 for all pairs in and outside.
+  """Returns which of `chain_spectrum.stable_sets` each symmetric chain ended in.
 
   Args:
     transitions: `[chains, S, S]`, symmetric.
     features: `[chains, S, k]`.
 
   Returns:
-    The share of the features' span that lies in the nearest such set, `[chains]` in [0, 1], and its
-    p, `[chains]`.
+    The share of the features' span that lies in the nearest set, `[chains]` in [0, 1], and how many
+    of its eigenvalues are negative, `[chains]`.
   """
-  width = features.shape[-1]
-  eigenvalues, vectors = np.linalg.eigh(transitions)  # ascending
-  overlaps = np.einsum("csi,csk->cik", vectors, np.linalg.qr(features)[0]) ** 2
-  shares = overlaps.sum(-1)  # of each eigenvector, [chains, S]
-  found = np.full((len(features), width + 1), -1.0)
-  for p in range(width + 1):
-    inside = np.r_[0:p, shares.shape[1] - width + p : shares.shape[1]]
-    kept = eigenvalues[:, inside]
-    allowed = (kept[:, :p] < 0).all(1) & (kept[:, p:] > 0).all(1)
-    found[allowed, p] = shares[allowed][:, inside].sum(1) / width
-  return found.max(1), found.argmax(1)
+  width, nearest = features.shape[-1], []
+  for chain, basis in zip(transitions, np.linalg.qr(features)[0], strict=True):
+    eigenvalues, vectors = np.linalg.eigh(chain)
+    overlaps = np.sum((vectors.T @ basis) ** 2, axis=1)
+    ends = chain_spectrum.stable_sets(eigenvalues, width)
+    nearest.append(
+      max((overlaps[[*end]].sum() / width, int((eigenvalues[[*end]] < 0).sum())) for end in ends)
+    )
+  shares, negatives = zip(*nearest, strict=True)
+  return np.array(shares), np.array(negatives)
 
 
 def _stable_table(ends: dict[str, tuple[np.ndarray, np.ndarray]]) -> results.Table:
@@ -303,32 +339,28 @@ def _figures(config: Any, result: results.Result) -> list[results.Figure]:
     results.Figure(
       f"self_predictive_{config.data.name}",
       f"The trace objective f over its maximum f*. Thick lines are means over {num_chains} chains, "
-      f"bands reach from the 10th to the 90th percentile. Thin lines are eight single chains at k = "
+      "bands reach from the 10th to the 90th percentile. Thin lines are eight single chains at k = "
       f"{widths[0]}.",
       figure,
     )
   ]
-  if f"negatives/{widths[-1]}" in result.arrays and "forward" in directions:
-    found.append(_spectra(config, result, widths[len(widths) // 2], clock))
+  if "spectra" in result.arrays:
+    found.append(_spectra(result, clock))
   return found
 
 
-def _spectra(config: Any, result: results.Result, width: str, clock: np.ndarray) -> results.Figure:
+def _spectra(result: results.Result, clock: np.ndarray) -> results.Figure:
   """Draws the eigenvalues of Phi^T P Phi over time, for chains that end in different sets."""
-  family = tuple(config.data.families).index("symmetric")
-  negatives = result.arrays[f"negatives/{width}"]
-  shown = [int(np.argmax(negatives == p)) for p in np.unique(negatives)][:4]
-  figure, axes = plots.subplots(1, len(shown), size=(3.0, 2.9), sharey=True)
-  for axis, chain in zip(axes[0], shown, strict=True):
+  negatives, spectra = result.arrays["negatives"], result.arrays["spectra"]
+  width = spectra.shape[-1]
+  figure, axes = plots.subplots(1, len(negatives), size=(3.0, 2.9), sharey=True)
+  for k, axis in enumerate(axes[0]):
     axis.grid(False)
-    for value in result.arrays["eigenvalues"][family, chain]:
-      axis.axhline(value, color="0.8", linewidth=0.8)
-    moving = result.arrays[f"spectrum/{width}"][1:, family, chain]  # [times, k]
-    for k, line in enumerate(moving.T[::-1]):
-      axis.plot(clock, line, color=plots.PALETTE[k % len(plots.PALETTE)], linewidth=2)
-    axis.set(
-      xscale="log", xlabel="time", title=f"ends with {int(negatives[chain])} negative"
-    )
+    for value in result.arrays["eigenvalues"][k]:
+      axis.axhline(value, color="0.82", linewidth=0.8)
+    for line, color in zip(spectra[1:, k].T[::-1], _colors(width), strict=True):
+      axis.plot(clock, line, color=color, linewidth=2)
+    axis.set(xscale="log", xlabel="time", title=f"ends with {negatives[k]} negative of {width}")
   axes[0][0].set_ylabel("eigenvalue")
   return results.Figure(
     "self_predictive_spectra",
@@ -337,3 +369,7 @@ def _spectra(config: Any, result: results.Result, width: str, clock: np.ndarray)
     "the most negative eigenvalues. How many are negative depends on where the features started.",
     figure,
   )
+
+
+def _colors(number: int) -> list[str]:
+  return [plots.PALETTE[k % len(plots.PALETTE)] for k in range(number)]

@@ -19,7 +19,7 @@ from experiments.loop import training
 from experiments.papers import self_predictive_flows
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits, traced_runs
-from representation import self_predictive
+from representation import collapse, self_predictive
 from sharding import checks
 
 # Keeps the least-squares predictor defined after features have become dependent.
@@ -128,14 +128,11 @@ def build(config: Any) -> training.Experiment:
 def _measure(params, transitions, hyperparameters) -> dict[str, jax.Array]:
   features, predictor = params
   gram = features.T @ features
-  # Columns are scaled before they are squared, which would underflow after a collapse.
-  units = features / jnp.maximum(jnp.max(jnp.abs(features), axis=0), 1e-37)
-  units = units / jnp.maximum(jnp.linalg.norm(units, axis=0), 1e-37)
-  cosines = jnp.abs(units.T @ units)
+  # `collapse.singular_values` returns 0 for those that are small beside the largest.
   values = jnp.linalg.svd(features, compute_uv=False)
   basis = self_predictive_flows.span(features)
   found = {
-    "cosine": (jnp.sum(cosines) - jnp.trace(cosines)) / (cosines.size - len(cosines)),
+    "cosine": collapse.column_cosine(features),
     "largest": values[0],
     "smallest": values[-1],
     "objective": jnp.sum((basis.T @ transitions @ basis) ** 2),
@@ -155,9 +152,7 @@ def _result(config, labels, transitions, traces) -> results.Result:
     for name in ("cosine", "smallest", "largest")
     for label in labels
   }
-  arrays |= {
-    f"ratio/{label}": np.round(traces[f"objective/{label}"] / best, 7) for label in labels
-  }
+  arrays |= {f"ratio/{label}": np.round(traces[f"objective/{label}"] / best, 7) for label in labels}
   drifts = {name: value for name, value in traces.items() if name.startswith("drift/")}
   criteria = _CRITERIA[config.data.name](config, labels, arrays, drifts)
   rows = []
