@@ -29,9 +29,13 @@ PRESETS = {
 def get_config(preset: str = "chain") -> ml_collections.ConfigDict:
   """Returns the config of one preset."""
   base.check_preset(preset, PRESETS)
-  if preset == "paper":
-    raise NotImplementedError("qtd", ("chain", "portraits", "artefact", "statistics"))
   config = base.bandit("qtd", preset, algorithm={})
+  if preset == "paper":
+    config.runner = "paper_figures"
+    config.data = ml_collections.ConfigDict(
+      {"figures": ("chain", "portraits", "artefact", "statistics")}
+    )
+    return config
   config.data = ml_collections.ConfigDict({"name": preset, "num_seeds": 20})
   if preset in ("tiny", "chain"):
     config.data.name = "chain"
