@@ -38,8 +38,8 @@ DIRECTIONS = {
   "bidirectional": self_predictive_flow.bidirectional_flow,
 }
 SLOW = (
-  "On a slow chain the k-th singular value is so near to the next that bidirectional learning would "
-  "need more time: sigma_k (sigma_k - sigma_(k+1)) times the length of the run is below 5."
+  "On a slow chain the k-th singular value is so near to the next that bidirectional learning "
+  "needs more time: sigma_k (sigma_k - sigma_(k+1)) times the length of the run is below 5."
 )
 # Between two measurements, float32 changes f / f* by less than this.
 _ROUNDING = 1e-5
@@ -64,6 +64,12 @@ def chains(key: jax.Array, family: str, num_chains: int, num_states: int) -> jax
 def orthonormal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns random features `shape` with orthonormal columns."""
   return jnp.linalg.qr(jax.random.normal(key, shape))[0]
+
+
+def _start(key: jax.Array, family: str, shape: tuple[int, ...]) -> jax.Array:
+  """Returns the same features for a family and a width in every preset."""
+  key = jax.random.fold_in(key, list(TITLES).index(family))
+  return orthonormal(jax.random.fold_in(key, shape[-1]), shape)
 
 
 def experiment(
@@ -99,26 +105,15 @@ def experiment(
     )
 
   def start(key):
-    chain_key, *feature_keys = jax.random.split(key, 3)
+    chain_key, *keys = jax.random.split(key, 3)
     transitions = jnp.stack(
       [chains(chain_key, family, num_chains, num_states) for family in families]
     )
     learners: dict[str, Any] = {direction: {} for direction in directions}
+    shape = (num_chains, num_states)
     for width in widths:
-      # The same chain has the same start in every preset, whatever else the preset has.
       pair = self_predictive_flow.Pair(
-        *(
-          jnp.stack(
-            [
-              orthonormal(
-                jax.random.fold_in(jax.random.fold_in(key, width), list(TITLES).index(family)),
-                (num_chains, num_states, width),
-              )
-              for family in families
-            ]
-          )
-          for key in feature_keys
-        )
+        *(jnp.stack([_start(key, family, (*shape, width)) for family in families]) for key in keys)
       )
       for direction in directions:  # both start from the same features
         learners[direction][str(width)] = pair.forward if direction == "forward" else pair
