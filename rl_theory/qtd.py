@@ -107,8 +107,8 @@ def step_sizes(
     ValueError: if the name is unknown, or a number is out of range.
 
   Example:
-    >>> step_sizes("polynomial", scale=0.5)(jnp.arange(3))
-    Array([0.5       , 0.32987702, 0.2586411 ], dtype=float32)
+    >>> step_sizes("polynomial", scale=0.5)(jnp.arange(3)).round(3)
+    Array([0.5  , 0.33 , 0.259], dtype=float32)
 
   Reference: https://arxiv.org/abs/2301.04462, Theorem 11.
   """
@@ -183,15 +183,20 @@ class Config:
   num_microbatches: int = 1
 
   def __post_init__(self):
-    checks.probabilities("discount", self.discount)
-    if isinstance(self.discount, numbers.Real) and self.discount >= 1:
-      raise ValueError(f"discount must lie in [0, 1), got {self.discount}")
+    check_config(self.discount, self.num_microbatches)
     checks.choice("method", self.method, METHODS)
-    if self.num_microbatches != 1:
-      raise ValueError(
-        f"num_microbatches must be 1, got {self.num_microbatches}: the loss is a sum over "
-        "transitions, which parts would average"
-      )
+
+
+def check_config(discount: Any, num_microbatches: int) -> None:
+  """Raises `ValueError` unless the discount is in [0, 1) and the number of micro-batches is 1."""
+  checks.probabilities("discount", discount)
+  if isinstance(discount, numbers.Real) and discount >= 1:
+    raise ValueError(f"discount must lie in [0, 1), got {discount}")
+  if num_microbatches != 1:
+    raise ValueError(
+      f"num_microbatches must be 1, got {num_microbatches}: the loss is a sum over transitions, "
+      "which parts would average"
+    )
 
 
 class Batch(NamedTuple):
@@ -251,8 +256,8 @@ def quantile_td_error(
     quantiles: `[..., m]`, in any order; entry i has the level (2i - 1) / (2m).
     targets: `[..., n]` reward + discount * next quantiles, in any order. Leading axes as in
       `quantiles`. n = 1 with a random next quantile gives the variant with a random index.
-    method: "sort" in O((m + n) log n), or "pairs" in O(m n), which has no branches and can be faster
-      for small n.
+    method: "sort" in O((m + n) log n), or "pairs" in O(m n), which vectorises better and can be
+      faster for small n.
 
   Returns:
     `[..., m]`, between -1 and 1. No gradient passes.

@@ -28,8 +28,8 @@ from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from representation import bgrl, graphs
 from representation.baselines import grace
 from representation.networks import adapters, gcn, mlp
-from rl_theory import armac
-from rl_theory.baselines import nfsp
+from rl_theory import armac, qtd
+from rl_theory.baselines import categorical_td, nfsp, td
 
 
 class Init(Protocol):
@@ -357,13 +357,51 @@ def _grace(*, num_negatives: int = 0) -> Case:
   )  # fmt: skip
 
 
+def _transitions():
+  rng = np.random.default_rng(11)
+  rewards = jnp.asarray(rng.normal(size=8), jnp.float32)
+  return qtd.Batch(jnp.arange(8), rewards, jnp.asarray(rng.integers(0, 8, 8)))
+
+
+def _table(*shape):
+  return jnp.asarray(np.random.default_rng(12).normal(size=(8, *shape)), jnp.float32)
+
+
+def _qtd(config: qtd.Config = qtd.Config()) -> Case:
+  return Case(
+    qtd, _table(5), _transitions(), qtd.lookup, config, ("discount", 0.3), couples_examples=True
+  )  # fmt: skip
+
+
+def _td(traces: bool) -> Case:
+  config = td.Config(trace_decay=0.5)
+  trees = {"traces": jnp.ones((8, 8)) if traces else None}
+  return Case(
+    td, _table(), _transitions(), td.lookup, config, ("discount", 0.3), trees=trees,
+    couples_examples=True,
+  )  # fmt: skip
+
+
+def _categorical_td() -> Case:
+  config = categorical_td.Config(low=-3.0, high=3.0)
+  return Case(
+    categorical_td, jax.nn.softmax(_table(5)), _transitions(), categorical_td.lookup, config,
+    ("discount", 0.3), couples_examples=True,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "armac_actor": functools.partial(_armac, "actor"),
   "armac_critic": functools.partial(_armac, "critic"), "bgrl": _bgrl,
-  "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
+  "categorical_td": _categorical_td, "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
   "grace_negatives": functools.partial(_grace, num_negatives=3), "ipo": _ipo, "kto": _kto,
-  "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model,
+  "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "qtd": _qtd,
+  "qtd_visits": functools.partial(
+    _qtd, qtd.Config(step_sizes=qtd.StepSizes(0.5, 0.6), random_index=True, method="pairs")
+  ),
+  "reward_model": _reward_model,
   "rloo": _rloo, "sft": _sft, "srpo": _srpo,
+  "td": functools.partial(_td, False), "td_traces": functools.partial(_td, True),
 }  # fmt: skip
 
 
@@ -777,6 +815,7 @@ _ALWAYS = {
   "a loss that couples examples": "kto",
   "two networks with a state of their own, and a target": "bgrl",
   "two networks that are trained in turn, and their past": "armac_critic",
+  "a table over the states of a process": "qtd",
 }
 _case = functools.cache(lambda name: BUILDERS[name]())
 

@@ -37,7 +37,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict({"num_states": 20, "num_chains": 30})
   config.checkpoint.update({"every": 40, "keep": 1})
   if preset == "paper":
-    config.runner = "self_predictive_figures"
+    config.runner = "paper_figures"
     config.data.figures = ("collapse", "trace", "bidirectional", "ratio", "ema", "values")
     return config
   config.data.name = "trace" if preset == "tiny" else preset

@@ -1,4 +1,4 @@
-"""All figures of self-predictive learning in one report; each is a run in a folder of its own."""
+"""All figures of a paper in one report; each is a run in a folder of its own."""
 
 import pathlib
 from collections.abc import Mapping
@@ -10,14 +10,15 @@ from sharding import checks
 
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
-  """Draws every figure of `config.data.figures`, with the chains and the seed of the config."""
+  """Draws every figure of `config.data.figures`, with the seed and the other data of the config."""
+  shared = {name: value for name, value in config.data.items() if name != "figures"}
   parts = {}
   for name in config.data.figures:
     part = presets.resolve(f"{config.paper}:{name}")
     if "runner" in part:
       raise ValueError(f"config.data.figures={config.data.figures} must not contain {name!r}")
     part.seed = config.seed
-    part.data.update({"num_states": config.data.num_states, "num_chains": config.data.num_chains})
+    part.data.update(shared)
     parts[name] = part
   checks.count("the number of config.data.figures", len(parts))
   return suite.run(config, workdir, parts, _summarise)
