@@ -51,10 +51,11 @@ def chains(key: jax.Array, family: str, num_chains: int, num_states: int) -> jax
   "positive" are the symmetric chains of the same key made lazy: they stay where they are with
   probability 0.6, so that no eigenvalue is negative.
   """
-  make: Callable[..., Any] = {
+  makers: dict[str, Callable[..., jax.Array]] = {
     "doubly stochastic": transition_matrices.doubly_stochastic_transitions,
     "arbitrary": functools.partial(transition_matrices.dense_transitions, concentration=0.3),
-  }.get(family, transition_matrices.symmetric_transitions)
+  }
+  make = makers.get(family, transition_matrices.symmetric_transitions)
   drawn = jax.vmap(lambda key: make(key, num_states))(jax.random.split(key, num_chains))
   if family == "positive":
     return jax.vmap(lambda one: transition_matrices.lazy(one, 0.6))(drawn)
