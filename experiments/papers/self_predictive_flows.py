@@ -74,7 +74,7 @@ def _start(key: jax.Array, family: str, shape: tuple[int, ...]) -> jax.Array:
 
 
 def experiment(
-  config: Any, *, measure: Callable[..., Any], **functions: Any
+  config: Any, *, measure: Callable[..., Any], headline: str, **functions: Any
 ) -> training.Experiment:
   """Returns the experiment that integrates the flows of all chains and widths.
 
@@ -84,6 +84,7 @@ def experiment(
   Args:
     config: of the presets `trace`, `bidirectional` or `values`.
     measure: `measure(features, transitions) -> {name: number}` of one chain and direction.
+    headline: one of these names, logged for the first direction and width.
     **functions: other arguments of `traced_runs.experiment`.
   """
   num_states, num_chains = config.data.num_states, config.data.num_chains
@@ -144,7 +145,12 @@ def experiment(
     }
 
   return traced_runs.experiment(
-    config, start=start, advance=advance, measure=measure_all, **functions
+    config,
+    start=start,
+    advance=advance,
+    measure=measure_all,
+    headline=f"{headline}/{directions[0]}/{widths[0]}",
+    **functions,
   )
 
 
@@ -181,13 +187,12 @@ def build(config: Any) -> training.Experiment:
       found["spectrum"] = jnp.linalg.eigvalsh((inner + inner.T) / 2)
     return found
 
-  first = f"objective/{config.algorithm.directions[0]}/{config.algorithm.num_features[0]}"
   return experiment(
     config,
     measure=measure,
     result=lambda transitions, learners, traces: _result(config, transitions, learners, traces),
     figures=lambda result: _figures(config, result),
-    headline=first,
+    headline="objective",
     maximise=True,
   )
 

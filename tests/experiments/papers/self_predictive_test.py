@@ -30,9 +30,8 @@ def test_measurements_begin_with_every_step_and_end_at_the_last():
     assert len(found) == num_steps + 1 and np.all(np.diff(found) > 0)
 
 
-@pytest.mark.parametrize("preset", ["collapse", "ratio", "trace"])
-def test_untrained_features_fail_criteria_and_a_resumed_run_is_the_same(preset):
-  experiment = self_predictive.build(config_of(preset))
+def test_untrained_features_fail_criteria_and_a_resumed_run_is_the_same():
+  experiment = self_predictive.build(config_of("collapse"))
   update = jax.jit(experiment.update)
   state = jax.jit(experiment.init)(jax.random.key(0))
   assert "fail" in {passed for _, passed in experiment.evaluate(state).tables[0].rows}
@@ -54,6 +53,7 @@ def test_float32_is_enough_for_the_figures():
     config_of("trace", algorithm__num_features="(2,)", train__num_steps=20, train__inner_steps=30)
   )
   start = jax.jit(experiment.init)(jax.random.key(0))
+  assert "fail" in {passed for _, passed in experiment.evaluate(start).tables[0].rows}
 
   def ratios(state):
     for _ in range(20):
