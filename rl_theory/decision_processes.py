@@ -12,6 +12,7 @@ Reference: Puterman 1994, "Markov decision processes", chapters 4 to 7.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -170,15 +171,31 @@ def optimum(
     [1. 0.] [0. 1.]
   """
   checks.probabilities("discount", discount)
-  checks.positive("tolerance", tolerance)
-  checks.count("max_sweeps", max_sweeps)
 
   def backed_up(values: jax.Array) -> jax.Array:
     return jnp.where(process.legal, action_values(process, values, discount), -jnp.inf)
 
+  values, error = _fixed_point(
+    process, lambda values: jnp.max(backed_up(values), axis=-1), tolerance, max_sweeps
+  )
+  found = backed_up(values)
+  policy = jax.nn.one_hot(jnp.argmax(found, axis=-1), process.num_actions, dtype=values.dtype)
+  return Optimum(values, found, policy, error)
+
+
+def _fixed_point(
+  process: DecisionProcess,
+  backup: Callable[[jax.Array], jax.Array],
+  tolerance: float,
+  max_sweeps: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the values `[S]` that a backup leaves as they are, and the last change of a value."""
+  checks.positive("tolerance", tolerance)
+  checks.count("max_sweeps", max_sweeps)
+
   def sweep(carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
     values, _, count = carry
-    improved = jnp.max(backed_up(values), axis=-1)
+    improved = backup(values)
     return improved, jnp.max(jnp.abs(improved - values)), count + 1
 
   def goes_on(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -187,9 +204,7 @@ def optimum(
   start = jnp.zeros(process.num_states, process.rewards.dtype)
   infinite = jnp.asarray(jnp.inf, start.dtype)
   values, error, _ = jax.lax.while_loop(goes_on, sweep, (start, infinite, jnp.zeros((), int)))
-  found = backed_up(values)
-  policy = jax.nn.one_hot(jnp.argmax(found, axis=-1), process.num_actions, dtype=start.dtype)
-  return Optimum(values, found, policy, error)
+  return values, error
 
 
 def under_policy(process: DecisionProcess, policy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -207,16 +222,32 @@ def under_policy(process: DecisionProcess, policy: jax.Array) -> tuple[jax.Array
   return transitions, jnp.sum(weights * process.rewards, axis=(1, 2))
 
 
-def policy_values(process: DecisionProcess, policy: jax.Array, discount: Any) -> jax.Array:
-  """Returns a policy's expected discounted return from each state, `[S]`.
+def policy_values(
+  process: DecisionProcess,
+  policy: jax.Array,
+  discount: Any,
+  *,
+  tolerance: float = 1e-6,
+  max_sweeps: int = 100_000,
+) -> jax.Array:
+  """Returns a policy's expected discounted return from each state, `[S]`, by sweeps.
 
-  With a discount of 1, the policy must end every episode, or the values are not finite.
+  Where no state can come back, the sweeps end with the exact values after the longest episode. A
+  linear solve would do as well, but several batched ones at once can block XLA's threads on a CPU.
+
+  Args:
+    process: the process.
+    policy: `[S, A]` probabilities, 0 at illegal actions.
+    discount: gamma in [0, 1]. With 1, values are finite only if the policy ends every episode.
+    tolerance: sweeps stop when no value changes by more.
+    max_sweeps: or after so many.
   """
-  checks.probabilities("discount", discount)
-  transitions, rewards = under_policy(process, policy)
-  going_on = jnp.where(process.terminal, 0, transitions)  # a terminal state has the value 0
-  identity = jnp.eye(process.num_states, dtype=rewards.dtype)
-  return jnp.linalg.solve(identity - discount * going_on, rewards)
+  _check_policy(process, policy)
+
+  def backup(values: jax.Array) -> jax.Array:
+    return jnp.sum(policy * action_values(process, values, discount), axis=-1)
+
+  return _fixed_point(process, backup, tolerance, max_sweeps)[0]
 
 
 def return_distribution(

@@ -125,7 +125,7 @@ def test_the_process_of_a_policy_has_its_values_and_returns(x64):
   transitions, rewards = decision_processes.under_policy(process, policy)
   np.testing.assert_allclose(transitions.sum(1), 1, atol=1e-12)
   values = decision_processes.policy_values(process, policy, 0.9)
-  # The values solve their equation, to the accuracy of a solver in float64.
+  # No state comes back, so that the values solve their equation to the accuracy of float64.
   np.testing.assert_allclose(values, rewards + 0.9 * transitions @ values, atol=1e-12)
   exact = decision_processes.return_distribution(process, policy, 0.9)
   np.testing.assert_allclose(exact.values, [-(0.9**3), 0.9**3], atol=1e-9)  # rounded to 9 digits
