@@ -28,8 +28,8 @@ from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from representation import bgrl, bidirectional, graphs, self_predictive
 from representation.baselines import grace
 from representation.networks import adapters, gcn, mlp
-from rl_theory import armac, qtd
-from rl_theory.baselines import categorical_td, nfsp, td
+from rl_theory import armac, qr_dqn, qtd
+from rl_theory.baselines import categorical_td, dqn, nfsp, td
 
 
 class Init(Protocol):
@@ -325,6 +325,27 @@ def _nfsp() -> Case:
   return Case(nfsp, params, batch, nfsp.Networks(score, score), config, None)
 
 
+def _q_learning(module: Any, num_quantiles: tuple[int, ...]) -> Case:
+  rng = np.random.default_rng(20)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def apply_fn(params, observations):
+    hidden = jnp.tanh(observations @ params["kernel"])
+    return jnp.tensordot(hidden, params["head"], 1)  # [B, A] or [B, A, N]
+
+  legal = jnp.asarray(rng.random((8, 3)) < 0.6).at[:, 0].set(True)
+  batch = qr_dqn.Batch(
+    normal(8, 5), jnp.asarray(rng.integers(0, 3, 8)), normal(8), normal(8, 5),
+    jnp.asarray(rng.choice([0.0, 0.9], 8), jnp.float32), legal,
+  )  # fmt: skip
+  params = {"kernel": normal(5, 6), "head": normal(6, 3, *num_quantiles) / 2}
+  return Case(
+    module, params, batch, apply_fn, module.Config(kappa=0.5, target_period=2), ("kappa", 0.2)
+  )  # fmt: skip
+
+
 def _graph():
   rng = np.random.default_rng(10)
   edges = rng.permutation([(s, r) for s in range(8) for r in range(8) if s != r])[:24]
@@ -434,6 +455,7 @@ BUILDERS: dict[str, Callable[[], Case]] = {
   "categorical_td": _categorical_td,
   "copg": _copg,
   "dpo": _dpo,
+  "dqn": functools.partial(_q_learning, dqn, ()),
   "dro": _dro,
   "grace": _grace,
   "grace_negatives": functools.partial(_grace, num_negatives=3),
@@ -442,6 +464,7 @@ BUILDERS: dict[str, Callable[[], Case]] = {
   "nash_md": _nash_md,
   "nfsp": _nfsp,
   "online_ipo": _online_ipo,
+  "qr_dqn": functools.partial(_q_learning, qr_dqn, (4,)),
   "qtd": _qtd,
   "qtd_visits": functools.partial(
     _qtd, qtd.Config(step_sizes=qtd.StepSizes(0.5, 0.6), random_index=True, method="pairs")
