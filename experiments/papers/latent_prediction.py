@@ -276,16 +276,16 @@ def _figure(config: Any, world: masked_worlds.World, result: results.Result) -> 
   figure, axes = plots.subplots(1, 1 + len(labels))
   returns = result.arrays["returns"]
   per_step = config.train.inner_steps * config.environment.batch_size
-  episodes = per_step * (np.arange(len(returns)) + 1)
+  thousands = per_step * (np.arange(len(returns)) + 1) / 1000
   curve, *others = axes[0]
   for k, variant in enumerate(VARIANTS):
     points = [statistics.interquartile_mean(values) for values in returns[:, k]]
-    (line,) = curve.plot(episodes, [point.value for point in points], label=variant)
+    (line,) = curve.plot(thousands, [point.value for point in points], label=variant)
     ends = np.array([_ends(point) for point in points])
-    curve.fill_between(episodes, *ends.T, color=line.get_color(), alpha=0.2, linewidth=0)
+    curve.fill_between(thousands, *ends.T, color=line.get_color(), alpha=0.2, linewidth=0)
   for value, style in zip(result.arrays["references"], ("--", ":"), strict=True):
     curve.axhline(value, color=plots.PALETTE[-1], linestyle=style, linewidth=1)
-  curve.set(xlabel="episodes", ylabel="return", title="return in training")
+  curve.set(xlabel="thousand episodes", ylabel="return", title="return in training")
   for axis, name in zip(others, labels, strict=True):
     values = result.arrays[f"probe/{name}"]
     for k, color in enumerate([*plots.PALETTE[: len(VARIANTS)], plots.PALETTE[-1]]):

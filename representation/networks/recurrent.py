@@ -14,6 +14,15 @@ from representation import latent_prediction
 from representation.networks import adapters, mlp
 
 
+def cell(width: int) -> nn.GRUCell:
+  """Returns a gated recurrent unit that starts from a normal recurrent kernel.
+
+  Flax's default is orthogonal. It takes QR decompositions, and on few CPU cores JAX 0.10 can wait
+  for ever where several of them are batched over seeds.
+  """
+  return nn.GRUCell(width, recurrent_kernel_init=nn.initializers.lecun_normal())
+
+
 class Reader(nn.Module):
   """Embeds observations and reads them with a gated recurrent unit, from a state of zeros.
 
@@ -30,7 +39,7 @@ class Reader(nn.Module):
 
   def setup(self):
     self.first, self.second = nn.Dense(self.width), nn.Dense(self.width)
-    self.cell = nn.GRUCell(self.width)
+    self.cell = cell(self.width)
 
   def embed(self, observations: jax.Array) -> jax.Array:
     """Returns embeddings `[..., width]` of observations `[..., O]`."""
@@ -59,7 +68,7 @@ class OpenLoop(nn.Module):
 
   @nn.compact
   def __call__(self, hidden: jax.Array, actions: jax.Array) -> jax.Array:
-    return nn.GRUCell(self.width)(hidden, jax.nn.one_hot(actions, self.num_actions))[0]
+    return cell(self.width)(hidden, jax.nn.one_hot(actions, self.num_actions))[0]
 
 
 @dataclasses.dataclass(frozen=True)
