@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
-from representation import bgrl, bidirectional, graphs, self_predictive
+from representation import bgrl, bidirectional, graphs, latent_prediction, self_predictive
 from representation.baselines import grace
-from representation.networks import adapters, gcn, mlp
+from representation.networks import adapters, gcn, mlp, recurrent
 from rl_theory import armac, qr_dqn, qtd
 from rl_theory.baselines import categorical_td, dqn, nfsp, td
 
@@ -447,6 +447,24 @@ def _categorical_td() -> Case:
   )  # fmt: skip
 
 
+def _latent_prediction() -> Case:
+  rng = np.random.default_rng(11)
+  lengths = jnp.array([6, 5, 4, 3, 6, 5, 4, 6])
+  batch = latent_prediction.Batch(
+    jnp.asarray(rng.normal(size=(8, 6, 5)), jnp.float32), jnp.asarray(rng.integers(0, 3, (8, 6))),
+    jnp.arange(6) < lengths[:, None],
+  )  # fmt: skip
+  apply_fn = recurrent.networks(4, 3)
+  params, target = (
+    recurrent.init(key, apply_fn, batch.observations[:, 0])
+    for key in jax.random.split(jax.random.key(0))
+  )
+  return Case(
+    latent_prediction, params, batch, apply_fn, latent_prediction.Config(horizon=2),
+    ("backward_weight", 0.3), trees={"target_params": target.agent}, couples_examples=True,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "armac_actor": functools.partial(_armac, "actor"),
   "armac_critic": functools.partial(_armac, "critic"),
@@ -461,6 +479,7 @@ BUILDERS: dict[str, Callable[[], Case]] = {
   "grace_negatives": functools.partial(_grace, num_negatives=3),
   "ipo": _ipo,
   "kto": _kto,
+  "latent_prediction": _latent_prediction,
   "nash_md": _nash_md,
   "nfsp": _nfsp,
   "online_ipo": _online_ipo,
