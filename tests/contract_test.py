@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
-from representation import bgrl, graphs
+from representation import bgrl, byol, graphs
 from representation.baselines import grace
 from representation.networks import adapters, gcn, mlp
 from rl_theory import armac
@@ -357,9 +358,41 @@ def _grace(*, num_negatives: int = 0) -> Case:
   )  # fmt: skip
 
 
+def _noisy_views(inputs, key):
+  return [inputs + jax.random.normal(k, inputs.shape) / 4 for k in jax.random.split(key)]
+
+
+def _byol(**options) -> Case:
+  rng = np.random.default_rng(11)
+  inputs = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+  networks = byol.Networks(
+    *(adapters.Encoder(mlp.BatchNormMLP(6, 5)) for _ in range(3)),
+    adapters.Predictor(nn.Dense(3)), _noisy_views,
+  )  # fmt: skip
+
+  def parts(seed):
+    keys, rows = jax.random.split(jax.random.key(seed), 4), jnp.zeros((1, 5))
+    made = networks.encoder.init(keys[0], inputs), networks.projector.init(keys[1], rows)
+    made = *made, networks.predictor.init(keys[2], rows)
+    params, states = zip(*made, strict=True)
+    return byol.Parts(*params, networks.classifier.init(keys[3], rows)), byol.Parts(*states)
+
+  (params, online), (target_params, target) = parts(0), parts(1)
+  trees = {"network_state": byol.NetworkState(online, target._replace(predictor=()))}
+  config = byol.Config(**options)
+  if config.target == "moving":
+    trees["target_params"] = target_params._replace(predictor=(), classifier=())
+  return Case(
+    byol, params, byol.Batch(inputs, jnp.asarray(rng.integers(0, 3, 8))), networks, config,
+    ("negative_weight", 0.9) if "negative_weight" in options else None, trees=trees,
+    couples_examples=True,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "armac_actor": functools.partial(_armac, "actor"),
-  "armac_critic": functools.partial(_armac, "critic"), "bgrl": _bgrl,
+  "armac_critic": functools.partial(_armac, "critic"), "bgrl": _bgrl, "byol": _byol,
+  "byol_negatives": functools.partial(_byol, negative_weight=0.4, temperature=0.5),
   "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
   "grace_negatives": functools.partial(_grace, num_negatives=3), "ipo": _ipo, "kto": _kto,
   "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model,
