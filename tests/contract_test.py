@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
-from representation import bgrl, bidirectional, graphs, latent_prediction, self_predictive
+from representation import bgrl, bidirectional, byol, graphs, latent_prediction, self_predictive
 from representation.baselines import grace
 from representation.networks import adapters, gcn, mlp, recurrent
 from rl_theory import armac, qr_dqn, qtd
@@ -403,6 +404,37 @@ def _td(traces: bool) -> Case:
   )  # fmt: skip
 
 
+def _noisy_views(inputs, key):
+  return [inputs + jax.random.normal(k, inputs.shape) / 4 for k in jax.random.split(key)]
+
+
+def _byol(**options) -> Case:
+  rng = np.random.default_rng(11)
+  inputs = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+  networks = byol.Networks(
+    *(adapters.Encoder(mlp.BatchNormMLP(6, 5)) for _ in range(3)),
+    adapters.Predictor(nn.Dense(3)), _noisy_views,
+  )  # fmt: skip
+
+  def parts(seed):
+    keys, rows = jax.random.split(jax.random.key(seed), 4), jnp.zeros((1, 5))
+    made = networks.encoder.init(keys[0], inputs), networks.projector.init(keys[1], rows)
+    made = *made, networks.predictor.init(keys[2], rows)
+    params, states = zip(*made, strict=True)
+    return byol.Parts(*params, networks.classifier.init(keys[3], rows)), byol.Parts(*states)
+
+  (params, online), (target_params, target) = parts(0), parts(1)
+  trees = {"network_state": byol.NetworkState(online, target._replace(predictor=()))}
+  config = byol.Config(**options)
+  if config.target == "moving":
+    trees["target_params"] = target_params._replace(predictor=(), classifier=())
+  return Case(
+    byol, params, byol.Batch(inputs, jnp.asarray(rng.integers(0, 3, 8))), networks, config,
+    ("negative_weight", 0.9) if "negative_weight" in options else None, trees=trees,
+    couples_examples=True,
+  )  # fmt: skip
+
+
 def _tables(num_tables):
   keys = jax.random.split(jax.random.key(0), num_tables)
   return [jax.random.normal(key, (8, 3)) for key in keys]
@@ -470,6 +502,8 @@ BUILDERS: dict[str, Callable[[], Case]] = {
   "armac_critic": functools.partial(_armac, "critic"),
   "bgrl": _bgrl,
   "bidirectional": _bidirectional,
+  "byol": _byol,
+  "byol_negatives": functools.partial(_byol, negative_weight=0.4, temperature=0.5),
   "categorical_td": _categorical_td,
   "copg": _copg,
   "dpo": _dpo,
