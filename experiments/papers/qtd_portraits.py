@@ -141,7 +141,7 @@ def _result(times, traces, corners) -> results.Result:
   rows = [
     [
       TITLES[kind],
-      "  ".join(f"({a:.3f}, {b:.3f})" for a, b in np.unique(corners[kind].round(4), axis=0)),
+      "  ".join(f"({a:.3f}, {b:.3f})" for a, b in np.unique(corners[kind].round(4) + 0.0, axis=0)),
       float(far[kind][-1].max()),
       float(far[kind][late].max()),
     ]
