@@ -51,7 +51,8 @@ from sharding import checks
 
 Metrics = dict[str, jax.Array]
 ApplyFn = Callable[[Any, jax.Array], jax.Array]
-METHODS = ("sort", "pairs")
+METHODS = ("auto", "sort", "pairs")
+_FEW = 4096  # targets up to which pairs were faster on a CPU: benchmarks/markov.py --scaling
 
 
 # --- step sizes -----------------------------------------------------------------------------------
@@ -171,14 +172,14 @@ class Config:
     discount: in [0, 1).
     step_sizes: None, or `StepSizes` by which the loss of a transition is weighted, at the number of
       visits of its state so far. Then params must be the table `[S, m]`.
-    method: "sort" or "pairs"; see `quantile_td_error`.
+    method: "auto", "sort" or "pairs"; see `quantile_td_error`.
     random_index: whether a transition has one random target in place of all m.
     num_microbatches: must be 1, because the loss is a sum over transitions.
   """
 
   discount: Any = 0.9
   step_sizes: Any = None
-  method: str = "sort"
+  method: str = "auto"
   random_index: bool = False
   num_microbatches: int = 1
 
@@ -190,7 +191,7 @@ class Config:
 def check_config(discount: Any, num_microbatches: int) -> None:
   """Raises `ValueError` unless the discount is in [0, 1) and the number of micro-batches is 1."""
   checks.probabilities("discount", discount)
-  if isinstance(discount, numbers.Real) and discount >= 1:
+  if isinstance(discount, int | float) and discount >= 1:
     raise ValueError(f"discount must lie in [0, 1), got {discount}")
   if num_microbatches != 1:
     raise ValueError(
@@ -246,7 +247,7 @@ def lookup(params: jax.Array, states: jax.Array) -> jax.Array:
 
 
 def quantile_td_error(
-  quantiles: jax.Array, targets: jax.Array, *, method: str = "sort"
+  quantiles: jax.Array, targets: jax.Array, *, method: str = "auto"
 ) -> jax.Array:
   """Returns tau_i - mean_j 1{target_j < quantile_i}, by which a step of size 1 moves quantile i.
 
@@ -256,8 +257,8 @@ def quantile_td_error(
     quantiles: `[..., m]`, in any order; entry i has the level (2i - 1) / (2m).
     targets: `[..., n]` reward + discount * next quantiles, in any order. Leading axes as in
       `quantiles`. n = 1 with a random next quantile gives the variant with a random index.
-    method: "sort" in O((m + n) log n), or "pairs" in O(m n), which vectorises better and can be
-      faster for small n.
+    method: "sort" in O((m + n) log n), "pairs" in O(m n), which vectorises better and keeps no
+      array of pairs, or "auto": pairs for up to 4096 targets.
 
   Returns:
     `[..., m]`, between -1 and 1. No gradient passes.
@@ -272,12 +273,13 @@ def quantile_td_error(
   Reference: https://arxiv.org/abs/2301.04462, eq. 7.
   """
   quantiles, targets = jnp.asarray(quantiles), jnp.asarray(targets)
-  below = _count_below(quantiles, targets, method)[0]
+  _check(quantiles, targets, method)
+  below, _ = _below(*jax.lax.stop_gradient((quantiles, targets)), method)
   levels = quantile_levels(quantiles.shape[-1], quantiles.dtype)
   return levels - below.astype(quantiles.dtype) / targets.shape[-1]
 
 
-def pinball_loss(quantiles: jax.Array, targets: jax.Array, *, method: str = "sort") -> jax.Array:
+def pinball_loss(quantiles: jax.Array, targets: jax.Array, *, method: str = "auto") -> jax.Array:
   """Returns the pinball loss of each quantile, averaged over targets.
 
   mean_j (tau_i - 1{u_j < 0}) u_j, u_j = target_j - quantile_i. Its gradient in quantile i is minus
@@ -300,15 +302,11 @@ def pinball_loss(quantiles: jax.Array, targets: jax.Array, *, method: str = "sor
   """
   quantiles, targets = jnp.asarray(quantiles), jax.lax.stop_gradient(jnp.asarray(targets))
   levels = quantile_levels(quantiles.shape[-1], quantiles.dtype)
-  below, ordered = _count_below(quantiles, targets, method)
-  if method == "pairs":
-    gaps = quantiles[..., :, None] - targets[..., None, :]
-    shortfall = jnp.mean(jnp.where(gaps > 0, gaps, 0), axis=-1)  # no gradient at ties
-  else:
-    sums = jnp.cumsum(ordered, axis=-1) / targets.shape[-1]
-    sums = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums], axis=-1)
-    share = below.astype(quantiles.dtype) / targets.shape[-1]
-    shortfall = share * quantiles - jnp.take_along_axis(sums, below, axis=-1)
+  _check(quantiles, targets, method)
+  below, sums = jax.lax.stop_gradient(_below(jax.lax.stop_gradient(quantiles), targets, method))
+  share = below.astype(quantiles.dtype) / targets.shape[-1]
+  # The mean over targets below the quantile of how far they are below it.
+  shortfall = share * quantiles - sums / targets.shape[-1]
   return levels * (jnp.mean(targets, axis=-1, keepdims=True) - quantiles) + shortfall
 
 
@@ -390,22 +388,34 @@ def update(
   return moved, metrics
 
 
-def _count_below(
-  quantiles: jax.Array, targets: jax.Array, method: str
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the number of targets below each quantile `[..., m]`, and the targets, now in order."""
+def _check(quantiles: jax.Array, targets: jax.Array, method: str) -> None:
   checks.choice("method", method, METHODS)
   if quantiles.shape[:-1] != targets.shape[:-1] or 0 in quantiles.shape or 0 in targets.shape:
     raise ValueError(
       "quantiles [..., m] and targets [..., n] must have the same leading axes and not be empty, "
       f"got {list(quantiles.shape)} and {list(targets.shape)}"
     )
-  quantiles, targets = jax.lax.stop_gradient((quantiles, targets))
-  if method == "pairs":
-    below = targets[..., None, :] < quantiles[..., :, None]
-    return jnp.sum(below, axis=-1, dtype=jnp.int32), targets
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _below(quantiles: jax.Array, targets: jax.Array, method: str) -> tuple[jax.Array, jax.Array]:
+  """Returns the number and the sum of the targets below each quantile, both `[..., m]`."""
+  num_targets = targets.shape[-1]
+  if method == "pairs" or (method == "auto" and num_targets <= _FEW):
+    # One target after another beside all quantiles: several times faster than a reduction over an
+    # array of pairs, which XLA neither keeps in registers nor vectorises well on CPUs.
+    def add(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
+      target = jax.lax.dynamic_slice_in_dim(targets, index, 1, axis=-1)
+      below = target < quantiles
+      return carry[0] + below, carry[1] + jnp.where(below, target, 0)
+
+    start = jnp.zeros(quantiles.shape, jnp.int32), jnp.zeros_like(quantiles)
+    return jax.lax.fori_loop(0, num_targets, add, start, unroll=min(8, num_targets))
   count = functools.partial(jnp.searchsorted, side="left")
   for _ in quantiles.shape[:-1]:
     count = jax.vmap(count)
   ordered = jnp.sort(targets, axis=-1)
-  return count(ordered, quantiles), ordered
+  below = count(ordered, quantiles)
+  sums = jnp.cumsum(ordered, axis=-1)
+  sums = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums], axis=-1)
+  return below, jnp.take_along_axis(sums, below, axis=-1)

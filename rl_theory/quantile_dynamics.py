@@ -23,6 +23,7 @@ Ties of levels and of atoms are decided up to rounding: use float64 where they m
 Reference: Rowland et al. 2023, https://arxiv.org/abs/2301.04462, sections 4 to 6.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,11 +59,7 @@ def quantile_dynamic_programming(
     Array([[3., 4.],
            [0., 1.]], dtype=float32)
   """
-  theta = _check(mrp, theta, lam)
-  low = _quantiles(mrp, theta, upper=False)
-  if isinstance(lam, int | float) and lam == 0:
-    return low
-  return (1 - lam) * low + lam * _quantiles(mrp, theta, upper=True)
+  return _step(mrp, _check(mrp, theta, lam), _choice(lam))
 
 
 def fixed_point(
@@ -91,9 +88,7 @@ def fixed_point(
   checks.count("num_quantiles", num_quantiles)
   start = jnp.repeat(markov.value(mrp)[:, None], num_quantiles, axis=1)
   _check(mrp, start, lam)
-  return _iterate(
-    mrp, start, lambda theta: quantile_dynamic_programming(mrp, theta, lam), num_steps
-  )
+  return _fixed_point(mrp, start, _choice(lam), _num_steps(mrp, start, num_steps))
 
 
 def target_cdf(
@@ -124,7 +119,11 @@ def inclusion(mrp: markov.MarkovRewardProcess, theta: jax.Array) -> tuple[jax.Ar
     >>> print(low.ravel(), high.ravel())
     [0. 0.] [0. 0.]
   """
-  theta = _check(mrp, theta, 0)
+  return _inclusion(mrp, _check(mrp, theta, 0))
+
+
+@jax.jit
+def _inclusion(mrp: markov.MarkovRewardProcess, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
   levels = qtd.quantile_levels(theta.shape[1], theta.dtype)
   near = 16 * jnp.finfo(theta.dtype).eps * (1 + jnp.max(jnp.abs(theta)))
   low = levels - target_cdf(mrp, theta, theta + near)
@@ -147,9 +146,15 @@ def integrate(
     step: positive, the time of one step.
     num_steps: number of steps.
   """
-  theta = _check(mrp, theta, 0)
   checks.positive("step", step)
   checks.count("num_steps", num_steps)
+  return _integrate(mrp, _check(mrp, theta, 0), step, num_steps)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _integrate(
+  mrp: markov.MarkovRewardProcess, theta: jax.Array, step: Any, num_steps: int
+) -> jax.Array:
   levels = qtd.quantile_levels(theta.shape[1], theta.dtype)
 
   def move(theta: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
@@ -171,12 +176,7 @@ def nearest_fixed_point(mrp: markov.MarkovRewardProcess, theta: jax.Array) -> ja
   1 / (1 + discount) of this one, in the largest difference.
   """
   theta = _check(mrp, theta, 0)
-
-  def nearest(phi: jax.Array) -> jax.Array:
-    low, high = (_quantiles(mrp, phi, upper=upper) for upper in (False, True))
-    return jnp.clip(theta, low, high)
-
-  return _iterate(mrp, theta, nearest, None)
+  return _nearest(mrp, theta, _num_steps(mrp, theta, None))
 
 
 def lyapunov(mrp: markov.MarkovRewardProcess, theta: jax.Array, *, lam: Any = None) -> jax.Array:
@@ -210,17 +210,48 @@ def _check(mrp: markov.MarkovRewardProcess, theta: Any, lam: Any) -> jax.Array:
   return theta
 
 
+def _choice(lam: Any) -> Any:
+  """Returns lambda as it is computed with: None for a plain 0, which needs half the work."""
+  return None if isinstance(lam, int | float) and lam == 0 else jnp.asarray(lam, float)
+
+
+def _num_steps(mrp: markov.MarkovRewardProcess, theta: jax.Array, num_steps: int | None) -> int:
+  if num_steps is None:
+    return markov.num_iterations(mrp.discount, float(jnp.finfo(theta.dtype).eps))
+  checks.count("num_steps", num_steps)
+  return num_steps
+
+
+@jax.jit
+def _step(mrp: markov.MarkovRewardProcess, theta: jax.Array, lam: Any) -> jax.Array:
+  low = _quantiles(mrp, theta, upper=False)
+  return low if lam is None else (1 - lam) * low + lam * _quantiles(mrp, theta, upper=True)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _fixed_point(
+  mrp: markov.MarkovRewardProcess, start: jax.Array, lam: Any, num_steps: int
+) -> jax.Array:
+  return _iterate(mrp, start, lambda theta: _step(mrp, theta, lam), num_steps)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _nearest(mrp: markov.MarkovRewardProcess, theta: jax.Array, num_steps: int) -> jax.Array:
+  def nearest(phi: jax.Array) -> jax.Array:
+    low, high = (_quantiles(mrp, phi, upper=upper) for upper in (False, True))
+    return jnp.clip(theta, low, high)
+
+  return _iterate(mrp, theta, nearest, num_steps)
+
+
 def _iterate(
   mrp: markov.MarkovRewardProcess,
   start: jax.Array,
   operator: Callable[[jax.Array], jax.Array],
-  num_steps: int | None,
+  num_steps: int,
 ) -> jax.Array:
   """Returns what a contraction by the discount ends at."""
   rounding = float(jnp.finfo(start.dtype).eps)
-  if num_steps is None:
-    num_steps = markov.num_iterations(mrp.discount, rounding)
-  checks.count("num_steps", num_steps)
 
   def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     theta, change, count = carry

@@ -54,8 +54,13 @@ def wasserstein(
     sides += [atoms, jnp.asarray(probs, atoms.dtype)]
   batch = jnp.broadcast_shapes(*(side.shape[:-1] for side in sides))
   sides = [jnp.broadcast_to(side, (*batch, side.shape[-1])) for side in sides]
+  return _distances(*sides, order=order)
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _distances(*sides: jax.Array, order: float) -> jax.Array:
   distance = functools.partial(_wasserstein, order=order)
-  for _ in batch:
+  for _ in sides[0].shape[:-1]:
     distance = jax.vmap(distance)
   return distance(*sides)
 
@@ -126,10 +131,18 @@ def return_distribution(
     raise ValueError(
       "rewards must have finitely many values, got continuous ones: use markov.sample_returns"
     )
-  horizon = 1 - mrp.discount
   if num_steps is None:
-    num_steps = markov.num_iterations(mrp.discount, 0.005 / (num_atoms - 1) / float(horizon))
+    small = 0.005 / ((num_atoms - 1) * (1 - float(mrp.discount)))
+    num_steps = markov.num_iterations(mrp.discount, small)
   checks.count("num_steps", num_steps)
+  return _return_distribution(mrp, rewards, num_atoms, num_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("num_atoms", "num_steps"))
+def _return_distribution(
+  mrp: markov.MarkovRewardProcess, rewards: Any, num_atoms: int, num_steps: int
+) -> ReturnDistribution:
+  horizon = 1 - mrp.discount
   possible = rewards.probs > 0
   low = jnp.min(jnp.where(possible, rewards.values, jnp.inf)) / horizon
   high = jnp.max(jnp.where(possible, rewards.values, -jnp.inf)) / horizon
