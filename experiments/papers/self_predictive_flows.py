@@ -38,8 +38,8 @@ DIRECTIONS = {
   "bidirectional": self_predictive_flow.bidirectional_flow,
 }
 SLOW = (
-  "On a slow chain the k-th singular value is so near to the next that bidirectional learning would "
-  "need more time: sigma_k (sigma_k - sigma_(k+1)) times the length of the run is below 5."
+  "On a slow chain the k-th singular value is so near to the next that bidirectional learning "
+  "needs more time: sigma_k (sigma_k - sigma_(k+1)) times the length of the run is below 5."
 )
 # Between two measurements, float32 changes f / f* by less than this.
 _ROUNDING = 1e-5
@@ -51,10 +51,11 @@ def chains(key: jax.Array, family: str, num_chains: int, num_states: int) -> jax
   "positive" are the symmetric chains of the same key made lazy: they stay where they are with
   probability 0.6, so that no eigenvalue is negative.
   """
-  make: Callable[..., Any] = {
+  makers: dict[str, Callable[..., jax.Array]] = {
     "doubly stochastic": transition_matrices.doubly_stochastic_transitions,
     "arbitrary": functools.partial(transition_matrices.dense_transitions, concentration=0.3),
-  }.get(family, transition_matrices.symmetric_transitions)
+  }
+  make = makers.get(family, transition_matrices.symmetric_transitions)
   drawn = jax.vmap(lambda key: make(key, num_states))(jax.random.split(key, num_chains))
   if family == "positive":
     return jax.vmap(lambda one: transition_matrices.lazy(one, 0.6))(drawn)
@@ -66,8 +67,14 @@ def orthonormal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.linalg.qr(jax.random.normal(key, shape))[0]
 
 
+def _start(key: jax.Array, family: str, shape: tuple[int, ...]) -> jax.Array:
+  """Returns the same features for a family and a width in every preset."""
+  key = jax.random.fold_in(key, list(TITLES).index(family))
+  return orthonormal(jax.random.fold_in(key, shape[-1]), shape)
+
+
 def experiment(
-  config: Any, *, measure: Callable[..., Any], **functions: Any
+  config: Any, *, measure: Callable[..., Any], headline: str, **functions: Any
 ) -> training.Experiment:
   """Returns the experiment that integrates the flows of all chains and widths.
 
@@ -77,6 +84,7 @@ def experiment(
   Args:
     config: of the presets `trace`, `bidirectional` or `values`.
     measure: `measure(features, transitions) -> {name: number}` of one chain and direction.
+    headline: one of these names, logged for the first direction and width.
     **functions: other arguments of `traced_runs.experiment`.
   """
   num_states, num_chains = config.data.num_states, config.data.num_chains
@@ -99,26 +107,15 @@ def experiment(
     )
 
   def start(key):
-    chain_key, *feature_keys = jax.random.split(key, 3)
+    chain_key, *keys = jax.random.split(key, 3)
     transitions = jnp.stack(
       [chains(chain_key, family, num_chains, num_states) for family in families]
     )
     learners: dict[str, Any] = {direction: {} for direction in directions}
+    shape = (num_chains, num_states)
     for width in widths:
-      # The same chain has the same start in every preset, whatever else the preset has.
       pair = self_predictive_flow.Pair(
-        *(
-          jnp.stack(
-            [
-              orthonormal(
-                jax.random.fold_in(jax.random.fold_in(key, width), list(TITLES).index(family)),
-                (num_chains, num_states, width),
-              )
-              for family in families
-            ]
-          )
-          for key in feature_keys
-        )
+        *(jnp.stack([_start(key, family, (*shape, width)) for family in families]) for key in keys)
       )
       for direction in directions:  # both start from the same features
         learners[direction][str(width)] = pair.forward if direction == "forward" else pair
@@ -148,7 +145,12 @@ def experiment(
     }
 
   return traced_runs.experiment(
-    config, start=start, advance=advance, measure=measure_all, **functions
+    config,
+    start=start,
+    advance=advance,
+    measure=measure_all,
+    headline=f"{headline}/{directions[0]}/{widths[0]}",
+    **functions,
   )
 
 
@@ -185,13 +187,12 @@ def build(config: Any) -> training.Experiment:
       found["spectrum"] = jnp.linalg.eigvalsh((inner + inner.T) / 2)
     return found
 
-  first = f"objective/{config.algorithm.directions[0]}/{config.algorithm.num_features[0]}"
   return experiment(
     config,
     measure=measure,
     result=lambda transitions, learners, traces: _result(config, transitions, learners, traces),
     figures=lambda result: _figures(config, result),
-    headline=first,
+    headline="objective",
     maximise=True,
   )
 

@@ -106,7 +106,7 @@ def build(config: Any) -> training.Experiment:
   def measure(transitions, learners):
     over_chains = jax.vmap(_measure, in_axes=(0, 0, None))
     over_settings = jax.vmap(over_chains, in_axes=(0, None, 0))
-    found = {}
+    found: dict[str, jax.Array] = {}
     for state, group, labels in zip(learners, stacked, groups.values(), strict=True):
       for name, values in over_settings(state.params, transitions, group).items():
         found |= {f"{name}/{label}": values[i] for i, label in enumerate(labels)}

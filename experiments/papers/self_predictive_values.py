@@ -34,13 +34,12 @@ def build(config: Any) -> training.Experiment:
     resolvent = jnp.linalg.inv(jnp.eye(len(transitions)) - discount * transitions)
     return {"error": regression_error(forward, resolvent)}
 
-  first = f"error/{config.algorithm.directions[0]}/{config.algorithm.num_features[0]}"
   return flows.experiment(
     config,
     measure=measure,
     result=lambda transitions, learners, traces: _result(config, transitions, traces),
     figures=lambda result: _figures(config, result),
-    headline=first,
+    headline="error",
   )
 
 
