@@ -55,9 +55,13 @@ def get_config(preset: str = "chain") -> ml_collections.ConfigDict:
     config.data.update(
       {"num_seeds": 100, "num_states": 10, "branching": 3, "noise": 1.0, "discounts": (0.5, 0.97)}
     )
-    config.algorithm.update({"num_quantiles": (2, 8, 32), "num_atoms": (8, 32)})
+    config.algorithm.update({"num_quantiles": (2, 8, 32), "num_atoms": (2, 32)})
+    # Each method takes the best step size of its grid for each problem.
     config.optimizer = ml_collections.ConfigDict(
-      {"learning_rate": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)}  # each method takes its best
+      {
+        "learning_rate": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0),  # TD and categorical TD
+        "quantile_learning_rate": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+      }
     )
     config.train.update({"num_steps": 10, "inner_steps": 100})
   if preset == "tiny":
