@@ -161,7 +161,7 @@ def _cdf_figure(result, limits, mrp) -> results.Figure:
   )
 
 
-def backups(mrp: markov.MarkovRewardProcess, table: np.ndarray) -> list[tuple[int, int, int, int]]:
+def backups(mrp: markov.MarkovRewardProcess, table: np.ndarray) -> list[tuple[int, ...]]:
   """Returns the edges (x, i, y, j) with table[x, i] = r(x) + discount * table[y, j]."""
   rewards, discount = np.asarray(mrp.rewards, float), float(mrp.discount)
   reachable = np.asarray(mrp.transitions) > 0

@@ -141,7 +141,7 @@ def _result(times, traces, corners) -> results.Result:
   rows = [
     [
       TITLES[kind],
-      "  ".join(f"({a:.3f}, {b:.3f})" for a, b in np.unique(corners[kind].round(4), axis=0)),
+      "  ".join(f"({a:.3f}, {b:.3f})" for a, b in np.unique(corners[kind].round(4) + 0.0, axis=0)),
       float(far[kind][-1].max()),
       float(far[kind][late].max()),
     ]
@@ -200,8 +200,8 @@ def _figure(result, processes, corners) -> results.Figure:
   axes[0][0].set_ylabel(r"$\theta(x_2)$")
   return results.Figure(
     "qtd_portraits",
-    "Arrows show the mean update. Paths of quantile TD start at the open circles and end at the "
-    "filled ones. The star is the only fixed point; in the right panel all points of the "
-    "quadrilateral are fixed points, and the paths go to different ones.",
+    "Arrows show the mean update. Paths of quantile TD start at the open circles. The star is the "
+    "only fixed point, and all paths end there. In the right panel all points of the quadrilateral "
+    "are fixed points, and the paths end at different ones (filled circles).",
     figure,
   )
