@@ -16,17 +16,37 @@ from experiments.configs import base
 
 PRESETS = {
   "collapse": base.Preset(
-    "figure (a): columns align without a fast predictor and a stop-gradient", "20 seconds", ""
+    "figure (a): columns align without a fast predictor and a stop-gradient",
+    "15 seconds",
+    "5 of 5 criteria; |cosine| 0.001 (optimal predictor), 0.49 (slow)",
   ),
   "trace": base.Preset(
-    "figure (b): the trace objective on four families of chains", "1 minute", ""
+    "figure (b): the trace objective on four kinds of chains",
+    "1 minute",
+    "19 of 19 criteria; f never falls on symmetric chains",
   ),
-  "bidirectional": base.Preset("figure (c): bidirectional learning finds the SVD", "1 minute", ""),
-  "ratio": base.Preset("figure (d): the slower the predictor, the less rank", "20 seconds", ""),
-  "ema": base.Preset("figure (e): a moving average does not replace it", "20 seconds", ""),
-  "values": base.Preset("figure (f): value functions of random rewards", "1 minute", ""),
-  "paper": base.Preset("figures (a) to (f) in one report", "4 minutes", ""),
-  "tiny": base.Preset("figure (b) on chains of 6 states", "10 seconds", "smoke test"),
+  "bidirectional": base.Preset(
+    "figure (c): bidirectional learning finds the SVD",
+    "1 minute",
+    "28 of 28 criteria; f above 0.999 f* on all 270 runs",
+  ),
+  "ratio": base.Preset(
+    "figure (d): the slower the predictor, the more columns align",
+    "15 seconds",
+    "6 of 6 criteria; |cosine| 0.004 to 0.49",
+  ),
+  "ema": base.Preset(
+    "figure (e): a moving average does not repair a slow predictor",
+    "15 seconds",
+    "12 of 12 criteria; |cosine| 0.49 to 0.50 for every decay",
+  ),
+  "values": base.Preset(
+    "figure (f): value functions of random rewards, before and after",
+    "1 minute",
+    "35 of 39 criteria; slow symmetric chains are not at their limit",
+  ),
+  "paper": base.Preset("figures (a) to (f) in one report", "4 minutes", "105 of 109 criteria"),
+  "tiny": base.Preset("figure (b) on chains of 6 states", "15 seconds", "smoke test"),
 }
 
 

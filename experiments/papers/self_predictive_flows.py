@@ -209,7 +209,7 @@ def _result(config, transitions, learners, traces) -> results.Result:
       slow = slow_chains(config, transitions, int(width))
       ratios = traces[f"objective/{direction}/{width}"] / best  # [times, families, chains]
       arrays[f"ratio/{direction}/{width}"] = np.round(ratios, 6)
-      falls = np.diff(ratios, axis=0).min(0) < -_ROUNDING  # [families, chains]
+      falls = np.diff(ratios, axis=0).min(0, initial=0) < -_ROUNDING  # [families, chains]
       for i, family in enumerate(families):
         rows.append(
           [
