@@ -1,9 +1,10 @@
 """QR-DQN (arXiv:1710.10044) beside DQN of the same hidden layers, in games of one player.
 
-DQN runs with its errors clipped at 1, as published, and with the squared error. The whole training
-is on the device, all seeds and methods in one program. The processes are arrays, so the greedy
-policy of every seed is evaluated exactly, and the learned quantiles are compared with the exact
-distribution of that policy's return.
+QR-DQN runs with the config's kappa and with the pinball loss (kappa = 0), DQN with its errors
+clipped at 1, as published, and with the squared error. The whole training is on the device, all
+seeds and methods in one program. The processes are arrays, so the greedy policy of every seed is
+evaluated exactly, and the learned quantiles are compared with the exact distribution of that
+policy's return.
 """
 
 import functools
@@ -23,9 +24,14 @@ from rl_theory.baselines import dqn
 from rl_theory.networks import mlp
 from sharding import checks
 
-METHODS: dict[str, Any] = {"qr_dqn": qr_dqn, "dqn": dqn, "dqn_squared": dqn}
-NAMES = {"qr_dqn": "QR-DQN", "dqn": "DQN", "dqn_squared": "DQN, squared error"}
-_POINTS = ("dqn", "dqn_squared")  # they predict one number
+METHODS: dict[str, Any] = {"qr_dqn": qr_dqn, "pinball": qr_dqn, "dqn": dqn, "squared": dqn}
+NAMES = {
+  "qr_dqn": "QR-DQN",
+  "pinball": "QR-DQN, kappa 0",
+  "dqn": "DQN",
+  "squared": "DQN, squared error",
+}
+_QUANTILES, _POINTS = ("qr_dqn", "pinball"), ("dqn", "squared")
 
 
 class Runs(NamedTuple):
@@ -59,7 +65,7 @@ def build(config: Any) -> training.Experiment:
   task = _task(config)
   process, play = task.process, q_learning_epochs.Config(**config.play)
   optimizer = optax.adam(config.optimizer.learning_rate)
-  kappas = {"qr_dqn": config.algorithm.kappa, "dqn": 1.0, "dqn_squared": 1e6}
+  kappas = {"qr_dqn": config.algorithm.kappa, "pinball": 0.0, "dqn": 1.0, "squared": 1e6}
   settings = {
     name: algorithm.Config(**{**config.algorithm, "kappa": kappas[name]})
     for name, algorithm in METHODS.items()
@@ -101,11 +107,7 @@ def build(config: Any) -> training.Experiment:
         f"{name}/loss": jnp.mean(seen["loss"]),
         f"{name}/value": jnp.mean(seen[f"{algorithm.__name__.rpartition('.')[2]}/value"]),
       }
-      if name == "qr_dqn":
-        metrics |= {
-          "loss": jnp.mean(seen["loss"]),
-          "qr_dqn/spread": jnp.mean(seen["qr_dqn/spread"]),
-        }
+    metrics["loss"] = metrics["qr_dqn/loss"]
     metrics["env_steps"] = agents[name].env_steps[0].astype(jnp.float32)
     return Runs(agents, returns, runs.step + 1), metrics
 
@@ -133,7 +135,8 @@ def _task(config: Any) -> _Task:
   best = decision_processes.optimum(process, discount)
   best_return = process.initial @ decision_processes.policy_values(process, best.policy, 1.0)
   networks: dict[str, Any] = {name: mlp.MLP(process.num_actions, widths) for name in _POINTS}
-  networks["qr_dqn"] = mlp.QuantileMLP(process.num_actions, config.network.num_quantiles, widths)
+  for name in _QUANTILES:
+    networks[name] = mlp.QuantileMLP(process.num_actions, config.network.num_quantiles, widths)
   return _Task(process, discount, np.asarray(best.values), float(best_return), networks)
 
 
@@ -181,10 +184,7 @@ def _result(config: Any, task: _Task, runs: Runs) -> results.Result:
         statistics.mean_interval(floors),
       ]
     )
-  ahead = {
-    name: statistics.mean_interval(mean_returns["qr_dqn"] - mean_returns[name]) for name in _POINTS
-  }
-  bars = config.eval
+  bars, ahead = config.eval, {}
   criteria = [
     (
       f"{NAMES[name]}: every seed's final value within {bars.gap:g} of the optimum",
@@ -192,28 +192,30 @@ def _result(config: Any, task: _Task, runs: Runs) -> results.Result:
     )
     for name in METHODS
   ]
-  criteria.append(
-    (
-      f"QR-DQN: every seed's quantiles within {bars.distance:g} (w1) of the exact returns",
-      bool(np.all(distances["qr_dqn"] <= bars.distance)),
-    )
-  )
-  for name in _POINTS:
-    nearer = bool(np.all(distances["qr_dqn"] < distances[name]))
-    above = ahead[name].high
-    top = ahead[name].value if above is None else above
+  for name in _QUANTILES:
+    nearer = [np.all(distances[name] < distances[point]) for point in _POINTS]
     criteria += [
-      (f"QR-DQN predicts every seed's returns better (w1) than {NAMES[name]}", nearer),
-      (f"QR-DQN's mean return over training not below {NAMES[name]}'s (95 %)", bool(top >= 0)),
+      (
+        f"{NAMES[name]}: every seed's quantiles within {bars.distance:g} (w1) of the exact returns",
+        bool(np.all(distances[name] <= bars.distance)),
+      ),
+      (f"{NAMES[name]} predicts every seed's returns better (w1) than both DQNs", all(nearer)),
     ]
+    for point in _POINTS:
+      gain = statistics.mean_interval(mean_returns[name] - mean_returns[point])
+      ahead[f"{name}/over_{point}"] = gain
+      top = gain.value if gain.high is None else gain.high
+      criteria.append(
+        (f"{NAMES[name]}: mean return over training not below {NAMES[point]}'s (95 %)", top >= 0)
+      )
   metrics: dict[str, Any] = {
     f"return/{name}": statistics.mean_interval(final[name]) for name in METHODS
   }
   metrics |= {
     "criteria_passed": statistics.fraction_passed(criteria),
     "return/optimal": task.optimal_return,
-    **{f"mean_return_over/{name}": estimate for name, estimate in ahead.items()},
-    "distance": statistics.mean_interval(distances["qr_dqn"]),
+    **{f"distance/{name}": statistics.mean_interval(distances[name]) for name in METHODS},
+    **ahead,
     "env_steps": float(np.asarray(runs.agents["dqn"].env_steps)[0]),
   }
   return results.Result(
@@ -288,16 +290,18 @@ def _value_table(task: _Task, runs: Runs) -> results.Table:
 
 
 def _curves(history: Any, optimal: float) -> results.Figure:
-  figure, axes = plots.subplots()
-  axis = axes[0][0]
-  along = [row["env_steps"] for row in history]
-  for name, label in NAMES.items():
-    (line,) = axis.plot(along, [row[f"return/{name}"] for row in history], label=label)
-    low, high = ([row[f"return/{name}_{end}"] for row in history] for end in ("low", "high"))
-    axis.fill_between(along, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-  axis.axhline(optimal, color="0.5", linestyle=":", label="optimal policy")
-  axis.set(xlabel="moves of each seed", ylabel="expected return of the greedy policy")
-  plots.legend_below(figure, axis)
+  figure, axes = plots.subplots(1, 2, size=(4.2, 3.1), sharey=True)
+  along = [row["env_steps"] / 1000 for row in history]
+  for axis, names in zip(axes[0], (_QUANTILES, _POINTS), strict=True):
+    for name in names:
+      color = plots.PALETTE[list(METHODS).index(name)]
+      axis.plot(along, [row[f"return/{name}"] for row in history], label=NAMES[name], color=color)
+      low, high = ([row[f"return/{name}_{end}"] for row in history] for end in ("low", "high"))
+      axis.fill_between(along, low, high, color=color, alpha=0.2, linewidth=0)
+    axis.axhline(optimal, color="0.4", linestyle=":", label="optimal policy")
+    axis.set_xlabel("thousands of moves of each seed")
+    axis.legend(loc="lower right")
+  axes[0][0].set_ylabel("return of the greedy policy")
   caption = (
     "The curves show the exact expected return of the greedy policy during training, as a mean "
     "over seeds; bands reach from the worst to the best seed."
@@ -309,26 +313,27 @@ def _distributions(result: results.Result) -> results.Figure:
   """Draws learned and exact distributions of the return of QR-DQN's greedy policies."""
   arrays = result.arrays
   num_seeds = sum(name.startswith("qr_dqn/learned/") for name in arrays)
-  columns = min(num_seeds, 3)
-  figure, axes = plots.subplots(1, columns, size=(3.2, 2.9), sharey=True)
-  for seed, axis in enumerate(axes[0]):
-    values, probs = arrays[f"qr_dqn/values/{seed}"], arrays[f"qr_dqn/probs/{seed}"]
-    learned = arrays[f"qr_dqn/learned/{seed}"]
-    margin = 0.05 * max(np.ptp(np.append(values, learned)), 1e-3)
-    ends = min(values[0], learned[0]) - margin, max(values[-1], learned[-1]) + margin
-    axis.step([ends[0], *values, ends[1]], [0, *np.cumsum(probs), 1], where="post",
-              color="0.45", label="exact")  # fmt: skip
-    shares = np.arange(1, len(learned) + 1) / len(learned)
-    axis.step([ends[0], *learned, ends[1]], [0, *shares, 1], where="post", label="QR-DQN")
-    for name, color in zip(_POINTS, plots.PALETTE[1:], strict=False):
-      value = float(arrays[f"{name}/learned/{seed}"][0])
-      axis.axvline(value, color=color, linestyle=":", label=f"value of {NAMES[name]}")
-    axis.set(title=f"seed {seed}", xlabel="discounted return")
-  axes[0][0].set_ylabel("cumulative probability")
+  rows, columns = len(_QUANTILES), min(num_seeds, 3)
+  figure, axes = plots.subplots(rows, columns, size=(3.2, 2.5), sharey=True, sharex=True)
+  for name, row in zip(_QUANTILES, axes, strict=True):
+    for seed, axis in enumerate(row):
+      values, probs = arrays[f"{name}/values/{seed}"], arrays[f"{name}/probs/{seed}"]
+      learned = arrays[f"{name}/learned/{seed}"]
+      margin = 0.05 * max(np.ptp(np.append(values, learned)), 1e-3)
+      ends = min(values[0], learned[0]) - margin, max(values[-1], learned[-1]) + margin
+      shares = np.arange(1, len(learned) + 1) / len(learned)
+      for atoms, sums, label, color in (
+        (values, np.cumsum(probs), "exact", "0.45"),
+        (learned, shares, "learned", plots.PALETTE[0]),
+      ):
+        axis.step([ends[0], *atoms, ends[1]], [0, *sums, 1], where="post", label=label, color=color)
+      axis.set_title(f"{NAMES[name]}, seed {seed}")
+    row[0].set_ylabel("cumulative probability")
+  for axis in axes[-1]:
+    axis.set_xlabel("discounted return")
   plots.legend_below(figure, axes[0][0])
   caption = (
     "Each panel shows the discounted return of one seed's greedy policy from a first state: exact, "
-    "and as its network predicts it. Dotted lines are the values that the two DQNs predict there "
-    "for their own greedy policies."
+    "and as its network predicts it."
   )
   return results.Figure("distributions", caption, figure)
