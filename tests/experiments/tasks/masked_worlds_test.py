@@ -82,7 +82,10 @@ def _agent():
   apply_fn, optimizer = memory_agents.networks(config, world), optax.sgd(0.1)
   learner = memory_agents.init(jax.random.key(0), apply_fn, world, optimizer)
   # The policy's head starts at 0: move it, so that policies depend on what was read.
-  heads = jax.tree.map(lambda x: x + 0.3, learner.params.heads)
+  rng = np.random.default_rng(0)
+  heads = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), learner.params.heads
+  )
   return world, apply_fn, optimizer, learner._replace(params=learner.params._replace(heads=heads))
 
 
