@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import sharding
-from representation import byol, byol_variants
+from representation import byol, byol_variants, moving_targets
 from representation.baselines import grace
 from representation.networks import adapters, mlp
 
@@ -324,6 +324,28 @@ def test_no_other_linear_predictor_is_better(x64, target):
     weights = np.linalg.lstsq(inputs, outputs)[0]
     np.testing.assert_allclose(loss_of(weights), best, atol=1e-10)
     assert loss_of(weights + 1e-3 * rng.normal(size=weights.shape)) > best
+
+
+def test_the_linear_predictor_gets_no_gradient(x64):
+  """With normalisation the fit does not minimise the loss, so its gradient would show."""
+  state, bound = _start(predictor="least_squares", target="stopped", ridge=0.0)
+  batch, key, online = _batch(size=64), jax.random.key(4), state.network_state.online
+  rows = []
+  for view in _views(batch.images, key):
+    features, _ = _apply(NETWORKS.encoder, state.params.encoder, online.encoder, view)
+    rows.append(_apply(NETWORKS.projector, state.params.projector, online.projector, features)[0])
+  targets = [moving_targets.normalise(projections) for projections in rows[::-1]]
+  fixed = jnp.asarray(np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets))[0])
+  found, _ = _loss(state, batch, bound, key, run=_compiled_gradient)
+  linear = {
+    "apply_fn": NETWORKS._replace(predictor=_linear),
+    "config": byol.Config(target="stopped"),
+  }
+  state = state._replace(params=state.params._replace(predictor=fixed))
+  expected, _ = _loss(state, batch, linear, key, run=_compiled_gradient)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-10), found[:2], expected[:2]
+  )  # fmt: skip
 
 
 def test_linear_byol_keeps_the_gram_matrix(x64):
