@@ -74,7 +74,7 @@ setuptools.setup(
   name="bootstrax",
   version="0.1.0",
   description=(
-    "Papers on preference optimisation, games and graphs as pure JAX update functions, "
+    "Papers on preference optimisation, games, returns and representations as pure JAX updates, "
     "checked against their own theorems"
   ),
   long_description=(_HERE / "README.md").read_text(encoding="utf-8"),

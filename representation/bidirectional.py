@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import chains, collapse, self_predictive
+from representation import chains, collapse, moving_targets, self_predictive
 
 Metrics = dict[str, jax.Array]
 Config = self_predictive.Config  # the options apply to both directions
@@ -209,7 +209,7 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  target_params = self_predictive.moving_average(
+  target_params = moving_targets.move(
     state.target_params, Targets(*stepped.params[:2]), config.target_decay
   )
   return stepped._replace(target_params=target_params), metrics

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import bgrl, collapse
+from representation import byol, collapse, moving_targets
 from sharding import checks
 
 Metrics = dict[str, jax.Array]
@@ -171,7 +171,7 @@ def prediction_loss(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     Array([0., 2.], dtype=float32)
   """
   checks.same_shape(predictions=predictions, targets=targets)
-  return 2 * bgrl.bgrl_loss(predictions, targets)
+  return byol.byol_loss(predictions, targets)
 
 
 def losses(
@@ -309,7 +309,7 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  target_params = optax.incremental_update(
-    stepped.params.agent, state.target_params, 1 - config.target_decay
+  target_params = moving_targets.move(
+    state.target_params, stepped.params.agent, config.target_decay
   )
   return stepped._replace(target_params=target_params), metrics

@@ -1,6 +1,6 @@
 """What methods share that predict the output of a slowly moving copy of their own network.
 
-Used by `byol` and `bgrl`. Both compare directions, so they normalise predictions and targets.
+`byol` and `bgrl` compare directions, so they normalise predictions and targets.
 """
 
 from typing import Any

@@ -48,7 +48,7 @@ import numpy as np
 import optax
 
 import sharding
-from representation import chains, collapse
+from representation import chains, collapse, moving_targets
 from sharding import checks
 
 Metrics = dict[str, jax.Array]
@@ -328,7 +328,7 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  target_params = moving_average(
+  target_params = moving_targets.move(
     state.target_params, stepped.params.representation, config.target_decay
   )
   return stepped._replace(target_params=target_params), metrics
@@ -347,13 +347,6 @@ def inner_steps(
     return predictor - config.inner_step_size * slope
 
   return jax.lax.fori_loop(0, config.num_inner_steps, body, predictor)
-
-
-def moving_average(target: Any, online: Any, decay: Any) -> Any:
-  """Returns decay * target + (1 - decay) * online for trees; exactly `online` for decay 0."""
-  return jax.tree.map(
-    lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), target, online
-  )
 
 
 def _check(batch: Any, embeddings: Any, predictor: Any, config: Config) -> None:
