@@ -93,3 +93,11 @@ def test_categorical_td_follows_td_while_nothing_leaves_its_support():
 def test_bad_settings_are_named(preset, changes, match):
   with pytest.raises(ValueError, match=match):
     qtd.build(small(preset, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["chain", "portraits", "artefact"])
+def test_figures_meet_their_criteria(preset, tmp_path):
+  assert main.run([f"--config=qtd:{preset}", f"--workdir={tmp_path}/run"]) == 0
+  found = json.loads((tmp_path / "run" / "results.json").read_text())["result"]["metrics"]
+  assert found["criteria_passed"]["value"] == 1
