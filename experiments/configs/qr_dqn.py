@@ -15,9 +15,21 @@ from experiments.configs import base
 
 PRESETS = {
   "tiny": base.Preset("deep sea of three rows, two seeds", "20 seconds", "smoke test"),
-  "catch": base.Preset("catch, five seeds", "not run", "not run"),
-  "deep_sea": base.Preset("deep sea of ten rows, five seeds", "not run", "not run"),
-  "cliff": base.Preset("cliff walking within 30 moves, five seeds", "not run", "not run"),
+  "catch": base.Preset(
+    "catch, five seeds",
+    "65 seconds",
+    "5 of 12 criteria; return 0.886 of 0.890, but w1 to the exact returns 0.34 (kappa 0: 0.09)",
+  ),
+  "deep_sea": base.Preset(
+    "deep sea of ten rows, five seeds",
+    "85 seconds",
+    "6 of 12 criteria; return 0.12 of 0.59, DQN 0.24: one and two seeds find the prize",
+  ),
+  "cliff": base.Preset(
+    "cliff walking within 30 moves, five seeds",
+    "70 seconds",
+    "4 of 12 criteria; mean return over training -22.3, DQN -30.5, optimum -15.3",
+  ),
 }
 
 

@@ -300,7 +300,7 @@ def _curves(history: Any, optimal: float) -> results.Figure:
       axis.fill_between(along, low, high, color=color, alpha=0.2, linewidth=0)
     axis.axhline(optimal, color="0.4", linestyle=":", label="optimal policy")
     axis.set_xlabel("thousands of moves of each seed")
-    axis.legend(loc="lower right")
+    axis.legend(loc="best")
   axes[0][0].set_ylabel("return of the greedy policy")
   caption = (
     "The curves show the exact expected return of the greedy policy during training, as a mean "

@@ -80,7 +80,10 @@ def huber_loss(values: jax.Array, targets: jax.Array, *, kappa: Any = 1.0) -> ja
     [0.125 2.5  ]
   """
   checks.same_shape(values=values, targets=targets)
-  return optax.huber_loss(values, jax.lax.stop_gradient(targets), delta=kappa)
+  errors = jnp.abs(jax.lax.stop_gradient(targets) - values)
+  # Not kappa * (errors - inner): its gradient cancels kappa, and a large one leaves only rounding.
+  inner = jnp.minimum(errors, kappa)
+  return inner * (errors - inner / 2)
 
 
 def action_values(values: jax.Array) -> jax.Array:

@@ -133,6 +133,7 @@ def test_the_process_of_a_policy_has_its_values_and_returns(x64):
   np.testing.assert_allclose(exact.values @ exact.probs, process.initial @ values, atol=1e-8)
 
 
+@pytest.mark.slow  # compiles play
 def test_exact_returns_are_those_of_play():
   process = decision_processes.with_slips(compiled("deep_sea(size=4)"), 0.3)
   policy = decision_processes.optimum(process, 0.9).policy

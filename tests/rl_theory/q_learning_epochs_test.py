@@ -54,7 +54,7 @@ def _start(name, process, seed=0):
   return state, run
 
 
-@pytest.mark.parametrize("name", ["qr_dqn", "dqn"])
+@pytest.mark.parametrize("name", [pytest.param("qr_dqn", marks=pytest.mark.slow), "dqn"])
 def test_epochs_find_the_optimum_for_every_seed(name):
   process, algorithm = _corridor(), _CASES[name][0]
   states = jax.vmap(lambda seed: _start(name, process, seed)[0])(jnp.arange(3))

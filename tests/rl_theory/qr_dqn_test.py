@@ -181,6 +181,12 @@ def test_dqn_worked_by_hand():
   np.testing.assert_allclose(grad(ended), [[0, -0.5], [0, 0]], atol=1e-6)
 
 
+def test_a_large_kappa_gives_the_squared_error_in_float32():
+  values = jnp.array([1e-3, -0.02, 0.7])
+  grads = jax.grad(lambda x: jnp.sum(dqn.huber_loss(x, jnp.zeros(3), kappa=1e6)))(values)
+  np.testing.assert_allclose(grads, values, rtol=1e-6)
+
+
 def test_the_target_network_moves_every_period():
   config = qr_dqn.Config(target_period=3)
   optimizer = optax.sgd(0.1)

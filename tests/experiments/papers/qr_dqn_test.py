@@ -20,6 +20,7 @@ def _records(folder):
   return [record for record in map(json.loads, lines) if record["kind"] == "train"]
 
 
+@pytest.mark.slow  # four methods
 def test_a_tiny_run_reports_and_answers(tmp_path, capsys):
   folder = tmp_path / "run"
   assert _run(folder, "--config.environment.slip=0.0") == 0
