@@ -55,11 +55,14 @@ def test_rooms_start_anywhere_and_show_the_cells_around():
       mark = lines[row][column] if inside else "*"
       assert (walls[i, j], goal[i, j]) == (mark == "*", mark == "A")
   # No episode outlasts the world: a random walk has ended after `length` steps.
-  process, states = world.process, jnp.asarray(started)
-  for key in jax.random.split(jax.random.key(0), world.length):
-    actions = jax.random.randint(key, states.shape, 0, process.num_actions)
-    actions = jnp.where(process.legal[states, actions], actions, 0)
-    states = decision_processes.step(process, states, actions, key)[1]
+  process = world.process
+
+  def walk(states, key):
+    actions = jax.random.categorical(key, jnp.where(process.legal, 0, -jnp.inf)[states])
+    return decision_processes.step(process, states, actions, key)[1], None
+
+  keys = jax.random.split(jax.random.key(0), world.length)
+  states, _ = jax.lax.scan(walk, jnp.asarray(started), keys)
   assert np.all(np.asarray(process.terminal)[states])
 
 
@@ -128,7 +131,9 @@ def test_episodes_follow_the_process_and_the_policy():
 def test_the_loss_is_that_of_an_actor_critic_with_lambda_returns():
   world, apply_fn, _, learner = _agent()
   episodes, params, config = _play(learner.params), learner.params, _config()
-  value, _ = memory_agents.loss(params, learner, episodes, None, apply_fn=apply_fn, config=config)
+  value, _ = jax.jit(functools.partial(memory_agents.loss, apply_fn=apply_fn, config=config))(
+    params, learner, episodes, None
+  )
   encoded = apply_fn.latent.agent(params.latent.agent, episodes.observations, episodes.actions)
   logits, values = map(np.asarray, apply_fn.heads(params.heads, encoded.states))
   logps = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
@@ -143,6 +148,7 @@ def test_the_loss_is_that_of_an_actor_critic_with_lambda_returns():
   np.testing.assert_allclose(value, expected, rtol=1e-4)  # float32
 
 
+@pytest.mark.slow  # three updates compile
 def test_an_agent_without_the_losses_does_not_know_of_them():
   """Heads that are not used do not move, and each loss adds its own gradient."""
   _, apply_fn, optimizer, learner = _agent()
