@@ -10,11 +10,30 @@ import functools
 import jax
 import jax.numpy as jnp
 
+import sharding
 from sharding import checks
+
+# Below every logit that is not minus infinity; finite, so that no difference of two becomes NaN.
+_LOWEST = -1e30
+
+
+def chunk_size_for(num_rows: int, vocabulary: int) -> int:
+  """Returns how many entries of the vocabulary to take at a time on the default device.
+
+  On a CPU 8192: more are no faster. On an accelerator the whole vocabulary, if its logits in
+  float32 fit in an eighth of the memory: then the backward pass need not compute them again.
+
+  Args:
+    num_rows: positions whose logits are computed, B T.
+    vocabulary: V.
+  """
+  limit = (sharding.default_device().memory_stats() or {}).get("bytes_limit", 0)
+  entries = limit // 8 // (4 * num_rows)
+  return vocabulary if entries >= vocabulary else max(8192, entries // 128 * 128)
 
 
 def token_logps(
-  hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, *, chunk_size: int
+  hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, *, chunk_size: int | None = None
 ) -> jax.Array:
   """Returns the log-probability of each token, from logits of `chunk_size` entries at a time.
 
@@ -28,8 +47,9 @@ def token_logps(
     hidden: `[B, T, D]` last hidden states, aligned so that `hidden[:, t]` predicts `tokens[:, t]`.
     embedding: `[V, D]` output embedding (the transpose of a head's kernel), used without bias.
     tokens: `[B, T]` int in [0, V).
-    chunk_size: vocabulary entries per slice; it need not divide V. A few thousand is a good choice.
-      If it is V or more, there is one slice `[B * T, V]`, kept for the backward pass.
+    chunk_size: vocabulary entries per slice; it need not divide V. None leaves it to
+      `chunk_size_for`. If it is V or more, there is one slice `[B * T, V]`, kept for the backward
+      pass.
 
   Returns:
     `[B, T]` nats, in float32 or wider.
@@ -42,7 +62,8 @@ def token_logps(
     >>> token_logps(hidden, embedding, jnp.array([[0, 2]]), chunk_size=2).round(4)
     Array([[-1.0986, -1.0986]], dtype=float32)
   """
-  checks.count("chunk_size", chunk_size)
+  if chunk_size is not None:
+    checks.count("chunk_size", chunk_size)
   if jnp.ndim(hidden) != 3 or jnp.ndim(embedding) != 2 or hidden.shape[2] != embedding.shape[1]:
     raise ValueError(
       "hidden and embedding must have shapes [B, T, D] and [V, D], got "
@@ -50,6 +71,8 @@ def token_logps(
     )
   checks.shape("tokens", tokens, hidden.shape[:2], "[B, T]")
   checks.token_ids("tokens", tokens, embedding.shape[0])
+  if chunk_size is None:
+    chunk_size = chunk_size_for(hidden.shape[0] * hidden.shape[1], embedding.shape[0])
   chunk_size = min(chunk_size, embedding.shape[0])
   # Rows flattened to one axis: contracting a single axis is what matrix units and CPUs are fast at.
   rows = hidden.reshape(-1, hidden.shape[2])
@@ -68,19 +91,12 @@ def _forward(chunk_size, rows, embedding, tokens):
 
   def add_slice(running, index):
     logits, _ = _slice_logits(chunk_size, rows, embedding, index)
-    return accumulate(running, logits), None
+    return _join(running, _log_sum_exp(logits)), None
 
-  def accumulate(running, logits):
-    highest, total = running
-    new_highest = jnp.maximum(highest, jnp.max(logits, axis=1))
-    # exp(-inf - finite) = 0 on the first slice: nothing accumulated yet.
-    total = total * jnp.exp(highest - new_highest)
-    return new_highest, total + jnp.sum(jnp.exp(logits - new_highest[:, None]), axis=1)
-
-  start = (jnp.full(rows.shape[:1], -jnp.inf, dtype), jnp.zeros(rows.shape[:1], dtype))
+  start = (jnp.full(rows.shape[:1], _LOWEST, dtype), jnp.zeros(rows.shape[:1], dtype))
   if chunk_size == embedding.shape[0]:
     whole, _ = _slice_logits(chunk_size, rows, embedding, 0)
-    highest, total = accumulate(start, whole)
+    highest, total = _log_sum_exp(whole)
   else:
     whole, num_slices = None, -(-embedding.shape[0] // chunk_size)
     (highest, total), _ = jax.lax.scan(add_slice, start, jnp.arange(num_slices))
@@ -88,6 +104,28 @@ def _forward(chunk_size, rows, embedding, tokens):
   chosen = embedding[tokens].astype(rows.dtype)
   chosen = jnp.einsum("nd,nd->n", rows, chosen, preferred_element_type=dtype)
   return chosen - log_normalisers, (rows, embedding, tokens, log_normalisers, whole)
+
+
+def _join(first, second):
+  """Joins two sums of exponentials, each as (m, s) with the sum s exp(m)."""
+  highest = jnp.maximum(first[0], second[0])
+  return highest, first[1] * jnp.exp(first[0] - highest) + second[1] * jnp.exp(second[0] - highest)
+
+
+def _log_sum_exp(logits):
+  """Returns (m, s) of each row of `[N, C]`: its sum of exponentials is s exp(m)."""
+
+  def in_two_passes(logits):
+    highest = jnp.maximum(jnp.max(logits, axis=1), _LOWEST)
+    return highest, jnp.sum(jnp.exp(logits - highest[:, None]), axis=1)
+
+  return jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=in_two_passes)
+
+
+def _in_one_pass(logits):
+  """The same for a GPU, where a second exponential costs less than reading the logits again."""
+  start = (jnp.asarray(_LOWEST, logits.dtype), jnp.asarray(0, logits.dtype))
+  return tuple(jax.lax.reduce((logits, jnp.ones_like(logits)), start, _join, dimensions=(1,)))
 
 
 def _backward(chunk_size, residuals, cotangents):

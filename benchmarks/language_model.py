@@ -11,12 +11,14 @@ on the reference's log-probabilities and on the loss before a step, or nothing i
 On a CPU (`--shape=small`, float32) the sides are asked in turn: while one works the other waits, so
 both meet the same machine. On an accelerator (bfloat16 products, float32 parameters of the policy,
 the reference in bfloat16) two models of the larger shapes do not fit beside each other: there one
-side runs after the other, and torch a second time under torch.compile.
+side runs after the other, and torch a second time under torch.compile (`torch-compile-layers`; the
+side `torch-compile-whole` compiles the loss as one program).
 
 `docs/performance.md` holds the results.
 """
 
 import argparse
+import ast
 import dataclasses
 import functools
 import json
@@ -25,6 +27,8 @@ import pathlib
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 import sides
 
@@ -86,14 +90,20 @@ def make_tokens(shape: Shape):
   return pairs, rng.integers(3, shape.vocabulary, (shape.prompts, shape.prompt_length))
 
 
-def make_jax_side(folder: pathlib.Path, shape: Shape, platform: str):
-  """Returns the commands of the JAX side; writes the model to `folder` for the other one."""
+def make_step(shape: Shape, platform: str, changes: Mapping[str, Any]):
+  """Returns the config, a function that scores tokens, a training step, and its `init(params)`.
+
+  Args:
+    shape: of the model and the step.
+    platform: "cpu" for float32, or "gpu" for bfloat16.
+    changes: fields of `TransformerConfig`, and `logps_chunk` of `make_apply_fn`.
+  """
   import jax
   import jax.numpy as jnp
   import optax
 
   from alignment import ipo, sequences
-  from alignment.models import huggingface, sampling, transformer
+  from alignment.models import transformer
 
   config = transformer.TransformerConfig(
     vocab_size=shape.vocabulary,
@@ -106,13 +116,11 @@ def make_jax_side(folder: pathlib.Path, shape: Shape, platform: str):
     max_length=2 * shape.length,
     tied_head=shape.tied,
     dtype="float32" if platform == "cpu" else "bfloat16",
-    fused_attention=True,
+    scan_layers=platform == "cpu",
   )
-  params = jax.jit(lambda key: transformer.init_params(config, key))(jax.random.key(0))
-  huggingface.save(folder, config, params)
-  ref_params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-  tokens, prompts = map(jnp.asarray, make_tokens(shape))
-  apply_fn = transformer.make_apply_fn(config)
+  chunk = changes.get("logps_chunk")
+  config = dataclasses.replace(config, **{k: v for k, v in changes.items() if k != "logps_chunk"})
+  apply_fn = transformer.make_apply_fn(config, logps_chunk=chunk)
   optimizer = optax.adamw(LEARNING_RATE)
   algorithm = ipo.Config(tau=TAU)
 
@@ -140,8 +148,25 @@ def make_jax_side(folder: pathlib.Path, shape: Shape, platform: str):
     )
     return ipo.update(state, pairs, None, apply_fn=apply_fn, optimizer=optimizer, config=algorithm)
 
-  step = jax.jit(step, donate_argnums=0)
-  state = ipo.init(jax.tree.map(jnp.copy, params), optimizer=optimizer, config=algorithm)
+  def init(params):
+    return ipo.init(params, optimizer=optimizer, config=algorithm)
+
+  return config, score_tokens, jax.jit(step, donate_argnums=0), init
+
+
+def make_jax_side(folder: pathlib.Path, shape: Shape, platform: str, changes: Mapping[str, Any]):
+  """Returns the commands of the JAX side; writes the model to `folder` for the other one."""
+  import jax
+  import jax.numpy as jnp
+
+  from alignment.models import huggingface, sampling, transformer
+
+  config, score_tokens, step, init = make_step(shape, platform, changes)
+  params = jax.jit(lambda key: transformer.init_params(config, key))(jax.random.key(0))
+  huggingface.save(folder, config, params)
+  ref_params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+  tokens, prompts = map(jnp.asarray, make_tokens(shape))
+  state = init(jax.tree.map(jnp.copy, params))
   del params
   count = 0
 
@@ -171,8 +196,17 @@ def make_jax_side(folder: pathlib.Path, shape: Shape, platform: str):
   return {"score": score, "train": train, "generate": generate}
 
 
-def make_torch_side(folder: pathlib.Path, shape: Shape, platform: str, *, compiled: bool):
-  """Returns the commands of the torch side, with the model read from `folder`."""
+def make_torch_side(folder: pathlib.Path, shape: Shape, platform: str, *, compiled: str):
+  """Returns the commands of the torch side, with the model read from `folder`.
+
+  Args:
+    folder: that the JAX side wrote.
+    shape: of the model and the work.
+    platform: "cpu" or "gpu".
+    compiled: what torch.compile is given: "" for nothing, "layers" for one layer (all layers share
+      its code) and the loss after the last one, or "whole" for the loss as one program, which takes
+      minutes at 30 layers.
+  """
   import torch
   import transformers
 
@@ -188,10 +222,14 @@ def make_torch_side(folder: pathlib.Path, shape: Shape, platform: str, *, compil
   tokens, prompts = (torch.from_numpy(x).to(device) for x in make_tokens(shape))
   optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, fused=True)
 
-  def sequence_logps(model):
-    logits = model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+  def head_logps(head, hidden):
+    logits = head(hidden)[:, :-1].flatten(0, 1).float()
     logps = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
     return -logps.reshape(len(tokens), -1).sum(-1)
+
+  def sequence_logps(model):
+    hidden = model.model(tokens, use_cache=False).last_hidden_state
+    return head_logps(model.lm_head, hidden)
 
   def loss_fn():
     with torch.no_grad():
@@ -201,8 +239,12 @@ def make_torch_side(folder: pathlib.Path, shape: Shape, platform: str, *, compil
     margin = ratios[::2] - ratios[1::2]
     return ((margin - 1 / (2 * TAU)) ** 2).mean()
 
-  if compiled:
+  if compiled == "whole":
     loss_fn = torch.compile(loss_fn)
+  if compiled == "layers":
+    head_logps = torch.compile(head_logps)
+    for layer in [*policy.model.layers, *ref.model.layers]:
+      layer.compile()
 
   def train():
     loss = loss_fn()
@@ -231,12 +273,19 @@ def make_torch_side(folder: pathlib.Path, shape: Shape, platform: str, *, compil
   return {"score": score, "train": train, "generate": generate}
 
 
+def parse_changes(settings: list[str]) -> dict[str, Any]:
+  """Returns what `--set NAME=VALUE` asks for; a value is a Python literal."""
+  pairs = (setting.split("=", 1) for setting in settings)
+  return {name: ast.literal_eval(value) for name, value in pairs}
+
+
 def worker(side: str, python: str, folder: str, args: argparse.Namespace) -> sides.Side:
   """Starts a side of the benchmark."""
   return sides.Side(
     __file__,
     python,
     *("--worker", side, "--folder", folder, "--platform", args.platform, "--shape", args.shape),
+    *(f"--set={change}" for change in args.set),
     platform=args.platform,
   )
 
@@ -284,8 +333,8 @@ def compare_one_by_one(args: argparse.Namespace) -> dict:
         results[task][name] = answer["result"]
         print(f"{name}: first {task} {answer['seconds']:.0f} s", file=sys.stderr, flush=True)
       for task in tasks:
-        if task == "generate" and name == "torch-compile":
-          continue  # it compiles the loss only
+        if task == "generate" and name.startswith("torch-compile"):
+          continue  # what is compiled is the loss
         for _ in range(2):
           side.ask(task)  # warm
         answers = [side.ask(task) for _ in range(args.rounds)]
@@ -332,7 +381,13 @@ def main() -> None:
   parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
   parser.add_argument("--shape", choices=SHAPES, default="small")
   parser.add_argument("--tasks", default="train,generate")
-  parser.add_argument("--sides", default="jax,torch,torch-compile", help="on a GPU, in this order")
+  parser.add_argument(
+    "--sides", default="jax,torch,torch-compile-layers", help="on a GPU, in this order"
+  )
+  parser.add_argument(
+    "--set", action="append", default=[], metavar="NAME=VALUE",
+    help="a field of TransformerConfig, or logps_chunk, for the JAX side",
+  )  # fmt: skip
   parser.add_argument("--peak", type=float, help="TFLOP/s of the card, such as 989 of an H100")
   parser.add_argument("--torch-python", default=sys.executable, help="interpreter with torch")
   parser.add_argument("--rounds", type=int, default=9)
@@ -342,10 +397,10 @@ def main() -> None:
   args = parser.parse_args()
   shape = SHAPES[args.shape]
   if args.worker == "jax":
-    sides.serve(lambda: make_jax_side(args.folder, shape, args.platform))
+    sides.serve(lambda: make_jax_side(args.folder, shape, args.platform, parse_changes(args.set)))
     return
   if args.worker:
-    compiled = args.worker == "torch-compile"
+    compiled = args.worker.removeprefix("torch").removeprefix("-compile-")
     sides.serve(lambda: make_torch_side(args.folder, shape, args.platform, compiled=compiled))
     return
   seconds = (compare_in_turn if args.platform == "cpu" else compare_one_by_one)(args)

@@ -13,7 +13,7 @@ checks`).
 """
 
 from sharding.batches import DATA_AXES, accumulate_grads, shard_batch
-from sharding.mesh import initialize_multihost, make_mesh
+from sharding.mesh import default_device, initialize_multihost, make_mesh
 from sharding.placement import init_sharded, jit_update, place
 from sharding.rules import REPLICATED, Rules, infer_shardings, tree_paths
 from sharding.updates import gradient_step
@@ -23,6 +23,7 @@ __all__ = [
   "REPLICATED",
   "Rules",
   "accumulate_grads",
+  "default_device",
   "gradient_step",
   "infer_shardings",
   "init_sharded",

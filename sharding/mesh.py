@@ -2,10 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
 from sharding import checks
+
+
+def default_device() -> Any:
+  """Returns the device of this process that programs run on unless told otherwise."""
+  device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # set at run time
+  device = device or jax.local_devices()[0]
+  return jax.devices(device)[0] if isinstance(device, str) else device
 
 
 def make_mesh(

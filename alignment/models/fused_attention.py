@@ -11,10 +11,16 @@ token. By the contract of `attention_bias` it sees only itself. It goes to the e
 `start_alone` puts its own value in place of what the kernel says of it.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+import sharding
+
+# Rows are padded to a multiple of this many tokens: JAX refuses odd lengths when it differentiates
+# through cuDNN's kernel.
+MULTIPLE = 2
 
 # The name under which splash attention marks its results; see `keep`.
 _RESULTS = "fused_attention"
@@ -29,10 +35,7 @@ def kernel_for(dtype, head_dim: int) -> Literal["cudnn", "splash"] | None:
   The choice is made when a program is traced, so a program for a CPU on a machine with a GPU needs
   `TransformerConfig.fused_attention=False`.
   """
-  device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # set at run time
-  device = device or jax.local_devices()[0]
-  if isinstance(device, str):
-    device = jax.devices(device)[0]
+  device = sharding.default_device()
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
     return None
   if device.platform == "gpu" and "cuda" in device.client.platform_version:
@@ -52,6 +55,11 @@ def keep(primitive, *_, **params) -> bool:
   if primitive.name == "name":
     return params["name"] == _RESULTS
   return "dot_product_attention_fwd" in primitive.name
+
+
+def pad_row(x: jax.Array) -> jax.Array:
+  """Pads tokens or a mask `[B, T]` with zeros at the end, to a length that the kernels take."""
+  return jnp.pad(x, [(0, 0), (0, -x.shape[1] % MULTIPLE)])
 
 
 class Order(NamedTuple):
@@ -226,8 +234,11 @@ def start_alone(change: jax.Array, own: jax.Array, rows: Rows | SharedPromptRows
     own: `[B, D]`, the output product of the values at `rows.start`.
     rows: of these tokens.
   """
-  here = jnp.arange(change.shape[1]) == rows.start
-  return jnp.where((here & ~rows.real)[..., None], own[:, None], change)
+  length = change.shape[1]
+  alone = (jnp.arange(length) == rows.start) & ~rows.real
+  # Padded rather than broadcast: the gradient of `own` is then one slice, not a sum over T.
+  placed = jnp.pad(own[:, None], [(0, 0), (rows.start, length - 1 - rows.start), (0, 0)])
+  return jnp.where(alone[..., None], placed, change)
 
 
 def _causal(queries, keys, values):

@@ -117,7 +117,7 @@ def make_apply_fn(
 
 @functools.cache
 def make_policy_and_value_fn(
-  config: transformer.TransformerConfig, *, logps_chunk: int = 8192
+  config: transformer.TransformerConfig, *, logps_chunk: int | None = None
 ) -> Callable[[Any, sequences.Sequences], tuple[jax.Array, jax.Array]]:
   """Returns the network that `dro` takes: `apply_fn(params, Sequences) -> ([B, T], [B])`.
 

@@ -81,11 +81,12 @@ class TransformerConfig:
       about a third more time. False keeps the products with weights of every layer and recomputes
       the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
       page faults of twice the memory.
-    fused_attention: use a fused kernel for attention where there is one (bfloat16 on an
-      NVIDIA GPU or a TPU). False writes the scores out everywhere. It is off by default because the
-      kernels have been compiled and tested against a simulation, but not yet run on a GPU.
-    scan_layers: compile one layer and loop over it, in place of L copies in a row, which take
-      longer to compile and run no faster.
+    fused_attention: run attention in bfloat16 through a fused kernel: True wherever there is one
+      (NVIDIA GPUs, a single TPU), False nowhere. None, the default, is True on NVIDIA GPUs alone:
+      on a TPU the kernel has been compiled, but not yet run.
+    scan_layers: compile one layer and loop over it, in place of L copies in a row. On a CPU the
+      copies only take longer to compile. On a GPU they also run a tenth faster, since a loop copies
+      what the backward pass reads into arrays of all layers.
   """
 
   vocab_size: int
@@ -104,7 +105,7 @@ class TransformerConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
-  fused_attention: bool = False
+  fused_attention: bool | None = None
   scan_layers: bool = True
 
   def __post_init__(self):
@@ -270,8 +271,10 @@ class Transformer(nn.Module):
   def _has_kernel(self, length: int) -> bool:
     """Whether attention over rows of this length runs through a kernel; one token needs none."""
     config = self.config
+    if length == 1 or config.fused_attention is False:
+      return False
     kernel = fused_attention.kernel_for(config.dtype, config.head_dim)
-    return config.fused_attention and length > 1 and kernel is not None
+    return kernel == "cudnn" or (kernel is not None and config.fused_attention is True)
 
   def _rope_table(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     config = self.config
@@ -285,15 +288,17 @@ class Transformer(nn.Module):
       rope = self._rope_table(attention.positions_of(mask))
       x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
       return self.final_norm(x), keys_values
+    length = tokens.shape[1]
+    tokens, mask = fused_attention.pad_row(tokens), fused_attention.pad_row(mask)
     order = fused_attention.real_first(mask)
     tokens, mask = (fused_attention.reorder(x, order) for x in (tokens, mask))
     rope = self._rope_table(attention.positions_of(mask))
     x, keys_values = self.layers(self.embed(tokens), rope, fused_attention.Rows(mask > 0))
-    places = order.inverse[None, :, None, :, None]
+    places = order.inverse[None, :, None, :length, None]
     keys_values = jax.tree.map(
       lambda x: jnp.take_along_axis(x, places, axis=3, mode="promise_in_bounds"), keys_values
     )
-    return fused_attention.reorder(self.final_norm(x), order.back()), keys_values
+    return fused_attention.reorder(self.final_norm(x), order.back())[:, :length], keys_values
 
   def completion_states(
     self, prompt: jax.Array, prompt_mask: jax.Array, tokens: jax.Array, mask: jax.Array
@@ -314,6 +319,11 @@ class Transformer(nn.Module):
     group = num_rows // num_prompts
     row_mask = jnp.concatenate([jnp.repeat(prompt_mask, group, axis=0), mask], axis=1)
     kernel = self._has_kernel(prompt_length + length)
+    if kernel and (prompt_length + length) % fused_attention.MULTIPLE:
+      more = fused_attention.pad_row(row_mask).shape[1] - row_mask.shape[1]
+      tokens, mask = (jnp.pad(x, [(0, 0), (0, more)]) for x in (tokens, mask))
+      states = self.completion_states(prompt, prompt_mask, tokens, mask)
+      return states[:, : length + 1]
     if kernel and 5 * (group - 1) * prompt_length < row_mask.size // num_prompts:
       # The kernel takes whole rows, so that packed ones are taken apart in every layer. That costs
       # more than it spares where less than a fifth of the tokens are copies.
@@ -387,7 +397,7 @@ def output_embedding(params: Params) -> jax.Array:
 
 @functools.cache
 def make_apply_fn(
-  config: TransformerConfig, *, logps_chunk: int = 8192
+  config: TransformerConfig, *, logps_chunk: int | None = None
 ) -> Callable[[Params, sequences.Sequences], jax.Array]:
   """Returns `apply_fn(params, Sequences) -> [B, T]`, the log-probability of each completion token.
 
@@ -397,7 +407,8 @@ def make_apply_fn(
 
   Args:
     config: the shape of the model.
-    logps_chunk: vocabulary entries whose logits are held at once.
+    logps_chunk: vocabulary entries whose logits are held at once; None for what suits the device
+      (`chunked_likelihood.chunk_size_for`).
 
   Returns:
     A function of `params` and `sequences.Sequences`. The prompt conditions the completion; its

@@ -130,7 +130,7 @@ def language_model(
       "model": "smollm2-135m-instruct",
       "dtype": "float32",
       "remat": False,
-      "logps_chunk": 4096,  # vocabulary entries whose logits are held at once
+      "logps_chunk": 0,  # vocabulary entries whose logits are held at once; 0: as the device suits
     },
     reward="vader",  # or module:function(prompts, completions) -> array of floats
     data={

@@ -165,7 +165,7 @@ def build(
     init=init,
     update=functools.partial(
       algorithm.update,
-      apply_fn=network.make_apply_fn(task.network, logps_chunk=config.network.logps_chunk),
+      apply_fn=network.make_apply_fn(task.network, logps_chunk=config.network.logps_chunk or None),
       optimizer=optimizer,
       config=algorithm_config,
     ),

@@ -339,7 +339,7 @@ def make_task(config: Any) -> Task:
   )
   for name in ("num_prompts", "prompt_length", "completion_length", "sample_batch_size"):
     checks.count(f"data.{name}", config.data[name])
-  checks.count("network.logps_chunk", config.network.logps_chunk)
+  checks.count("network.logps_chunk", config.network.logps_chunk, least=0)
   checks.count("eval.num_table_rows", config.eval.num_table_rows, least=0)
   templates.check("data.prompt_template", config.data.prompt_template, "prompt")
   longest = config.data.prompt_length + config.data.completion_length
@@ -365,7 +365,7 @@ def make_task(config: Any) -> Task:
     config=config,
     model=model,
     network=network,
-    apply_fn=transformer.make_apply_fn(network, logps_chunk=config.network.logps_chunk),
+    apply_fn=transformer.make_apply_fn(network, logps_chunk=config.network.logps_chunk or None),
     reward_fn=rewards.resolve(config.reward),
     train_prompts=train[: config.data.num_prompts],
     test_prompts=test,

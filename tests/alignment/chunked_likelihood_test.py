@@ -1,10 +1,13 @@
 """The chunked log-likelihood against the plain one, and its memory."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sharding
 from alignment import chunked_likelihood, sequences
 
 
@@ -159,3 +162,28 @@ def test_rejects_bad_input():
     chunked_likelihood.token_logps(hidden, embedding, tokens[:, :2], chunk_size=2)
   with pytest.raises(ValueError, match=r"tokens must lie in \[0, 11\), got 0 to 11"):
     chunked_likelihood.token_logps(hidden, embedding, np.array([[0, 11, 2]] * 2), chunk_size=2)
+
+
+def test_one_pass_over_the_logits_gives_the_same_sum():
+  """It runs on a GPU. A slice that overlaps the one before has entries of minus infinity."""
+  logits = 30 * jax.random.normal(jax.random.key(0), (5, 40))
+  logits = logits.at[1, :7].set(-jnp.inf).at[2].set(-jnp.inf)
+  highest, total = jax.jit(chunked_likelihood._in_one_pass)(logits)
+  np.testing.assert_allclose(
+    highest + jnp.log(total), jax.nn.logsumexp(logits, axis=1).at[2].set(-jnp.inf), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  ("stats", "expected"),
+  [
+    (None, 8192),  # a CPU
+    ({"bytes_limit": 32 * 2**30}, 50_000),  # logits of 1.9 GiB in 4 GiB
+    ({"bytes_limit": 2 * 2**30}, 8192),
+    ({"bytes_limit": 8 * 2**30}, 26_112),  # 1 GiB, rounded down to a multiple of 128
+  ],
+)
+def test_the_slice_of_the_vocabulary_follows_the_memory_of_the_device(monkeypatch, stats, expected):
+  device = types.SimpleNamespace(memory_stats=lambda: stats)
+  monkeypatch.setattr(sharding, "default_device", lambda: device)
+  assert chunked_likelihood.chunk_size_for(10_240, 50_000) == expected

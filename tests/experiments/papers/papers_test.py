@@ -220,7 +220,7 @@ def test_cached_reference_logps_equal_a_fresh_pass_and_the_sampler():
     ({"train.batch_size": 12}, "train.batch_size=12 must be a multiple of the 8 data shards"),
     ({"data.num_samples": 1}, "data.num_samples=1"),
     ({"algorithm.num_microbatches": 3}, "num_microbatches=3"),
-    ({"network.logps_chunk": 0}, "network.logps_chunk"),
+    ({"network.logps_chunk": -1}, "network.logps_chunk"),
     ({"data.sample_batch_size": 0}, "data.sample_batch_size"),
     ({"network.model": "some/model"}, "Without internet give a local folder"),
   ],
