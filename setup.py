@@ -43,6 +43,7 @@ _TEST = [
   *_GAMES,  # the reference of every test of games; no part of the library's own needs
   "scikit-learn>=1.9.1",  # the reference of logistic regression and its protocol
   "chex>=0.1.91,<0.2",  # compares trees
+  "pillow>=11",  # the reference of resized images
   "pytest>=8",
   "pytest-xdist>=3.6",
   "hypothesis>=6.100",
@@ -73,7 +74,7 @@ setuptools.setup(
   name="bootstrax",
   version="0.1.0",
   description=(
-    "Papers on preference optimisation, games and graphs as pure JAX update functions, "
+    "Papers on preference optimisation, games, returns and representations as pure JAX updates, "
     "checked against their own theorems"
   ),
   long_description=(_HERE / "README.md").read_text(encoding="utf-8"),

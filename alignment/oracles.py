@@ -3,8 +3,9 @@
 A sequence model is tabular too, once its completions are enumerated. The equilibria of preference
 games are in `preference_games`.
 
-All functions take hyper-parameters positionally or by name, are batched over leading axes, and
-return arrays in the dtype of `ref_logps` (or of the first argument). NumPy inputs are computed with
+All functions take hyper-parameters positionally or by name and are batched over leading axes, which
+temperatures may have too: `tau` `[T, 1]` with `ref_logps` `[B, A]` gives `[T, B, A]`. They return
+arrays in the dtype of `ref_logps` (or of the first argument). NumPy inputs are computed with
 NumPy, so float64 works whatever JAX's settings are. JAX inputs are computed with JAX and can be
 traced, except by `ipo_dataset_optimum` and `bradley_terry_scores`.
 
@@ -15,6 +16,7 @@ is tau log Z, and any other policy loses tau KL(pi || solution).
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.sparse.csgraph
 import scipy.special
@@ -45,15 +47,36 @@ def kl_regularised_optimum(ref_logps: Array, scores: Array, temperature: Any) ->
   """
   checks.positive("temperature", temperature)
   xp, ref_logps, scores = tabular.arrays(ref_logps=ref_logps, scores=scores)
-  return tabular.normalise(xp, ref_logps + scores / temperature, ref_logps.dtype)
+  logits = _tilted(xp, ref_logps, scores, "temperature", temperature)
+  return tabular.normalise(xp, logits, ref_logps.dtype)
 
 
 def optimal_value(ref_logps: Array, scores: Array, temperature: Any) -> Array:
-  """Returns J* `[...]` = temperature * log E_ref[exp(score / temperature)], the best objective."""
+  """Returns J* `[...]` = temperature * log E_ref[exp(score / temperature)], the best objective.
+
+  Args:
+    ref_logps: `[..., A]`, normalised: the value depends on its scale.
+    scores: `[..., A]`.
+    temperature: positive.
+
+  Raises:
+    ValueError: if the shapes do not fit, `temperature` is not positive, or the probabilities of the
+      reference do not sum to one.
+  """
   checks.positive("temperature", temperature)
   xp, ref_logps, scores = tabular.arrays(ref_logps=ref_logps, scores=scores)
-  value = temperature * tabular.logsumexp(xp, ref_logps + scores / temperature)[..., 0]
+  checks.distribution("exp(ref_logps)", xp.exp(ref_logps), fetch=True)
+  logits = _tilted(xp, ref_logps, scores, "temperature", temperature)
+  value = xp.asarray(temperature) * tabular.logsumexp(xp, logits)[..., 0]
   return value.astype(ref_logps.dtype)
+
+
+def _tilted(xp: Any, ref_logps: Array, scores: Array, name: str, temperature: Any) -> Array:
+  """Returns ref_logps + scores / temperature, `[..., A]`; `name` is the temperature's."""
+  batch_shape = np.broadcast_shapes(ref_logps.shape[:-1], scores.shape[:-1])
+  logits = ref_logps + scores / tabular.per_problem(xp, name, temperature, batch_shape)
+  # What the reference never does stays out, also where its score is infinite.
+  return xp.where(ref_logps > -np.inf, logits, -np.inf)
 
 
 def psi_po_optimum(
@@ -73,14 +96,17 @@ def psi_po_optimum(
     behaviour_probs: `[..., A]` mu, sums to 1.
     ref_logps: `[..., A]`.
     tau: positive.
-    psi: elementwise function on [0, 1]; None is the identity, IPO's.
+    psi: elementwise function on [0, 1]; None is the identity, IPO's. It may be infinite at 0 and 1.
 
   Returns:
-    `[..., A]` normalised log-probabilities.
+    `[..., A]` normalised log-probabilities. If g is +inf for one action, that action has
+    probability 1: this is the limit of preferences that approach 0 and 1. Where g is -inf, the
+    probability is 0.
 
   Raises:
     ValueError: if the shapes do not fit, `tau` is not positive, `preferences` is not a preference
-      matrix or `behaviour_probs` is not a distribution; traced values pass.
+      matrix, `behaviour_probs` is not a distribution, or g has no limit: it is inf - inf for an
+      action, or +inf for several. Traced values pass.
 
   Example:
     >>> preferences = np.array([[0.5, 1.0], [0.0, 0.5]])  # the first arm always wins
@@ -99,8 +125,22 @@ def psi_po_optimum(
   with np.errstate(divide="ignore", invalid="ignore"):
     matrix = xp.asarray(preferences)
     utilities = matrix if psi is None else xp.asarray(psi(matrix))
-    weighted = xp.where(opponents > 0, opponents * utilities, 0)
-  return tabular.normalise(xp, ref_logps + weighted.sum(-1) / tau, ref_logps.dtype)
+    gains = xp.where(opponents > 0, opponents * utilities, 0).sum(-1)
+  # An action outside the reference's support is never taken, whatever it gains.
+  gains = xp.where(ref_logps > -np.inf, gains, -np.inf)
+  unbounded = gains == np.inf
+  if not isinstance(gains, jax.core.Tracer) and (
+    np.isnan(gains).any() or (np.sum(unbounded, axis=-1) > 1).any()
+  ):
+    raise ValueError(
+      "psi is infinite at preferences of 0 and 1, and the optimum depends on how fast they are "
+      f"approached: E_mu[psi] is {np.asarray(gains)}; clip preferences to [eps, 1 - eps], got "
+      f"{np.asarray(matrix)}"
+    )
+  # The limit where one action gains infinitely much: nothing else keeps any probability.
+  certain = unbounded.any(-1)[..., None]
+  gains = xp.where(certain, xp.where(unbounded, 0, -np.inf), gains)
+  return tabular.normalise(xp, _tilted(xp, ref_logps, gains, "tau", tau), ref_logps.dtype)
 
 
 def ipo_dataset_optimum(
@@ -143,13 +183,14 @@ def ipo_dataset_optimum(
     if array.size and not (0 <= array.min() and array.max() < num_actions):
       raise ValueError(f"{name} must lie in [0, {num_actions}), got {array.min()} to {array.max()}")
   batch_shape = np.broadcast_shapes(ids[0].shape[:-1], ref_logps.shape[:-1])
+  tau = tabular.per_problem(xp, "tau", tau, batch_shape)
   chosen, rejected = (
     np.broadcast_to(array.astype(np.intp), batch_shape + array.shape[-1:]) for array in ids
   )
   shifts = np.zeros((*batch_shape, num_actions))
   for index in np.ndindex(*batch_shape):
     shifts[index] = _laplacian_solve(chosen[index], rejected[index], num_actions)
-  return tabular.normalise(xp, ref_logps + xp.asarray(shifts / (2 * tau)), ref_logps.dtype)
+  return tabular.normalise(xp, ref_logps + xp.asarray(shifts) / (2 * tau), ref_logps.dtype)
 
 
 def copg_optimum(ref_logps: Array, rewards: Array, beta: Any) -> Array:
@@ -192,7 +233,8 @@ def dro_optimum(ref_logps: Array, rewards: Array, tau: Any) -> tuple[Array, Arra
     tau: positive.
 
   Raises:
-    ValueError: if the shapes do not fit or `tau` is not positive.
+    ValueError: if the shapes do not fit, `tau` is not positive, or the probabilities of the
+      reference do not sum to one.
 
   Example:
     >>> logps, value = dro_optimum(np.log(np.ones(3) / 3), np.array([1.0, 0.0, -1.0]), tau=1.0)
@@ -202,7 +244,8 @@ def dro_optimum(ref_logps: Array, rewards: Array, tau: Any) -> tuple[Array, Arra
   Reference: Richemond et al. 2024, https://arxiv.org/abs/2405.19107, theorem 1.
   """
   checks.positive("tau", tau)
-  return kl_regularised_optimum(ref_logps, rewards, tau), optimal_value(ref_logps, rewards, tau)
+  value = optimal_value(ref_logps, rewards, tau)
+  return kl_regularised_optimum(ref_logps, rewards, tau), value
 
 
 def bradley_terry_scores(preferences: Array, weights: Array) -> Array:

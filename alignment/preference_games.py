@@ -40,7 +40,7 @@ def regularised_nash(
 
   Raises:
     ValueError: if the shapes do not fit, `preferences` is not a preference matrix, `tau` is not
-      positive or `solver` is unknown.
+      positive, `solver` is unknown, or the solver stops before it has converged.
 
   Example:
     >>> cycle = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])
@@ -55,15 +55,29 @@ def regularised_nash(
   _check_game(xp, preferences, ref_logps)
   matrix, reference = np.asarray(preferences, float), np.asarray(ref_logps, float)
   batch_shape = np.broadcast_shapes(matrix.shape[:-2], reference.shape[:-1])
+  tabular.per_problem(np, "tau", tau, batch_shape)  # refuses what does not fit
+  batch_shape = np.broadcast_shapes(batch_shape, np.shape(tau))
   matrix = np.broadcast_to(matrix, (*batch_shape, *matrix.shape[-2:]))
   reference = np.broadcast_to(reference, (*batch_shape, reference.shape[-1]))
   temperatures = np.broadcast_to(np.asarray(tau, float), batch_shape)
   logps = np.full(reference.shape, -np.inf)
   for index in np.ndindex(*batch_shape):
     support = np.flatnonzero(reference[index] > -np.inf)
-    logps[index][support] = _SOLVERS[solver](
-      matrix[index][np.ix_(support, support)], reference[index][support], float(temperatures[index])
+    game = (
+      matrix[index][np.ix_(support, support)],
+      reference[index][support],
+      float(temperatures[index]),
     )
+    solution = _SOLVERS[solver](*game)
+    error = np.abs(_residual(solution, *game)[0]).max()
+    # Both stop near 1e-13 of the largest log-probability.
+    if not error < 1e-9 * max(1.0, np.abs(solution).max()):
+      raise ValueError(
+        f"the solver {solver!r} did not converge at tau {game[2]}: the fixed-point equation is "
+        f"off by {error:.1e} in log-probability; choose the other solver or a larger tau, or leave "
+        f"out actions that the reference almost never takes (least: {np.exp(game[1].min()):.1e})"
+      )
+    logps[index][support] = solution
   return xp.asarray(logps).astype(ref_logps.dtype)
 
 
@@ -109,15 +123,16 @@ def nash_md_pg_fixed_point(preferences: Array, ref_logps: Array, tau: Any, beta:
     preferences: `[..., A, A]`.
     ref_logps: `[..., A]`.
     tau: positive.
-    beta: in [0, 1], weight of the reference in the mixture.
+    beta: one number in [0, 1], the weight of the reference in the mixture.
 
   Returns:
     `[..., A]` normalised log-probabilities.
 
   Raises:
-    ValueError: as `regularised_nash`, or if `beta` lies outside [0, 1].
+    ValueError: as `regularised_nash`, or if `beta` is not one number in [0, 1].
   """
   checks.positive("tau", tau)
+  checks.shape("beta", beta, (), "[]")
   checks.probabilities("beta", beta)
   xp, ref_logps = tabular.arrays(ref_logps=ref_logps)
   opponent = ref_logps if beta == 1 else regularised_nash(preferences, ref_logps, tau / (1 - beta))
@@ -164,7 +179,9 @@ def srpo_optimum(
       f"revision_ref_logps must have shape [..., A, A], got {list(revision_ref_logps.shape)}"
     )
   checks.distribution("exp(revision_ref_logps)", xp.exp(revision_ref_logps), fetch=True)
-  improved = revision_ref_logps + xp.swapaxes(xp.asarray(preferences), -1, -2) / beta
+  batch_shape = np.broadcast_shapes(revision_ref_logps.shape[:-2], np.shape(preferences)[:-2])
+  scale = tabular.per_problem(xp, "beta", beta, batch_shape, axes=2)
+  improved = revision_ref_logps + xp.swapaxes(xp.asarray(preferences), -1, -2) / scale
   normaliser = tabular.logsumexp(xp, improved)
   revision = (improved - normaliser).astype(ref_logps.dtype)
   return tabular.normalise(xp, ref_logps - normaliser[..., 0], ref_logps.dtype), revision
@@ -182,28 +199,42 @@ def _check_game(xp: Any, preferences: Any, ref_logps: Array) -> None:
 
 
 def _newton(preferences: np.ndarray, ref_logps: np.ndarray, tau: float) -> np.ndarray:
-  """Newton's method on the equation, followed down from a large tau."""
-  logps = ref_logps - scipy.special.logsumexp(ref_logps)
+  """Newton's method on the equation, followed down from a large tau.
+
+  Where the solution at one tau is too far from that at the next, the steps in tau get smaller.
+  """
+  game = preferences, ref_logps
   temperature = max(tau, 2.0)
-  while True:
-    for _ in range(50):
-      residual, jacobian = _residual(logps, preferences, ref_logps, temperature)
-      size = np.abs(residual).max()
-      if size < 1e-13:
+  logps, _ = _newton_at(ref_logps - scipy.special.logsumexp(ref_logps), *game, temperature)
+  factor = 0.7
+  while temperature > tau:
+    lower = max(tau, factor * temperature)
+    trial, error = _newton_at(logps, *game, lower)
+    if error < 1e-10 * max(1.0, np.abs(trial).max()) or factor > 0.999:
+      temperature, logps, factor = lower, trial, max(0.7, factor**2)
+    else:
+      factor = factor**0.5
+  return logps
+
+
+def _newton_at(logps, preferences, ref_logps, tau):
+  """Returns the solution that damped Newton steps reach from `logps`, and its residual."""
+  for _ in range(50):
+    residual, jacobian = _residual(logps, preferences, ref_logps, tau)
+    size = np.abs(residual).max()
+    if size < 1e-13:
+      break
+    direction, rate = np.linalg.solve(jacobian, residual), 1.0
+    while rate > 1e-4:
+      trial = logps - rate * direction
+      trial -= scipy.special.logsumexp(trial)
+      if np.abs(_residual(trial, preferences, ref_logps, tau)[0]).max() < size:
         break
-      direction, rate = np.linalg.solve(jacobian, residual), 1.0
-      while rate > 1e-4:
-        trial = logps - rate * direction
-        trial -= scipy.special.logsumexp(trial)
-        if np.abs(_residual(trial, preferences, ref_logps, temperature)[0]).max() < size:
-          break
-        rate /= 2
-      else:
-        break  # rounding: no step makes the residual smaller
-      logps = trial
-    if temperature == tau:
-      return logps
-    temperature = max(tau, 0.7 * temperature)
+      rate /= 2
+    else:
+      break  # rounding: no step makes the residual smaller
+    logps = trial
+  return logps, size
 
 
 def _residual(logps, preferences, ref_logps, tau):

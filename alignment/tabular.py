@@ -39,6 +39,32 @@ def arrays(**named: Any) -> tuple[Any, ...]:
   return (xp, *result)
 
 
+def per_problem(
+  xp: Any, name: str, value: Any, batch_shape: tuple[int, ...], axes: int = 1
+) -> Array:
+  """Returns a number, or one number `[...]` for each problem of a batch, with `axes` axes added.
+
+  Args:
+    xp: the array module.
+    name: of the argument, for the error.
+    value: a number or an array `[...]`.
+    batch_shape: the leading axes of the tables that it meets.
+    axes: how many axes of a table to broadcast over.
+
+  Raises:
+    ValueError: if the shape of `value` does not broadcast with `batch_shape`.
+  """
+  shape = np.shape(value)
+  try:
+    np.broadcast_shapes(shape, batch_shape)
+  except ValueError as error:
+    raise ValueError(
+      f"{name} must be one number, or have one for each problem of the leading axes "
+      f"{list(batch_shape)}, got shape {list(shape)}"
+    ) from error
+  return xp.reshape(xp.asarray(value), shape + (1,) * axes) if shape else value
+
+
 def logsumexp(xp: Any, logits: Array) -> Array:
   """Returns log sum exp over the last axis, which is kept with size 1."""
   function = scipy.special.logsumexp if xp is np else jax.nn.logsumexp

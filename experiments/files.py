@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -37,11 +38,27 @@ def write_json(path: pathlib.Path, data: Any) -> None:
   write_file(path, json.dumps(data, indent=2) + "\n")
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Returns the contents of a JSON file; None if it is absent or damaged."""
+# What reading JSON of an unexpected shape can raise; deep nesting is a RecursionError.
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+
+
+def read_json(path: pathlib.Path, parse: Callable[[Any], Any], *, otherwise: str) -> Any:
+  """Returns `parse(contents)` of a JSON file, or None if it is absent or damaged.
+
+  A damaged file is named on stderr: one that is not JSON, or that `parse` does not understand.
+
+  Args:
+    path: the file.
+    parse: turns the contents into what the caller needs; raises one of `DAMAGED` if they have
+      another shape.
+    otherwise: what happens without the file, to complete the message.
+  """
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+    return parse(json.loads(path.read_text(encoding="utf-8")))
+  except OSError:
+    return None
+  except DAMAGED as error:
+    print(f"{path} is damaged ({type(error).__name__}: {error}): {otherwise}", file=sys.stderr)
     return None
 
 

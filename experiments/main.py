@@ -7,11 +7,14 @@ because only the standard library and ml_collections are imported until the argu
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
 import signal
 import sys
+import sysconfig
+import traceback
 from typing import Any
 
 from experiments.loop import memory
@@ -57,11 +60,12 @@ def run(argv: list[str] | None = None) -> int:
     print("\nstopped; repeat the command to continue from the last checkpoint", file=sys.stderr)
     return 143 if isinstance(error, _Terminated) else 130
   except Exception as error:
-    code = _exit_code(error)
+    place = _users_line(error)
+    code = _exit_code(error) or (2 if place else None)
     if code is None or _debug(argv):
       raise
     hint = "" if _is_ours(error) else "\n(--debug shows the traceback)"
-    print(f"error: {_message(error)}{hint}", file=sys.stderr)
+    print(f"error: {_message(error)}{place}{hint}", file=sys.stderr)
     return code
 
 
@@ -103,6 +107,31 @@ def _is_ours(error: Exception) -> bool:
   return source.is_relative_to(root) and "site-packages" not in source.relative_to(root).parts
 
 
+def _users_line(error: Exception) -> str:
+  """Returns " (FILE, line N)", the last line of the user's own code that the error went through.
+
+  Returns an empty text if the error comes from this library, or from an installed one, alone.
+  """
+  lines = [
+    (frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)
+  ]
+  if isinstance(error, SyntaxError) and error.filename:
+    lines.append((error.filename, error.lineno or 1))
+  here = pathlib.Path(__file__).resolve().parent
+  packages = [here.parent / name for name in ("alignment", "rl_theory", "representation")]
+  others = [
+    *packages,
+    here,
+    here.parent / "sharding",
+    *map(pathlib.Path, sysconfig.get_paths().values()),
+  ]
+  for name, number in reversed(lines):
+    path = pathlib.Path(name)
+    if path.is_file() and not any(path.resolve().is_relative_to(folder) for folder in others):
+      return f" ({name}, line {number})"
+  return ""
+
+
 def _exit_code(error: Exception) -> int | None:
   """Returns the exit code of an error that the user can mend; None for a bug."""
   if isinstance(error, (ValueError, OSError, ImportError)):
@@ -117,6 +146,10 @@ def _message(error: Exception) -> str:
       f"the package {error.name!r} is not installed: run pip install '.[experiments,lm]' in the "
       "source folder of bootstrax"
     )
+  if isinstance(error, SyntaxError):
+    return f"{type(error).__name__}: {error.msg}"
+  if _exit_code(error) is None:
+    return f"{type(error).__name__}: {error}"
   return str(error) or type(error).__name__
 
 
@@ -191,21 +224,25 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
   if args.multihost or os.environ.get("BOOTSTRAX_MULTIHOST") == "1":
     import sharding
 
-    sharding.initialize_multihost()
+    if sharding.initialize_multihost() == 1:
+      raise ValueError(
+        "--multihost found no cluster, so every host would train alone: start the processes on a "
+        "TPU pod or through Slurm, Open MPI or Kubernetes, or leave --multihost out"
+      )
   from experiments.loop import presets, run_folder, training
 
   if args.mode == "train":
     presets.check(config)
     training.make_mesh(config.sharding.mesh)  # a bad mesh fails here, before any work
     # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
-    if jax.process_index() == 0:
-      run_folder.claim(config, workdir)
-    study = getattr(presets.module_of(config), "run", None)  # a study of several runs
-    if study is not None:
-      outcome = study(config, workdir)
-    else:
-      experiment = presets.build(config, workdir)
-      outcome = training.train(experiment, config, workdir, wandb=args.wandb)
+    first = jax.process_index() == 0
+    with run_folder.hold(config, workdir) if first else contextlib.nullcontext():
+      study = getattr(presets.module_of(config), "run", None)  # a study of several runs
+      if study is not None:
+        outcome = study(config, workdir)
+      else:
+        experiment = presets.build(config, workdir)
+        outcome = training.train(experiment, config, workdir, wandb=args.wandb)
     if outcome.status == "interrupted":
       return 128 + outcome.signal
     if outcome.result is not None:

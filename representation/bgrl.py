@@ -16,7 +16,7 @@ Reference: Thakoor et al. 2021, https://arxiv.org/abs/2102.06514.
 |---|---|
 | E_theta, p_theta | `Params.encoder`, `Params.predictor` |
 | E_phi | `State.target_params` |
-| tau | `target_decay_schedule(step)`, from `Config.target_decay` |
+| tau | `moving_targets.decay_schedule(step)`, from `Config.target_decay` |
 | T_1, T_2: p_f, p_e | `Config.feature_mask_probs`, `Config.edge_drop_probs`, one for each view |
 | H, Z | `target_embeddings`, `online_predictions` |
 
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import collapse, graph_augmentations, graphs
+from representation import collapse, graph_augmentations, graphs, moving_targets
 from sharding import checks
 
 Metrics = dict[str, jax.Array]
@@ -135,29 +135,8 @@ def bgrl_loss(online_predictions: jax.Array, target_embeddings: jax.Array) -> ja
   Reference: https://arxiv.org/abs/2102.06514, eq. 1 (without its factor 2).
   """
   checks.same_shape(online_predictions=online_predictions, target_embeddings=target_embeddings)
-  targets = normalise(jax.lax.stop_gradient(target_embeddings))
-  return 1 - jnp.sum(normalise(online_predictions) * targets, axis=-1)
-
-
-def normalise(rows: jax.Array) -> jax.Array:
-  """Returns rows `[..., K]` divided by their L2 norms.
-
-  Rows shorter than 1e-12 are returned unchanged: zeros stay zeros, and gradients stay finite in
-  float32 too.
-  """
-  square = jnp.sum(rows**2, axis=-1, keepdims=True)
-  return rows * jax.lax.rsqrt(jnp.where(square > 1e-24, square, 1))
-
-
-def target_decay_schedule(step: Any, *, target_decay: Any, num_steps: Any) -> jax.Array:
-  """Returns tau(k) = 1 - (1 - tau_0) (1 + cos(pi k / K)) / 2.
-
-  Example:
-    >>> print(target_decay_schedule(5000, target_decay=0.99, num_steps=10_000))
-    0.995
-  """
-  progress = jnp.minimum(step / num_steps, 1)
-  return 1 - (1 - target_decay) * (1 + jnp.cos(jnp.pi * progress)) / 2
+  targets = moving_targets.normalise(jax.lax.stop_gradient(target_embeddings))
+  return 1 - jnp.sum(moving_targets.normalise(online_predictions) * targets, axis=-1)
 
 
 def init(
@@ -256,15 +235,10 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  decay = target_decay_schedule(
+  decay = moving_targets.decay_schedule(
     state.step, target_decay=config.target_decay, num_steps=config.num_steps
   )
-  # The decay is float32, so the mean of narrower parameters is float32 until it is cast back.
-  target_params = jax.tree.map(
-    lambda new, old: (decay * old + (1 - decay) * new).astype(old.dtype),
-    stepped.params.encoder,
-    state.target_params,
-  )
+  target_params = moving_targets.move(state.target_params, stepped.params.encoder, decay)
   metrics["bgrl/target_decay"] = decay
   return stepped._replace(target_params=target_params), metrics
 

@@ -80,8 +80,13 @@ def read_tree(
   return tree
 
 
-def load_game(game_or_string: Any) -> Any:
-  """Returns OpenSpiel's game; simultaneous moves become hidden moves in turn."""
+def load_game(game_or_string: Any, *, needs_info_states: bool = True) -> Any:
+  """Returns OpenSpiel's game; simultaneous moves become hidden moves in turn.
+
+  Args:
+    game_or_string: as in `read_tree`.
+    needs_info_states: whether a game without information state strings is refused.
+  """
   pyspiel = _pyspiel()
   game = game_or_string
   if isinstance(game, str):
@@ -105,7 +110,8 @@ def load_game(game_or_string: Any) -> Any:
     raise ValueError(f"game must be turn-based or simultaneous, got {game} with {kind.dynamics}")
   if kind.chance_mode == pyspiel.GameType.ChanceMode.SAMPLED_STOCHASTIC:
     raise ValueError(f"game {game} samples chance without explicit probabilities: no tree exists")
-  if not kind.provides_information_state_string and not _is_a_search(game):
+  nameless = not kind.provides_information_state_string and not _is_a_search(game)
+  if needs_info_states and nameless:
     raise ValueError(f"game {game} has no information state strings, which identify the states")
   return game
 

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +26,11 @@ from jax.sharding import PartitionSpec
 import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
-from representation import bgrl, graphs
+from representation import bgrl, bidirectional, byol, graphs, latent_prediction, self_predictive
 from representation.baselines import grace
-from representation.networks import adapters, gcn, mlp
-from rl_theory import armac
-from rl_theory.baselines import nfsp
+from representation.networks import adapters, gcn, mlp, recurrent
+from rl_theory import armac, qr_dqn, qtd
+from rl_theory.baselines import categorical_td, dqn, nfsp, td
 
 
 class Init(Protocol):
@@ -325,6 +326,27 @@ def _nfsp() -> Case:
   return Case(nfsp, params, batch, nfsp.Networks(score, score), config, None)
 
 
+def _q_learning(module: Any, num_quantiles: tuple[int, ...]) -> Case:
+  rng = np.random.default_rng(20)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def apply_fn(params, observations):
+    hidden = jnp.tanh(observations @ params["kernel"])
+    return jnp.tensordot(hidden, params["head"], 1)  # [B, A] or [B, A, N]
+
+  legal = jnp.asarray(rng.random((8, 3)) < 0.6).at[:, 0].set(True)
+  batch = qr_dqn.Batch(
+    normal(8, 5), jnp.asarray(rng.integers(0, 3, 8)), normal(8), normal(8, 5),
+    jnp.asarray(rng.choice([0.0, 0.9], 8), jnp.float32), legal,
+  )  # fmt: skip
+  params = {"kernel": normal(5, 6), "head": normal(6, 3, *num_quantiles) / 2}
+  return Case(
+    module, params, batch, apply_fn, module.Config(kappa=0.5, target_period=2), ("kappa", 0.2)
+  )  # fmt: skip
+
+
 def _graph():
   rng = np.random.default_rng(10)
   edges = rng.permutation([(s, r) for s in range(8) for r in range(8) if s != r])[:24]
@@ -357,14 +379,160 @@ def _grace(*, num_negatives: int = 0) -> Case:
   )  # fmt: skip
 
 
+def _transitions():
+  rng = np.random.default_rng(11)
+  rewards = jnp.asarray(rng.normal(size=8), jnp.float32)
+  return qtd.Batch(jnp.arange(8), rewards, jnp.asarray(rng.integers(0, 8, 8)))
+
+
+def _table(*shape):
+  return jnp.asarray(np.random.default_rng(12).normal(size=(8, *shape)), jnp.float32)
+
+
+def _qtd(config: qtd.Config = qtd.Config()) -> Case:
+  return Case(
+    qtd, _table(5), _transitions(), qtd.lookup, config, ("discount", 0.3), couples_examples=True
+  )  # fmt: skip
+
+
+def _td(traces: bool) -> Case:
+  config = td.Config(trace_decay=0.5)
+  trees = {"traces": jnp.ones((8, 8)) if traces else None}
+  return Case(
+    td, _table(), _transitions(), td.lookup, config, ("discount", 0.3), trees=trees,
+    couples_examples=True,
+  )  # fmt: skip
+
+
+def _noisy_views(inputs, key):
+  return [inputs + jax.random.normal(k, inputs.shape) / 4 for k in jax.random.split(key)]
+
+
+def _byol(**options) -> Case:
+  rng = np.random.default_rng(11)
+  inputs = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+  networks = byol.Networks(
+    *(adapters.Encoder(mlp.BatchNormMLP(6, 5)) for _ in range(3)),
+    adapters.Predictor(nn.Dense(3)), _noisy_views,
+  )  # fmt: skip
+
+  def parts(seed):
+    keys, rows = jax.random.split(jax.random.key(seed), 4), jnp.zeros((1, 5))
+    made = networks.encoder.init(keys[0], inputs), networks.projector.init(keys[1], rows)
+    made = *made, networks.predictor.init(keys[2], rows)
+    params, states = zip(*made, strict=True)
+    return byol.Parts(*params, networks.classifier.init(keys[3], rows)), byol.Parts(*states)
+
+  (params, online), (target_params, target) = parts(0), parts(1)
+  trees = {"network_state": byol.NetworkState(online, target._replace(predictor=()))}
+  config = byol.Config(**options)
+  if config.target == "moving":
+    trees["target_params"] = target_params._replace(predictor=(), classifier=())
+  return Case(
+    byol, params, byol.Batch(inputs, jnp.asarray(rng.integers(0, 3, 8))), networks, config,
+    ("negative_weight", 0.9) if "negative_weight" in options else None, trees=trees,
+    couples_examples=True,
+  )  # fmt: skip
+
+
+def _tables(num_tables):
+  keys = jax.random.split(jax.random.key(0), num_tables)
+  return [jax.random.normal(key, (8, 3)) for key in keys]
+
+
+def _sampled_transitions():
+  return self_predictive.Transitions(*jnp.asarray(np.random.default_rng(11).integers(0, 8, (2, 8))))
+
+
+def _read_table(table, states):
+  return table[states]
+
+
+def _self_predictive(*, exact: bool, **options) -> Case:
+  (table,) = _tables(1)
+  chain = jax.random.dirichlet(jax.random.key(1), jnp.ones(8), (8,))
+  batch = self_predictive.make_expectation(chain) if exact else _sampled_transitions()
+  return Case(
+    self_predictive, self_predictive.Params(table, jnp.eye(3) / 2), batch, _read_table,
+    self_predictive.Config(**options), ("ridge", 0.5) if exact else None,
+    trees={"target_params": table + 0.1}, couples_examples=True,
+  )  # fmt: skip
+
+
+def _bidirectional() -> Case:
+  forward, backward = _tables(2)
+  params = bidirectional.Params(forward, backward, jnp.eye(3) / 2, jnp.eye(3))
+  networks = bidirectional.Networks(_read_table, _read_table)
+  config = bidirectional.Config(predictor="gradient", target_decay=0.9)
+  return Case(
+    bidirectional, params, _sampled_transitions(), networks, config, None,
+    trees={"target_params": bidirectional.Targets(forward + 0.1, backward - 0.1)},
+    couples_examples=True,
+  )  # fmt: skip
+
+
+def _categorical_td() -> Case:
+  config = categorical_td.Config(low=-3.0, high=3.0)
+  return Case(
+    categorical_td, jax.nn.softmax(_table(5)), _transitions(), categorical_td.lookup, config,
+    ("discount", 0.3), couples_examples=True,
+  )  # fmt: skip
+
+
+def _latent_prediction() -> Case:
+  rng = np.random.default_rng(11)
+  lengths = jnp.array([6, 5, 4, 3, 6, 5, 4, 6])
+  batch = latent_prediction.Batch(
+    jnp.asarray(rng.normal(size=(8, 6, 5)), jnp.float32), jnp.asarray(rng.integers(0, 3, (8, 6))),
+    jnp.arange(6) < lengths[:, None],
+  )  # fmt: skip
+  apply_fn = recurrent.networks(4, 3)
+  params, target = (
+    recurrent.init(key, apply_fn, batch.observations[:, 0])
+    for key in jax.random.split(jax.random.key(0))
+  )
+  return Case(
+    latent_prediction, params, batch, apply_fn, latent_prediction.Config(horizon=2),
+    ("backward_weight", 0.3), trees={"target_params": target.agent}, couples_examples=True,
+  )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
   "armac_actor": functools.partial(_armac, "actor"),
-  "armac_critic": functools.partial(_armac, "critic"), "bgrl": _bgrl,
-  "copg": _copg, "dpo": _dpo, "dro": _dro, "grace": _grace,
-  "grace_negatives": functools.partial(_grace, num_negatives=3), "ipo": _ipo, "kto": _kto,
-  "nash_md": _nash_md, "nfsp": _nfsp, "online_ipo": _online_ipo, "reward_model": _reward_model,
-  "rloo": _rloo, "sft": _sft, "srpo": _srpo,
-}  # fmt: skip
+  "armac_critic": functools.partial(_armac, "critic"),
+  "bgrl": _bgrl,
+  "bidirectional": _bidirectional,
+  "byol": _byol,
+  "byol_negatives": functools.partial(_byol, negative_weight=0.4, temperature=0.5),
+  "categorical_td": _categorical_td,
+  "copg": _copg,
+  "dpo": _dpo,
+  "dqn": functools.partial(_q_learning, dqn, ()),
+  "dro": _dro,
+  "grace": _grace,
+  "grace_negatives": functools.partial(_grace, num_negatives=3),
+  "ipo": _ipo,
+  "kto": _kto,
+  "latent_prediction": _latent_prediction,
+  "nash_md": _nash_md,
+  "nfsp": _nfsp,
+  "online_ipo": _online_ipo,
+  "qr_dqn": functools.partial(_q_learning, qr_dqn, (4,)),
+  "qtd": _qtd,
+  "qtd_visits": functools.partial(
+    _qtd, qtd.Config(step_sizes=qtd.StepSizes(0.5, 0.6), random_index=True, method="pairs")
+  ),
+  "reward_model": _reward_model,
+  "rloo": _rloo,
+  "self_predictive_exact": functools.partial(_self_predictive, exact=True),
+  "self_predictive_sampled": functools.partial(
+    _self_predictive, exact=False, predictor="gradient", predictor_ratio=3.0
+  ),
+  "sft": _sft,
+  "srpo": _srpo,
+  "td": functools.partial(_td, False),
+  "td_traces": functools.partial(_td, True),
+}
 
 
 # --- helpers of the clauses ---
@@ -777,6 +945,7 @@ _ALWAYS = {
   "a loss that couples examples": "kto",
   "two networks with a state of their own, and a target": "bgrl",
   "two networks that are trained in turn, and their past": "armac_critic",
+  "a table over the states of a process": "qtd",
 }
 _case = functools.cache(lambda name: BUILDERS[name]())
 

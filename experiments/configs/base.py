@@ -90,6 +90,7 @@ def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collectio
       "directory": "",
       "edges": "symmetrise",  # what to do with one-way edges; or "keep", "error"
       "binarise": False,
+      "features": "file",  # or, for a graph without any: "identity", "degree"
     },
     optimizer={"learning_rate": 5e-4, "warmup_steps": 1000, "weight_decay": 1e-5},
     sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},

@@ -5,6 +5,7 @@
 | `repacked`      | `.npz`: edges, x_indptr, x_indices(, x_data), y(, train_idx, ..) | a pair     |
 | `heterophilous` | `.npz`: node_features, node_labels, edges(, train_masks, ..)     | a pair     |
 | `gnn_benchmark` | `.npz`: adj_* and attr_*, both CSR, labels                       | directed   |
+| `plain`         | `.npz`: edge_index, x or node_attr, y or node_label(, *_mask)    | directed   |
 | `wikics`        | `data.json`: features, labels, links, masks of 20 splits         | directed   |
 | `ppi`           | `train_{graph.json,feats.npy,labels.npy,graph_id.npy}`, valid, ..| as it says |
 | `ogb`           | `raw/{edge,node-feat,node-label,num-node-list}.csv.gz`, `split/` | directed   |
@@ -14,6 +15,9 @@ pickles, `repacked`; Platonov et al. 2023 (arXiv:2302.11640) for `heterophilous`
 2020 (arXiv:2007.02901) for `wikics`; GraphSAGE (arXiv:1706.02216) for `ppi`; and OGB
 (arXiv:2005.00687). The `raw` folder of PyTorch Geometric holds the same files and is found. Its
 `processed/*.pt` need torch, and the error says how to export them.
+
+`plain` may lack features. Weights of edges are not used: they are dropped with a note, and signs
+are refused.
 
 There is no `tfds:` source: the graphs of TensorFlow Datasets are molecules (`ogbg_molpcba`,
 `cardiotox`) and hyperlinks without labels (`web_graph`), so none has labelled nodes.
@@ -25,9 +29,10 @@ import itertools
 import json
 import os
 import pathlib
+import types
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,15 +44,25 @@ _EXPORT = (
   "d = dataset[0]; numpy.savez('NAME.npz', node_features=d.x, node_labels=d.y, "
   "edges=d.edge_index.T)"
 )
+# One line for the shell: it writes the CSR parts of pickled matrices under the keys of this module.
+_UNPICKLE = (
+  "python -c \"import numpy as np; d = dict(np.load('OLD.npz', allow_pickle=True)); "
+  "a, x = d['adj_matrix'].item().tocsr(), d['attr_matrix'].item().tocsr(); np.savez('NEW.npz', "
+  "adj_data=a.data, adj_indices=a.indices, adj_indptr=a.indptr, adj_shape=a.shape, "
+  "attr_data=x.data, attr_indices=x.indices, attr_indptr=x.indptr, attr_shape=x.shape, "
+  "labels=d['labels'])\""
+)
 
 
 class Raw(NamedTuple):
   """A graph as its files store it, neither checked nor cleaned.
 
   where: the file or folder, for error messages.  layout: the name of its layout, see the module.
-  features: `[N, D]` dense or CSR.  edges: `[2, E]`, a row of senders and a row of receivers.
-  labels: `[N]`, `[N, 1]` or `[N, L]`.  splits: name to mask `[N]` or `[num_splits, N]`.
+  features: `[N, D]` dense or CSR, or None where the file has none.  edges: `[2, E]`, a row of
+    senders and a row of receivers.  labels: `[N]`, `[N, 1]` or `[N, L]`.
+  splits: name to mask `[N]` or `[num_splits, N]`.
   graph_ids: `[N]`, or None for a single graph.  undirected: whether an edge is an unordered pair.
+  notes: what the reader left out, for `graphs.Graph.notes`.
   """
 
   where: str
@@ -58,6 +73,7 @@ class Raw(NamedTuple):
   splits: dict[str, Any]
   graph_ids: Any = None
   undirected: bool = False
+  notes: Mapping[str, int | str] = types.MappingProxyType({})
 
 
 def find(name: str | os.PathLike[str], directory: str | os.PathLike[str] = "") -> pathlib.Path:
@@ -131,6 +147,11 @@ def _read_npz(path: pathlib.Path) -> Raw:
     for key, reader in _NPZ.items():
       if key in archive.files:
         return reader(functools.partial(_key, archive, where), archive.files, where)
+    if {"adj_matrix", "attr_matrix"} & set(archive.files):
+      raise ValueError(
+        f"{where} holds pickled SciPy matrices, which can run code when they are read. If you "
+        f"trust the file, convert it once: {_UNPICKLE}"
+      )
     raise ValueError(f"{where}: expected one of the keys {list(_NPZ)}, found {archive.files}")
 
 
@@ -165,12 +186,46 @@ def _gnn_benchmark(get: Callable[[str], Any], keys: list[str], where: str) -> Ra
     )
     return _csr(data, indices, indptr, shape, f"{where}, {name}")
 
+  notes = _dropped_weights(get("adj_data"), f"{where}, adj_data")
   pairs = matrix("adj").tocoo()
   edges = np.stack([pairs.row, pairs.col])
-  return Raw(where, "gnn_benchmark", matrix("attr"), edges, get("labels"), {})
+  return Raw(where, "gnn_benchmark", matrix("attr"), edges, get("labels"), {}, notes=notes)
 
 
-_NPZ = {"x_indptr": _repacked, "node_features": _heterophilous, "adj_indptr": _gnn_benchmark}
+def _plain(get: Callable[[str], Any], keys: list[str], where: str) -> Raw:
+  def first(*names: str) -> Any:
+    return next((get(name) for name in names if name in keys), None)
+
+  edges, labels = get("edge_index"), first("y", "node_label")
+  if labels is None:
+    raise ValueError(f"{where}: key 'y' (or 'node_label') is missing; found {keys}")
+  weights = first("edge_weight", "edge_attr")
+  notes = {} if weights is None else _dropped_weights(weights, f"{where}, weights of edges")
+  splits = {name: get(f"{name}_mask") for name in _SPLITS.values() if f"{name}_mask" in keys}
+  # PyTorch Geometric stores several splits as columns.
+  splits = {n: x.T if x.ndim == 2 and len(x) == len(labels) else x for n, x in splits.items()}
+  return Raw(where, "plain", first("x", "node_attr"), edges, labels, splits, notes=notes)
+
+
+def _dropped_weights(weights: np.ndarray, where: str) -> dict[str, int | str]:
+  """Returns the note on weights of edges, none if all are 1; raises `ValueError` for signs."""
+  if weights.dtype.kind not in "biuf":
+    raise ValueError(f"{where}: expected numbers, found {weights.dtype}")
+  if weights.size and weights.min() < 0:
+    raise ValueError(
+      f"{where}: {int((weights < 0).sum())} edges have negative weights, such as {weights.min()}, "
+      "but the encoders know no signs: leave those edges out, or save weights of 1"
+    )
+  different = int((weights[weights != 0] != 1).sum())
+  return {"edge_weights_dropped": different} if different else {}
+
+
+_NPZ = {
+  "x_indptr": _repacked,
+  "node_features": _heterophilous,
+  "adj_indptr": _gnn_benchmark,
+  "edge_index": _plain,
+}
 
 
 def _loaded(path: pathlib.Path) -> Any:

@@ -17,6 +17,8 @@ from scipy import sparse
 from experiments.data import graph_checks, graph_formats
 
 EDGE_POLICIES = ("symmetrise", "keep", "error")
+FEATURES = ("file", "identity", "degree")
+_LARGEST_DEGREE = 256  # features of larger degrees are equal
 # Layouts of bags of words and word vectors. BGRL divides these features by their row sums.
 _ROW_NORMALISED = ("repacked", "gnn_benchmark", "wikics")
 
@@ -52,6 +54,7 @@ def load(
   row_normalise: bool | None = None,
   standardise: bool | None = None,
   binarise: bool = False,
+  features: str = "file",
 ) -> Graph:
   """Loads a data set in one of the layouts of `graph_formats`.
 
@@ -69,6 +72,8 @@ def load(
     binarise: whether to replace positive features by 1 and others by 0, before all else. The
       Coauthor sets count words. BGRL's released code takes them from PyTorch Geometric, which
       binarises them.
+    features: "file", or for a graph without features "identity" (each node has one of its own) or
+      "degree" (the number of a node's neighbours, one-hot, up to 256).
 
   Raises:
     ValueError: the name or layout is unknown, a file is damaged, or the contents are inconsistent.
@@ -86,6 +91,7 @@ def load(
     row_normalise=row_normalise,
     standardise=standardise,
     binarise=binarise,
+    features=features,
   )
 
 
@@ -97,8 +103,12 @@ def build(
   row_normalise: bool = False,
   standardise: bool = False,
   binarise: bool = False,
+  features: str = "file",
 ) -> Graph:
   """Checks and cleans the arrays of a graph; the arguments are those of `load`.
+
+  Classes are numbered from 0 without gaps, and labels whose rows are one-hot become classes; the
+  notes say so.
 
   Duplicate edges are merged, self-loops and edges between two graphs are dropped, and isolated
   nodes are kept; the notes count each of them. Row normalisation leaves rows of zeros as they are.
@@ -106,27 +116,36 @@ def build(
   because the sum may then be near zero.
 
   Raises:
-    ValueError: sizes differ, an edge or label is out of range, a feature is not finite, no node is
-      labelled, a split is empty, overlaps another or holds a node without a label, or `edges` is
-      "error" and an edge has no reverse.
+    ValueError: sizes differ, an edge or label is out of range, features are missing or not finite,
+      no node is labelled, a split is empty, overlaps another or holds a node without a label, or
+      `edges` is "error" and an edge has no reverse.
   """
   where = raw.where
   if edges not in EDGE_POLICIES:
     raise ValueError(f"edges is {edges!r}; choose one of {EDGE_POLICIES}")
-  features = graph_checks.features(raw.features, where)
-  num_nodes = features.shape[0]
+  if features not in FEATURES:
+    raise ValueError(f"features is {features!r}; choose one of {FEATURES}")
+  if features == "file" and raw.features is None:
+    raise ValueError(f'{where} holds no features: choose features="identity" or "degree"')
+  num_nodes = (np.shape(raw.labels) or (0,))[0]
+  given = None
+  if features == "file":
+    given = graph_checks.features(raw.features, where)
+    num_nodes = given.shape[0]
   labels = graph_checks.labels(raw.labels, num_nodes, where)
+  labels, label_notes = _classes(labels)
   splits = graph_checks.splits(raw.splits, labels, where)
   graph_ids = graph_checks.graph_ids(raw.graph_ids, num_nodes, where)
   stored = graph_checks.edges(raw.edges, num_nodes, where)
   (senders, receivers), notes = _clean_edges(stored, graph_ids, raw, edges)
-  if binarise:
-    features = (features > 0).astype(np.float32)
-  if row_normalise:
-    features = _row_normalise(features)
-  if standardise:
-    features = _standardise(features)
   degrees = np.bincount(receivers, minlength=num_nodes)
+  array = _made_features(features, degrees) if given is None else given
+  if binarise:
+    array = (array > 0).astype(np.float32)
+  if row_normalise:
+    array = _row_normalise(array)
+  if standardise:
+    array = _standardise(array)
   touched = degrees + np.bincount(senders, minlength=num_nodes)
   several = labels.ndim > 1
   notes |= {
@@ -135,13 +154,16 @@ def build(
     "num_graphs": int(graph_ids.max()) + 1,
     "num_classes": labels.shape[1] if several else int(labels.max()) + 1,
     "unlabelled_nodes": 0 if several else int((labels < 0).sum()),
+    **label_notes,
+    **raw.notes,
+    "features": features,
     "binarised": binarise,
     "row_normalised": row_normalise,
     "standardised": standardise,
   }
   return Graph(
     name=name,
-    features=features,
+    features=array,
     senders=senders.astype(np.int32),
     receivers=receivers.astype(np.int32),
     labels=labels,
@@ -149,6 +171,32 @@ def build(
     graph_ids=graph_ids.astype(np.int32),
     notes=notes,
   )
+
+
+def _classes(labels: np.ndarray) -> tuple[np.ndarray, dict[str, int | str]]:
+  """Returns labels with classes from 0 without gaps, and the notes on what was changed."""
+  notes: dict[str, int | str] = {}
+  if labels.ndim == 2 and labels.shape[1] > 1 and (labels.sum(axis=1) == 1).all():
+    labels = labels.argmax(axis=1).astype(np.int32)
+    notes["labels_were_one_hot"] = True
+  if labels.ndim == 2:
+    return labels, notes
+  known = np.unique(labels[labels >= 0])
+  if not np.array_equal(known, np.arange(len(known))):
+    shown = ", ".join(map(str, known[:5])) + (", ..." if len(known) > 5 else "")
+    notes["labels_renumbered"] = f"classes {shown} are 0 to {len(known) - 1}"
+    renumbered = np.searchsorted(known, labels).astype(np.int32)
+    labels = np.where(labels < 0, labels, renumbered).astype(np.int32)
+  return labels, notes
+
+
+def _made_features(kind: str, degrees: np.ndarray) -> sparse.csr_array:
+  """Returns features of nodes that have none, one 1 in each row."""
+  if kind == "identity":
+    return sparse.csr_array(sparse.eye_array(len(degrees), dtype=np.float32))
+  columns = np.minimum(degrees, _LARGEST_DEGREE)
+  ones, rows = np.ones(len(degrees), np.float32), np.arange(len(degrees))
+  return sparse.csr_array((ones, (rows, columns)), shape=(len(degrees), int(columns.max()) + 1))
 
 
 def part(graph: Graph, kept: np.ndarray) -> Graph:

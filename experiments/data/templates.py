@@ -4,7 +4,9 @@ import re
 
 
 def check(name: str, template: str, *fields: str) -> None:
-  """Raises `ValueError` unless each of `fields` occurs in braces exactly once.
+  """Raises `ValueError` unless each of `fields` occurs in braces exactly once, and no other name.
+
+  Braces around anything that is no name, such as JSON, are part of the text.
 
   Args:
     name: name of the template for the message, such as "data.revision_template".
@@ -20,6 +22,12 @@ def check(name: str, template: str, *fields: str) -> None:
       raise ValueError(
         f"{name}={template!r} holds {{{field}}} {count} times: write it exactly once, in the place "
         f"of the {field}"
+      )
+  for other in re.findall(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})", template):
+    if other not in fields:
+      raise ValueError(
+        f"{name}={template!r} holds {{{other}}}, which nothing fills: its fields are "
+        f"{', '.join('{' + field + '}' for field in fields)}"
       )
 
 

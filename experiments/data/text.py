@@ -8,6 +8,7 @@ fields that are not in the table.
 | prompts               | `{"prompt": "The soup was"}`, used unchanged                             |
 | prompts, a text file  | a line with the prompt; white space around it is removed                 |
 | scored completions    | `{"prompt": ..., "completions": [K texts], "rewards": [K numbers]}`      |
+| the same for K = 1    | `{"prompt": ..., "completion": ..., "reward": 0.7}`, or `"label": true`  |
 | preference pairs      | `{"prompt": ..., "chosen": ..., "rejected": ..., "chosen_prob": 0.8}`    |
 | demonstrations        | `{"prompt": ..., "completion": ..., "references": [texts]}`              |
 
@@ -25,7 +26,7 @@ import importlib.resources
 import os
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +37,7 @@ _Path = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """K >= 2 completions of a prompt and their rewards."""
+  """K completions of a prompt and their rewards."""
 
   prompt: str
   completions: tuple[str, ...]
@@ -158,8 +159,15 @@ def split_prompts(
   return [p for p in prompts if p not in test], [p for p in prompts if p in test]
 
 
-def load_scored(path: _Path) -> list[Scored]:
-  """Reads rows of {prompt, completions[K], rewards[K]}, with the same K >= 2 in all rows.
+def load_scored(path: _Path, *, least: int = 1) -> list[Scored]:
+  """Reads rows of {prompt, completions[K], rewards[K]}, with the same K in all rows.
+
+  A row with one completion may be {prompt, completion, reward} or, for good and bad completions,
+  {prompt, completion, label}; a label of true or 1 is the reward 1, false or 0 the reward 0.
+
+  Args:
+    path: a file or another source of `rows.read`.
+    least: the fewest completions of a prompt that the method can learn from.
 
   Raises:
     ValueError: a row is invalid (the message names its file and line), or there are no rows.
@@ -167,14 +175,18 @@ def load_scored(path: _Path) -> list[Scored]:
   scored: list[Scored] = []
   for where, row in rows.read(path):
     prompt = rows.text(rows.field(row, "prompt", where), "prompt", where)
-    texts, rewards = (rows.field(row, name, where) for name in ("completions", "rewards"))
+    if "completion" in row:
+      texts, rewards = [row["completion"]], [_reward(row, where)]
+    else:
+      texts, rewards = (rows.field(row, name, where) for name in ("completions", "rewards"))
     if not isinstance(texts, list) or not isinstance(rewards, list):
       raise ValueError(f"{where}: completions and rewards must be lists")
     if len(texts) != len(rewards):
       raise ValueError(f"{where}: {len(texts)} completions but {len(rewards)} rewards")
-    if len(texts) < 2:
+    if len(texts) < least:
       raise ValueError(
-        f"{where}: {len(texts)} completions; rewards are compared, so give 2 or more"
+        f"{where}: {len(texts)} completions; the method compares completions of one prompt, so "
+        f"give {least} or more, or train DRO or KTO, which take one"
       )
     if scored and len(texts) != len(scored[0].completions):
       raise ValueError(
@@ -192,6 +204,17 @@ def load_scored(path: _Path) -> list[Scored]:
   if not scored:
     raise ValueError(f"{path} holds no rows of {{prompt, completions, rewards}}")
   return scored
+
+
+def _reward(row: dict[str, Any], where: str) -> Any:
+  """Returns the reward of a row with one completion."""
+  if ("reward" in row) == ("label" in row):
+    raise ValueError(f"{where}: a row with one completion needs a reward or a label, and not both")
+  if "reward" in row:
+    return row["reward"]
+  if row["label"] not in (0, 1):  # True and False are 1 and 0
+    raise ValueError(f"{where}: label must be true or false, found {row['label']!r:.40}")
+  return float(row["label"])
 
 
 def load_preferences(

@@ -169,6 +169,24 @@ def check(config: Any) -> None:
     )
   for name, least in _LEAST.items():
     checks.count(f"config.{name}", fields[name], least)
+  checks.count("config.seed", fields["seed"], 0)
+  if fields["seed"] >= 2**63:
+    raise ValueError(f"config.seed must be below 2**63, got {fields['seed']}")
+  # The fields of an optimiser mean the same in every section that has them.
+  for name, value in fields.items():
+    last, name = name.rpartition(".")[2], f"config.{name}"
+    if last.endswith("learning_rate") or last == "clip_norm":
+      checks.positive(name, value)
+    elif last == "weight_decay":
+      checks.not_negative(name, value)
+    elif last == "final_scale":
+      checks.probabilities(name, value)
+    elif last in ("b1", "b2"):
+      checks.probabilities(name, value)
+      if value == 1:
+        raise ValueError(f"{name} must be below 1, got {value}: a mean that never moves")
+    elif last == "warmup_steps":
+      checks.count(name, value, 0)
 
 
 def as_arguments(config: ml_collections.ConfigDict) -> str:

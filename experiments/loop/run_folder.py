@@ -5,6 +5,7 @@ environment.json   versions, devices, command       results.json   final numbers
 metrics.jsonl      all records of the run           figures/, report.html, model/, tensorboard/
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -14,11 +15,17 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 
 from experiments import files
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None  # type: ignore[assignment]
 
 # A later command may change these fields: they place arrays on devices and change no result.
 _PLACEMENT = ("sharding.",)
@@ -82,21 +89,64 @@ def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Pa
   return folder
 
 
+@contextlib.contextmanager
+def hold(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Iterator[None]:
+  """Claims a folder, and keeps other processes of this machine from training in it meanwhile.
+
+  The system releases the folder when the process ends, however it ends. File systems and platforms
+  without locks (Windows) are used without one.
+
+  Raises:
+    ValueError: another process trains in the folder; otherwise as `claim`.
+    OSError: as `claim`.
+  """
+  folder = pathlib.Path(folder)
+  with contextlib.ExitStack() as stack:
+    existed = folder.is_dir()
+    if existed:
+      _lock(folder, stack)
+    claim(config, folder)
+    if not existed:
+      _lock(folder, stack)
+    yield
+
+
+def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  if fcntl is None:
+    return
+  handle = os.open(folder, os.O_RDONLY)
+  stack.callback(os.close, handle)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise ValueError(
+      f"--workdir={folder} is in use: another process trains in it. Wait for that process or stop "
+      "it, or name another folder. Nothing was changed."
+    ) from error
+  except OSError:
+    pass  # a network file system that knows no locks
+
+
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
   """Returns the config of the run in a folder.
 
   Raises:
     FileNotFoundError: the folder holds no run.
-    ValueError: the file is not JSON.
+    ValueError: the file is not JSON, or not a config.
   """
   path = pathlib.Path(folder) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"--workdir={folder} holds no run: there is no {path}")
   try:
-    data = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}): restore it from a backup") from error
-  return ml_collections.ConfigDict(data)
+    config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(config.paper, str):
+      raise TypeError(f"paper must be a name, got {config.paper!r}")
+  except files.DAMAGED as error:
+    raise ValueError(
+      f"{path} is damaged ({type(error).__name__}: {error}): restore it from a backup, or start a "
+      "new run in another folder"
+    ) from error
+  return config
 
 
 def environment() -> dict[str, Any]:

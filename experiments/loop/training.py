@@ -114,13 +114,16 @@ def train(
   presets.check(config)
   workdir = run_folder.claim(config, workdir)
   run = _Run(experiment, config, workdir)
-  done = files.read_json(workdir / "results.json")
-  if done is not None and done["step"] == config.train.num_steps:
+  done = files.read_json(
+    workdir / "results.json",
+    lambda data: (data["step"], results.Result.from_json(data["result"])),
+    otherwise="the last checkpoint is evaluated again",
+  )
+  if done is not None and done[0] == config.train.num_steps:
     history = run.records.read()
-    result = results.Result.from_json(done["result"])
     print(f"{workdir} is finished: rewriting its report", file=sys.stderr)
-    run.report(history, result)
-    return Outcome("finished", done["step"], history, result)
+    run.report(history, done[1])
+    return Outcome("finished", done[0], history, done[1])
   files.write_json(workdir / "environment.json", run_folder.environment())
   try:
     return run.train(wandb)

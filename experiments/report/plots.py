@@ -44,12 +44,19 @@ def subplots(
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#b9bec7")
     axis.tick_params(colors=_INK, labelsize=9, length=3, color="#b9bec7")
+    axis.tick_params(which="minor", length=2, color="#d3d7dd")
   return figure, axes
 
 
-def legend_below(figure: mpl_figure.Figure, axis: Any) -> None:
+def legend_below(figure: mpl_figure.Figure, axis: Any, *, columns: int = 4) -> None:
   """Puts the legend of `axis` below all panels, where it covers no curve."""
-  figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+  figure.legend(
+    *axis.get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=columns,
+    fontsize=9,
+    frameon=False,
+  )
 
 
 def _layout() -> layout_engine.LayoutEngine:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -46,16 +47,22 @@ class JsonLines:
       raise files.write_error(self._path, error) from error
 
   def read(self) -> History:
-    """Returns all records; skips an incomplete line, as a killed process may leave one."""
+    """Returns all records; skips lines that are none, as a killed process may leave one."""
     if not self._path.exists():
       return History()
     records = []
-    for line in self._path.read_text(encoding="utf-8").splitlines():
+    lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
       try:
         record = json.loads(line)
-      except ValueError:
+        record = {k: math.nan if v is None else v for k, v in record.items()}
+        if record["kind"] not in ("train", "eval") or not isinstance(record["step"], int):
+          raise ValueError(f"no record of a step: {line[:80]}")
+      except files.DAMAGED as error:
+        if number < len(lines):  # an incomplete last line is what a killed process leaves
+          print(f"{self._path}, line {number} is damaged ({error}): skipped", file=sys.stderr)
         continue
-      records.append({k: math.nan if v is None else v for k, v in record.items()})
+      records.append(record)
     return History(
       [record for record in records if record["kind"] == "train"],
       [record for record in records if record["kind"] == "eval"],

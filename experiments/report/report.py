@@ -39,9 +39,9 @@ def write_run(
   index = [[figure.name, figure.caption] for figure in result.figures]
   if index:
     files.write_json(index_path, index)
-  shown = (index or files.read_json(index_path) or []) + [
-    [figure.name, figure.caption] for figure in drawn[len(result.figures) :]
-  ]
+  if not index:
+    index = files.read_json(index_path, _index, otherwise="the report leaves those figures out")
+  shown = (index or []) + [[figure.name, figure.caption] for figure in drawn[len(result.figures) :]]
   html = page.render(
     title=f"{config.paper}:{config.get('preset') or 'custom'}",
     result=result,
@@ -53,8 +53,23 @@ def write_run(
       if (folder / "figures" / f"{name}.svg").exists()
     ],
     config=files.flatten(config.to_dict()),
-    environment=files.read_json(folder / "environment.json") or {},
+    environment=files.read_json(
+      folder / "environment.json", _environment, otherwise="the report leaves it out"
+    )
+    or {},
     warning=warning,
   )
   files.write_file(folder / "report.html", html)
   return folder / "report.html"
+
+
+def _index(data: Any) -> list[list[str]]:
+  """Returns names and captions of figures; names are no paths out of the folder of figures."""
+  index = [[str(name), str(caption)] for name, caption in data]
+  if any(pathlib.PurePath(name).name != name for name, _ in index):
+    raise ValueError(f"not names of figures: {index}")
+  return index
+
+
+def _environment(data: Any) -> dict[str, Any]:
+  return {**data, "started": str(data["started"]), "devices": str(data["devices"])}

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from experiments.report import results
 
@@ -95,6 +95,44 @@ def mean_interval(
   means = [values[rng.integers(0, n, n)].mean() for _ in range(num_resamples)]
   low, high = np.quantile(means, [tail, 1 - tail])
   return results.Estimate(mean, float(low), float(high), n)
+
+
+def interquartile_mean(
+  values: Any, confidence: float = 0.95, *, num_resamples: int = 2000
+) -> results.Estimate:
+  """Returns the mean of the middle half of the observations with its bootstrap interval.
+
+  A quarter of the observations, rounded down, is left out at each end.
+
+  Args:
+    values: `[N]` independent observations, such as one of each seed.
+    confidence: two-sided level, between 0 and 1.
+    num_resamples: number of bootstrap samples. Their seed is fixed, so equal values give equal
+      intervals.
+
+  Returns:
+    The estimate with the percentile interval, without an interval if N = 1.
+
+  Raises:
+    ValueError: there are no values, or `confidence` lies outside (0, 1).
+
+  Example:
+    >>> print(interquartile_mean([1.0, 2.0, 3.0, 100.0]))
+    2.5 [1, 100] n=4
+
+  Reference: Agarwal et al. 2021, https://arxiv.org/abs/2108.13264.
+  """
+  _check_confidence(confidence)
+  values = np.asarray(values, np.float64).ravel()
+  if not values.size:
+    raise ValueError("values is empty: a mean needs at least one observation")
+  n, tail = values.size, (1 - confidence) / 2
+  resamples = values[np.random.default_rng(0).integers(0, n, (num_resamples, n))]
+  value, *means = stats.trim_mean(np.vstack([values, resamples]), 0.25, axis=1)
+  if n == 1:
+    return results.Estimate(float(value), n=1)
+  low, high = np.quantile(means, [tail, 1 - tail])
+  return results.Estimate(float(value), float(low), float(high), n)
 
 
 def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> results.Estimate:

@@ -115,6 +115,7 @@ def load(config: Any) -> graph_data.Graph:
     directory=section.directory,
     edges=section.edges,
     binarise=section.binarise,
+    features=section.features,
   )
 
 

@@ -169,7 +169,7 @@ def build(
       optimizer=optimizer,
       config=algorithm_config,
     ),
-    arrays=lambda: collate(task.training_samples()),
+    arrays=lambda: collate(task.training_samples(min_samples)),
     policy_of=lambda state: network.policy_of(state.params),
     rules=network.rules,
     evaluate_more=evaluate_more,

@@ -201,11 +201,15 @@ class Task:
 
   # --- training data --------------------------------------------------------------------------
 
-  def training_samples(self) -> Samples:
-    """Returns the scored training completions, from the user's file or from the reference."""
+  def training_samples(self, min_samples: int = 1) -> Samples:
+    """Returns the scored training completions, from the user's file or from the reference.
+
+    Args:
+      min_samples: the fewest completions of a prompt that the method can learn from.
+    """
     data = self.config.data
     if has_own_data(data):
-      return self._own_samples()
+      return self._own_samples(min_samples)
     drawn = self.reference_samples(self.train_prompts, data.num_samples, self.config.seed)
     tokens, mask = drawn["tokens"], drawn["mask"]
     completions = self.decode(*(x.reshape(-1, x.shape[-1]) for x in (tokens, mask)))
@@ -217,10 +221,10 @@ class Task:
     encoded, ones = self.encode_prompts(self.train_prompts), np.ones(len(tokens), np.float32)
     return Samples(*encoded, tokens, mask, drawn["logps"], scores, ones, self.train_prompts)
 
-  def _own_samples(self) -> Samples:
+  def _own_samples(self, min_samples: int) -> Samples:
     data = self.config.data
     if data.scored:
-      scored = self._without_held_out(text.load_scored(data.scored))
+      scored = self._without_held_out(text.load_scored(data.scored, least=min_samples))
       completions = [row.completions for row in scored]
       labels = [f"completions[{i}]" for i in range(len(completions[0]))]
       scores = np.array([row.rewards for row in scored], np.float32)
@@ -335,7 +339,8 @@ def make_task(config: Any) -> Task:
   )
   for name in ("num_prompts", "prompt_length", "completion_length", "sample_batch_size"):
     checks.count(f"data.{name}", config.data[name])
-  checks.count("network.logps_chunk", config.network.logps_chunk, 0)
+  checks.count("network.logps_chunk", config.network.logps_chunk, least=0)
+  checks.count("eval.num_table_rows", config.eval.num_table_rows, least=0)
   templates.check("data.prompt_template", config.data.prompt_template, "prompt")
   longest = config.data.prompt_length + config.data.completion_length
   if longest > network.max_length:

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import bgrl, collapse, graph_augmentations, graphs
+from representation import collapse, graph_augmentations, graphs, moving_targets
 from sharding import checks
 
 Metrics = dict[str, jax.Array]
@@ -202,7 +202,7 @@ def _prepare(
   checks.positive("temperature", temperature, fetch=True)
   mask = jnp.ones(len(first), bool) if mask is None else mask
   checks.row_mask(mask, len(first))
-  return bgrl.normalise(jnp.stack([first, second])), mask
+  return moving_targets.normalise(jnp.stack([first, second])), mask
 
 
 def sample_negatives(key: jax.Array, mask: jax.Array, *, num_negatives: int) -> jax.Array:

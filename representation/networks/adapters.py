@@ -36,17 +36,17 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-  """A module without state as `predictor(params, embeddings) -> predictions`.
+  """A module without state as `predictor(params, *inputs) -> predictions`.
 
   Attributes:
-    module: a module that takes `embeddings`, for example `mlp.MLP`.
+    module: a module that takes `inputs`, for example `mlp.MLP`, which takes embeddings.
   """
 
   module: nn.Module
 
-  def __call__(self, params: Any, embeddings: jax.Array) -> Any:
-    return self.module.apply({"params": params}, embeddings)
+  def __call__(self, params: Any, *inputs: jax.Array) -> Any:
+    return self.module.apply({"params": params}, *inputs)
 
-  def init(self, key: jax.Array, embeddings: Any) -> Any:
+  def init(self, key: jax.Array, *inputs: Any) -> Any:
     """Returns parameters."""
-    return self.module.init(key, embeddings)["params"]
+    return self.module.init(key, *inputs)["params"]

@@ -246,3 +246,60 @@ def test_bad_arrays_raise():
   ):  # fmt: skip
     with pytest.raises(ValueError, match=message):
       call()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_temperatures_are_batched_like_problems(kind):
+  """A vector of temperatures, one for each problem, is not broadcast over the actions."""
+  rng = np.random.default_rng(0)
+  temperatures = np.array([0.3, 1.0, 2.0])
+  ref_logps = np.log(rng.dirichlet(np.ones(3), 3))
+  scores = rng.normal(size=(3, 3))
+  chosen, rejected = rng.integers(0, 3, (2, 6))
+  preferences = np.full((3, 3), 0.5) + np.triu(rng.uniform(-0.4, 0.4, (3, 3)), 1)
+  preferences = np.triu(preferences) + np.tril(1 - preferences.T, -1)
+  mu = np.ones(3) / 3
+  for function in (
+    oracles.kl_regularised_optimum,
+    oracles.optimal_value,
+    oracles.copg_optimum,
+    lambda ref, r, tau: oracles.dro_optimum(ref, r, tau)[1],
+    lambda ref, r, tau: oracles.psi_po_optimum(preferences, mu, ref, tau),
+    lambda ref, r, tau: oracles.ipo_dataset_optimum(chosen, rejected, ref, tau),
+    lambda ref, r, tau: oracles.objective(ref, ref, r, tau),
+    lambda ref, r, tau: oracles.regret(ref, ref, r, tau),
+  ):
+    each = [function(ref_logps[i], scores[i], float(temperatures[i])) for i in range(3)]
+    together = function(kind(ref_logps), kind(scores), kind(temperatures))
+    np.testing.assert_allclose(together, np.stack(each), rtol=2e-5)  # float32 for JAX arrays
+    swept = function(ref_logps[0], scores[0], temperatures)  # one problem, three temperatures
+    np.testing.assert_allclose(swept[0], each[0], rtol=1e-12)
+    assert np.shape(swept) == np.shape(together)
+  with pytest.raises(ValueError, match=r"temperature must be one number.*\[3\].*got shape \[2\]"):
+    oracles.kl_regularised_optimum(ref_logps, scores, np.ones(2))
+
+
+def test_an_infinite_psi_gives_the_limit_or_is_refused():
+  uniform = np.log(np.ones(3) / 3)
+  logit = scipy.special.logit
+  wins = np.array([[0.5, 1.0, 0.6], [0.0, 0.5, 0.3], [0.4, 0.7, 0.5]])
+  optimum = np.exp(oracles.psi_po_optimum(wins, np.ones(3) / 3, uniform, 1.0, psi=logit))
+  np.testing.assert_array_equal(optimum, [1, 0, 0])
+  clipped = np.clip(wins, 1e-12, 1 - 1e-12)
+  near = np.exp(oracles.psi_po_optimum(clipped, np.ones(3) / 3, uniform, 1.0, psi=logit))
+  np.testing.assert_allclose(near, optimum, atol=1e-3)  # (1e-12)^(1/3), the weight of the pair
+  # -inf alone: the action that always loses to one that is out of the support keeps nothing.
+  half = np.array([-np.inf, np.log(0.5), np.log(0.5)])
+  out = oracles.psi_po_optimum(wins, np.ones(3) / 3, half, 1.0, psi=logit)
+  np.testing.assert_array_equal(np.exp(out), [0, 0, 1])
+  both = np.array([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])
+  two = np.array([[0.5, 0.5, 1.0], [0.5, 0.5, 1.0], [0.0, 0.0, 0.5]])
+  for preferences in (both, two):
+    with pytest.raises(ValueError, match="clip preferences"):
+      oracles.psi_po_optimum(preferences, np.ones(3) / 3, uniform, 1.0, psi=logit)
+
+
+def test_values_need_a_normalised_reference():
+  for function in (oracles.optimal_value, oracles.dro_optimum):
+    with pytest.raises(ValueError, match=r"exp\(ref_logps\) must sum to 1"):
+      function(np.log([0.5, 0.6]), np.zeros(2), 1.0)

@@ -4,6 +4,7 @@ import autoregressive as ar
 import jax
 import numpy as np
 import pytest
+import scipy.special
 
 from alignment import nash_md, oracles, preference_games
 
@@ -196,3 +197,42 @@ def test_ipo_moves_with_the_data_and_srpo_does_not():
 def test_bad_input_names_the_argument(call, match):
   with pytest.raises(ValueError, match=match):
     call()
+
+
+@pytest.mark.parametrize("seed", [0, 25, 434, 698, 886, 1321])
+def test_newton_reaches_the_equilibrium_where_the_reference_is_nearly_pure(seed):
+  """Masses down to 1e-300. A fixed schedule of tau stops far from the solution but for seed 0."""
+  rng = np.random.default_rng(seed)
+  num_actions = rng.integers(2, 8)
+  upper = np.triu(rng.uniform(size=(num_actions, num_actions)), 1)
+  matrix = upper + np.tril(1 - upper.T, -1) + np.eye(num_actions) / 2
+  reference = np.maximum(rng.dirichlet(np.full(num_actions, 0.02)), 1e-300)
+  ref_logps, tau = np.log(reference / reference.sum()), 10 ** rng.uniform(-2.5, 0)
+  logps = preference_games.regularised_nash(matrix, ref_logps, tau)
+  fixed = scipy.special.log_softmax(ref_logps + matrix @ np.exp(logps) / tau)
+  # Log-probabilities as low as -690 are rounded to 1e-13 of themselves.
+  np.testing.assert_allclose(logps, fixed, rtol=1e-9, atol=1e-9)
+
+
+def test_a_solver_that_stops_early_raises(monkeypatch):
+  matrix = np.array([[0.5, 0.9], [0.1, 0.5]])
+  monkeypatch.setitem(preference_games._SOLVERS, "newton", lambda matrix, ref_logps, tau: ref_logps)
+  with pytest.raises(ValueError, match=r"'newton' did not converge at tau 0\.1"):
+    preference_games.regularised_nash(matrix, np.log([0.5, 0.5]), 0.1)
+
+
+def test_temperatures_of_the_games_are_batched():
+  matrix, ref_logps = np.array([[0.5, 0.9], [0.1, 0.5]]), np.log([0.3, 0.7])
+  taus = np.array([0.1, 1.0])
+  both = preference_games.regularised_nash(matrix, ref_logps, taus)
+  revisions = np.log(np.full((2, 2), 0.5))
+  saddle, _ = preference_games.srpo_optimum(matrix, ref_logps, revisions, taus)
+  for i, tau in enumerate(taus):
+    one = preference_games.regularised_nash(matrix, ref_logps, float(tau))
+    np.testing.assert_allclose(both[i], one, rtol=1e-12)
+    alone, _ = preference_games.srpo_optimum(matrix, ref_logps, revisions, float(tau))
+    np.testing.assert_allclose(saddle[i], alone, rtol=1e-12)
+  gaps = preference_games.regularised_exploitability(both, matrix, ref_logps, taus)
+  np.testing.assert_allclose(gaps, 0, atol=1e-12)
+  with pytest.raises(ValueError, match="beta must have shape"):
+    preference_games.nash_md_pg_fixed_point(matrix, ref_logps, 0.1, np.array([0.1, 0.2]))

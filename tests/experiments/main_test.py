@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sharding
 from experiments import main
-from experiments.loop import training
+from experiments.loop import run_folder, training
 from experiments.report import plots
 
 _PAPER = str(pathlib.Path(fake_paper.__file__).resolve())
@@ -172,6 +174,27 @@ def test_a_bad_mesh_creates_no_folder(tmp_path, capsys):
   assert not folder.exists()
 
 
+def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
+  folder, command = tmp_path / "run", [f"--config={_PAPER}", f"--workdir={tmp_path / 'run'}"]
+  with run_folder.hold(fake_paper.get_config(), folder):
+    code, message = _fails(capsys, *command)
+  assert code == 2
+  assert "is in use: another process trains in it" in message
+  assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
+  assert main.run(command) == 0  # the folder is free again
+  assert main.run(command) == 0
+
+
+def test_multihost_without_a_cluster_is_an_error(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sharding, "initialize_multihost", lambda: 1)
+  code, message = _fails(
+    capsys, f"--config={_PAPER}", f"--workdir={tmp_path / 'run'}", "--multihost"
+  )
+  assert code == 2
+  assert "found no cluster" in message
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_diverges_exits_with_one(tmp_path, capsys):
   code = main.run(
     [f"--config={_PAPER}", f"--workdir={tmp_path / 'run'}", "--config.algorithm.nan_at=5"]
@@ -200,12 +223,39 @@ def test_debug_shows_the_traceback():
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(tmp_path, monkeypatch):
-  def build(config):
-    raise TypeError("a bug")
-
-  monkeypatch.setattr(fake_paper, "build", build)
-  with pytest.raises(TypeError, match="a bug"):
+  monkeypatch.setattr(training, "_Run", None)  # a TypeError in the library's own code
+  with pytest.raises(TypeError, match="not callable"):
     main.run([f"--config={_PAPER}", f"--workdir={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize(
+  ("source", "words"),
+  [
+    (
+      "def get_config():\n  return (\n",
+      r"SyntaxError: '\(' was never closed \(.*mine\.py, line 2\)",
+    ),
+    ("def get_config():\n  return {}['x']\n", r"KeyError: 'x' \(.*mine\.py, line 2\)"),
+    ("def get_config():\n  raise ValueError('no')\n", r"error: no \(.*mine\.py, line 2\)"),
+  ],
+)
+def test_an_error_of_the_users_file_names_its_line(tmp_path, capsys, source, words):
+  (tmp_path / "mine.py").write_text(source)
+  assert main.run([f"--config={tmp_path / 'mine.py'}"]) == 2
+  error = capsys.readouterr().err
+  assert re.search(words, error)
+  assert "Traceback" not in error
+
+
+def test_a_reward_that_fails_on_its_first_call_names_its_line(tmp_path, capsys, monkeypatch):
+  (tmp_path / "judge_of_mine.py").write_text("def score(prompts, completions):\n  return prices\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  command = ["--config=copg:tiny", "--config.reward=judge_of_mine:score"]
+  assert main.run([*command, f"--workdir={tmp_path / 'run'}"]) == 2
+  assert re.search(
+    r"NameError: name 'prices' is not defined \(.*judge_of_mine\.py, line 2\)",
+    capsys.readouterr().err,
+  )
 
 
 def test_a_paper_that_does_not_exist_is_named(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""BGRL: its loss by hand, its schedule, its moving target, and the views that it learns from.
+"""BGRL: its loss by hand, its moving target, and the views that it learns from.
 
 Tolerances of 1e-8 and below allow for rounding in float64.
 """
@@ -85,16 +85,6 @@ def test_short_rows_have_finite_gradients(length):
   row = jnp.array([[length, 2 * length]])
   gradient = jax.grad(lambda row: bgrl.bgrl_loss(row, jnp.ones((1, 2))).sum())(row)
   assert jnp.isfinite(gradient).all()
-
-
-def test_decay_rises_by_half_a_cosine_and_stays_at_one(x64):
-  found = [
-    float(bgrl.target_decay_schedule(k, target_decay=0.99, num_steps=12))
-    for k in (0, 3, 4, 6, 12, 24)
-  ]
-  # 1 - 0.01 (1 + c) / 2, with c = cos(pi k / 12) = 1, sqrt(1/2), 1/2, 0, -1.
-  expected = [0.99, 1 - 0.005 * (1 + 0.5**0.5), 0.9925, 0.995, 1, 1]
-  np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_loss_is_zero_if_both_networks_and_both_views_are_equal(x64):

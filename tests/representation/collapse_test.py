@@ -1,9 +1,10 @@
-"""Collapse: against slow loops over all pairs, by hand, with sharded rows and with bad input."""
+"""Collapse: against slow loops and SciPy, by hand, with sharded rows and with bad input."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
 import sharding
 from representation import collapse
@@ -18,14 +19,24 @@ def _slow(embeddings):
         norms = np.linalg.norm(one) * np.linalg.norm(other)
         cosines.append(one @ other / norms if norms else 0.0)
         squares.append(np.sum((one - other) ** 2))
-  shares = np.linalg.svd(embeddings, compute_uv=False)
-  shares = shares[shares > 1e-9 * shares[0]] / shares.sum()
+  values = np.linalg.svd(embeddings, compute_uv=False)
+  values = np.where(values > 1e-9 * values[0], values, 0)
+  shares = values[values > 0] / values.sum()
+  columns = [
+    abs(one @ other) / (np.linalg.norm(one) * np.linalg.norm(other))
+    for i, one in enumerate(embeddings.T)
+    for j, other in enumerate(embeddings.T)
+    if i != j
+  ]
   return {
     "collapse/mean_cosine": np.mean(cosines),
     "collapse/spread": np.sqrt(np.mean(squares)),
     "collapse/mean_norm": np.mean(np.linalg.norm(embeddings, axis=1)),
     "collapse/rank": np.linalg.matrix_rank(embeddings),
     "collapse/effective_rank": np.exp(-np.sum(shares * np.log(shares))),
+    "collapse/column_cosine": np.mean(columns),
+    "collapse/largest_singular_value": values[0],
+    "collapse/smallest_singular_value": values[-1],
   }
 
 
@@ -93,6 +104,34 @@ def test_cases_by_hand():
   )
 
 
+def test_parallel_columns_show_in_the_cosine_and_not_in_the_norms():
+  column = jax.random.normal(jax.random.key(4), (50, 1))
+  found = collapse.metrics(jnp.concatenate([column, -2 * column], axis=1), spectrum=True)
+  np.testing.assert_allclose(found["collapse/column_cosine"], 1, rtol=1e-6)
+  assert found["collapse/smallest_singular_value"] == 0 and found["collapse/mean_norm"] > 1
+  assert collapse.column_cosine(column) == 0
+
+
+@pytest.mark.parametrize("size, scale", [(2, 1.0), (2, 1e-6), (4, 1e-6)])
+def test_subspace_angles_are_those_of_scipy(size, scale):
+  rng = np.random.default_rng(5)
+  first = rng.normal(size=(9, 3))
+  second = (first @ rng.normal(size=(3, 4)))[:, :size] + scale * rng.normal(size=(9, size))
+  second = second.astype(np.float32)
+  found = collapse.subspace_angles(first.astype(np.float32), second)
+  expected = scipy.linalg.subspace_angles(first, second.astype(float))
+  # 1e-6: float32. From cosines alone an angle of 1e-6 would come out as 0 or 3e-4. The second
+  # matrix of size 4 is almost of rank 3, so its largest angle is not determined.
+  np.testing.assert_allclose(found[size // 4 :], expected[size // 4 :], atol=1e-6)
+
+
+def test_subspace_angles_refuse_another_number_of_rows():
+  with pytest.raises(ValueError, match="same number of rows, got 3 and 4"):
+    collapse.subspace_angles(jnp.eye(3), jnp.eye(4))
+  with pytest.raises(ValueError, match=r"second must have shape \[N, D\]"):
+    collapse.subspace_angles(jnp.eye(3), jnp.ones(3))
+
+
 def test_zeros_give_zero_and_nan_gives_nan():
   zeros = collapse.metrics(jnp.zeros((3, 2)), spectrum=True)
   assert all(value == 0 for value in zeros.values())
@@ -119,7 +158,8 @@ def test_rows_over_eight_devices_give_one_global_number():
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3), (3, 0)])
 def test_bad_shapes_are_named(shape):
   for measure in (
-    collapse.metrics, collapse.mean_cosine, collapse.spread, collapse.rank, collapse.effective_rank
+    collapse.metrics, collapse.mean_cosine, collapse.spread, collapse.rank, collapse.effective_rank,
+    collapse.singular_values, collapse.column_cosine,
   ):  # fmt: skip
     with pytest.raises(ValueError, match=r"embeddings must have shape \[N, D\].*got"):
       measure(jnp.zeros(shape))

@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from representation import bgrl, graph_augmentations, graphs
+from representation import graph_augmentations, graphs, moving_targets
 from representation.baselines import grace
 from representation.networks import adapters, gcn, mlp
 
@@ -181,7 +181,7 @@ def test_training_lowers_the_loss_and_finds_nodes_in_the_other_view(num_negative
     rows = []
     for view in views:
       hidden, _ = networks.encoder(state.params.encoder, state.network_state, view, train=True)
-      rows.append(bgrl.normalise(networks.projector(state.params.projector, hidden)))
+      rows.append(moving_targets.normalise(networks.projector(state.params.projector, hidden)))
     return jnp.mean(jnp.argmax(rows[0] @ rows[1].T, axis=1) == jnp.arange(NUM_NODES))
 
   def step(state, key):

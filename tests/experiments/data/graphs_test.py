@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -451,3 +453,81 @@ def test_what_is_no_graph_at_all(tmp_path):
   (tmp_path / "notes.txt").touch()
   with pytest.raises(ValueError, match=r"expected \.npz, \.json or a folder"):
     graphs.load("notes.txt", directory=tmp_path)
+
+
+# --- what users bring ---
+
+
+@pytest.mark.parametrize(
+  ("labels", "expected", "note"),
+  [
+    ([1, 2, 2, 6], [0, 1, 1, 2], "classes 1, 2, 6 are 0 to 2"),
+    ([0, 7, 100, -1], [0, 1, 2, -1], "classes 0, 7, 100 are 0 to 2"),
+    ([0, 1, 1, 2], [0, 1, 1, 2], None),
+  ],
+)
+def test_classes_are_numbered_without_gaps(labels, expected, note):
+  graph = _build(labels=np.array(labels), splits={})
+  assert graph.labels.tolist() == expected
+  assert graph.notes["num_classes"] == 3
+  assert graph.notes.get("labels_renumbered") == note
+
+
+def test_one_hot_labels_are_classes_and_others_stay():
+  graph = _build(labels=np.eye(3)[LABELS], splits={})
+  assert graph.labels.tolist() == LABELS.tolist()
+  assert graph.notes["labels_were_one_hot"]
+  several = np.eye(3)[LABELS] + np.eye(3)[0]
+  assert _build(labels=np.minimum(several, 1), splits={}).labels.shape == (4, 3)
+
+
+@pytest.mark.parametrize("columns", [False, True])  # of the masks
+def test_a_plain_archive_is_read(tmp_path, columns):
+  keys = {"edge_index": EDGES, "node_attr": FEATURES, "node_label": LABELS}
+  masks = {f"{name}_mask": np.array([mask] * 2, bool) for name, mask in MASKS.items()}
+  if columns:
+    masks = {name: mask.T for name, mask in masks.items()}
+  np.savez(tmp_path / "mine.npz", **keys, **masks, edge_weight=np.array([0.5, 2.0]))
+  graph = graphs.load("mine", directory=tmp_path)
+  assert graph.notes["layout"] == "plain"
+  assert graph.notes["edge_weights_dropped"] == 2
+  assert graph.senders.tolist() == [1, 0, 2, 1]
+  assert graph.splits["train"].shape == (2, 4)
+  np.testing.assert_array_equal(graph.features, FEATURES)
+
+
+def test_weights_of_an_adjacency_are_noted_and_signs_refused(tmp_path):
+  adjacency = np.zeros((4, 4))
+  adjacency[tuple(EDGES)] = [1, 3]
+  np.savez(tmp_path / "w.npz", **_gnn_benchmark(**_csr("adj", adjacency)))
+  assert graphs.load("w", directory=tmp_path).notes["edge_weights_dropped"] == 1
+  np.savez(tmp_path / "s.npz", **_gnn_benchmark(**_csr("adj", -adjacency)))
+  with pytest.raises(ValueError, match=r"adj_data: 2 edges have negative weights, such as -3"):
+    graphs.load("s", directory=tmp_path)
+
+
+def test_a_graph_without_features_gets_those_that_are_asked_for(tmp_path):
+  np.savez(tmp_path / "bare.npz", edge_index=EDGES, y=LABELS)
+  with pytest.raises(ValueError, match='holds no features: choose features="identity"'):
+    graphs.load("bare", directory=tmp_path)
+  identity = graphs.load("bare", directory=tmp_path, features="identity")
+  np.testing.assert_array_equal(identity.features.toarray(), np.eye(4))
+  degree = graphs.load("bare", directory=tmp_path, features="degree")
+  np.testing.assert_array_equal(degree.features.toarray(), np.eye(3)[[1, 2, 1, 0]])
+  with pytest.raises(ValueError, match="choose one of"):
+    graphs.load("bare", directory=tmp_path, features="ones")
+
+
+def test_pickled_matrices_are_answered_with_the_line_that_converts_them(tmp_path):
+  adjacency = np.zeros((4, 4))
+  adjacency[tuple(EDGES)] = 1
+  old = {"adj_matrix": sparse.csr_matrix(adjacency), "attr_matrix": sparse.csr_matrix(FEATURES)}
+  np.savez(tmp_path / "OLD.npz", **old, labels=LABELS)
+  with pytest.raises(ValueError, match="pickled SciPy matrices") as caught:
+    graphs.load("OLD", directory=tmp_path)
+  line = str(caught.value).partition("convert it once: ")[2]
+  program = line.removeprefix('python -c "').removesuffix('"')
+  subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+  converted = graphs.load("NEW", directory=tmp_path)
+  assert converted.labels.tolist() == LABELS.tolist()
+  assert converted.senders.tolist() == [1, 0, 2, 1]

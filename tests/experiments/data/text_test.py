@@ -162,7 +162,7 @@ def test_load_scored(tmp_path):
   ("changes", "message"),
   [
     ({"rewards": [1.0]}, "2 completions but 1 rewards"),
-    ({"completions": [" a"], "rewards": [1.0]}, "1 completions; rewards are compared"),
+    ({"completions": [" a"], "rewards": [1.0]}, "1 completions; the method compares"),
     (
       {"completions": ["a", "b", "c"], "rewards": [1, 2, 3]},
       "3 completions, but the rows before have 2",
@@ -180,7 +180,30 @@ def test_load_scored(tmp_path):
 def test_bad_scored_row(tmp_path, changes, message):
   path = _jsonl(tmp_path / "s.jsonl", _scored_row(), _scored_row(**changes))
   with pytest.raises(ValueError, match=r"s\.jsonl, line 2: .*" + message):
-    text.load_scored(path)
+    text.load_scored(path, least=2)
+
+
+def test_one_completion_with_a_reward_or_a_label(tmp_path):
+  path = _jsonl(
+    tmp_path / "s.jsonl",
+    {"prompt": "p", "completion": " a", "reward": 0.7},
+    {"prompt": "p", "completion": " b", "label": True},
+    {"prompt": "p", "completion": " c", "label": 0},
+    {"prompt": "p", "completions": [" d"], "rewards": [2]},
+  )
+  assert [(row.completions, row.rewards) for row in text.load_scored(path)] == [
+    ((" a",), (0.7,)), ((" b",), (1.0,)), ((" c",), (0.0,)), ((" d",), (2.0,))
+  ]  # fmt: skip
+  for row, words in (
+    ({"label": 2}, "label must be true or false, found 2"),
+    ({"label": "yes"}, "label must be true or false, found 'yes'"),
+    ({}, "needs a reward or a label"),
+    ({"reward": 1, "label": 1}, "and not both"),
+    ({"reward": None}, "rewards"),
+  ):
+    bad = _jsonl(tmp_path / "bad.jsonl", {"prompt": "p", "completion": " a", **row})
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 1: .*{words}"):
+      text.load_scored(bad)
 
 
 @pytest.mark.parametrize("name", ["prompt", "completions", "rewards"])

@@ -130,6 +130,34 @@ def test_check_names_field_and_value():
     presets.check(config)
 
 
+@pytest.mark.parametrize(
+  ("name", "value", "words"),
+  [
+    ("seed", 2**63, r"below 2\*\*63"),
+    ("seed", -1, "integer >= 0"),
+    ("optimizer.learning_rate", -1.0, "be positive"),
+    ("optimizer.learning_rate", 0.0, "be positive"),  # also what float("1e-400") is
+    ("optimizer.values_learning_rate", float("nan"), "be positive"),
+    ("optimizer.b1", 2.0, r"lie in \[0, 1\]"),
+    ("optimizer.b2", 1.0, "below 1"),
+    ("optimizer.clip_norm", -1.0, "be positive"),
+    ("optimizer.weight_decay", -0.1, "not negative"),
+    ("optimizer.final_scale", -0.1, r"lie in \[0, 1\]"),
+    ("optimizer.warmup_steps", -3, "integer >= 0"),
+    ("reward_model.learning_rate", -1.0, "be positive"),
+  ],
+)
+def test_check_looks_at_the_seed_and_at_every_optimiser(name, value, words):
+  config = ml_collections.ConfigDict(_config())
+  section, _, last = name.rpartition(".")
+  if section:
+    config[section] = {last: value}
+  else:
+    config[last] = value
+  with pytest.raises(ValueError, match=rf"config\.{name} must .*{words}"):
+    presets.check(config)
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "seed", "sharding"])
 def test_check_names_what_is_missing(name):
   config = ml_collections.ConfigDict(_config())

@@ -54,7 +54,7 @@ def test_only_placement_may_differ(tmp_path):
 
 def test_a_broken_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+  with pytest.raises(ValueError, match=r"config\.json is damaged"):
     run_folder.read_config(tmp_path)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -224,6 +225,46 @@ def test_a_finished_run_is_not_trained_again_but_reported(tmp_path, uninterrupte
   assert (_records(uninterrupted), page.read_text()) == before
 
 
+_WRONG_SHAPES = {
+  "cut": '{"step"', "list": "[1, 2]", "number": "3", "null": "null", "empty": "{}",
+  "deep": "[" * 5000 + "]" * 5000, "fields": '{"step": 12, "started": 1, "result": {"metrics": 5}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", _WRONG_SHAPES)
+@pytest.mark.parametrize("name", ["results.json", "environment.json", "figures/evaluation.json"])
+def test_a_damaged_file_is_named_and_made_again_or_left_out(
+  tmp_path, capsys, uninterrupted, name, shape
+):
+  folder = tmp_path / "run"
+  shutil.copytree(uninterrupted, folder)
+  (folder / "figures").mkdir(exist_ok=True)
+  before = json.loads((folder / "results.json").read_text())
+  (folder / name).write_text(_WRONG_SHAPES[shape])
+  outcome = _train(folder, _config(eval__every=3))
+  assert outcome.status == "finished"
+  assert json.loads((folder / "results.json").read_text()) == before
+  assert _records(folder) == _records(uninterrupted)
+  if not (name.startswith("figures") and shape == "empty"):  # {} holds no figures, as [] does
+    assert f"{folder / name} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", _WRONG_SHAPES)
+def test_a_damaged_config_is_refused_and_damaged_records_are_skipped(
+  tmp_path, capsys, uninterrupted, shape
+):
+  folder = tmp_path / "run"
+  shutil.copytree(uninterrupted, folder)
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  (folder / "metrics.jsonl").write_text("\n".join([lines[0], _WRONG_SHAPES[shape], *lines[1:]]))
+  outcome = _train(folder, _config(eval__every=3))
+  assert [r["step"] for r in outcome.history] == list(range(12))
+  assert "metrics.jsonl, line 2 is damaged" in capsys.readouterr().err
+  (folder / "config.json").write_text(_WRONG_SHAPES[shape])
+  with pytest.raises(ValueError, match=r"config\.json is damaged .*: restore it from a backup"):
+    _train(folder, _config(eval__every=3))
+
+
 def test_a_workdir_of_another_config_is_refused_with_the_difference(uninterrupted):
   before = _records(uninterrupted), (uninterrupted / "config.json").read_text()
   config = _config(eval__every=3, optimizer__learning_rate=0.1, train__num_steps=20)
@@ -313,9 +354,9 @@ def test_a_failed_checkpoint_stops_the_run(tmp_path, monkeypatch):
 
 def test_restore_finds_the_best_and_names_what_there_is(tmp_path):
   folder, config = tmp_path / "run", _config(eval__every=4, algorithm__noise=0.0)
-  config.optimizer.learning_rate = -0.05  # it gets worse and worse: the best is the first
-  _train(folder, config)
-  experiment = fake_paper.build(config)
+  # The error shrinks, so where more is better the best is the first.
+  experiment = dataclasses.replace(fake_paper.build(config), maximise=True)
+  _train(folder, config, experiment)
   assert training.restore(experiment, config, folder).step == 12
   assert training.restore(experiment, config, folder, "best").step == 4
   assert training.restore(experiment, config, folder, "4").step == 4

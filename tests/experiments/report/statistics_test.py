@@ -70,6 +70,23 @@ def test_the_bootstrap_agrees_with_t_on_normal_values_and_repeats_itself():
   np.testing.assert_allclose([found.low, found.high], [t.low, t.high], atol=0.02)
 
 
+def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
+  values = np.arange(10.0)
+  values[[0, 9]] = -1e6, 1e6  # outliers at both ends: two values go on either side
+  found = statistics.interquartile_mean(values[::-1])
+  assert (found.value, found.n) == (np.mean(np.arange(2, 8)), 10)
+  assert statistics.interquartile_mean(values[::-1]) == found
+  normal = np.random.default_rng(1).normal(size=400)
+  found = statistics.interquartile_mean(normal)
+  # The standard error of this mean on normal values is 1.09 / sqrt(n); 2000 resamples of 400 values
+  # give it within a tenth.
+  half = 1.96 * 1.09 / 400**0.5
+  np.testing.assert_allclose((found.high - found.low) / 2, half, rtol=0.1)
+  assert statistics.interquartile_mean([3.0]).low is None
+  with pytest.raises(ValueError, match="values is empty"):
+    statistics.interquartile_mean([])
+
+
 def test_one_observation_has_no_interval_and_none_is_an_error():
   assert statistics.mean_interval([2.0]) == results.Estimate(2.0, n=1)
   with pytest.raises(ValueError, match="values is empty"):
