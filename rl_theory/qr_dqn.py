@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import optax
 
 import sharding
+from rl_theory import qtd
 from sharding import checks
 
 Metrics = dict[str, jax.Array]
@@ -108,17 +109,6 @@ class State(NamedTuple):
   step: jax.Array
 
 
-def levels(num_quantiles: int) -> jax.Array:
-  """Returns the levels (2i - 1) / (2N) of N quantiles.
-
-  Example:
-    >>> print(levels(2))
-    [0.25 0.75]
-  """
-  checks.count("num_quantiles", num_quantiles)
-  return (jnp.arange(num_quantiles) + 0.5) / num_quantiles
-
-
 def quantile_huber_loss(theta: jax.Array, targets: jax.Array, *, kappa: Any = 1.0) -> jax.Array:
   """Returns the quantile Huber loss: a sum over quantiles, a mean over targets.
 
@@ -148,7 +138,7 @@ def quantile_huber_loss(theta: jax.Array, targets: jax.Array, *, kappa: Any = 1.
     )
   checks.not_empty(theta=theta, targets=targets)
   errors = jax.lax.stop_gradient(targets)[..., None, :] - theta[..., :, None]
-  weights = levels(theta.shape[-1]).astype(theta.dtype)[:, None] - (errors < 0)
+  weights = qtd.quantile_levels(theta.shape[-1], theta.dtype)[:, None] - (errors < 0)
   # |errors| = |inner| + (what is beyond kappa). With kappa = 0 the quadratic part is exactly 0, and
   # the gradient of the linear part in an error is its weight, also where the error is 0.
   inner = jnp.where(jnp.abs(errors) < kappa, errors, kappa * jnp.sign(errors))

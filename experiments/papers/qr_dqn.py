@@ -19,7 +19,7 @@ import scipy.stats
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits
-from rl_theory import decision_processes, openspiel_mdp, q_learning_epochs, qr_dqn
+from rl_theory import decision_processes, openspiel_mdp, q_learning_epochs, qr_dqn, qtd
 from rl_theory.baselines import dqn
 from rl_theory.networks import mlp
 from sharding import checks
@@ -253,7 +253,7 @@ def _distances(
   apply_fn, process = task.networks[name].apply, task.process
   learned = jax.vmap(lambda params: apply_fn(params, process.observations))(agents.learner.params)
   learned = np.asarray(learned).reshape(len(policies), *process.legal.shape, -1)
-  levels = np.asarray(qr_dqn.levels(learned.shape[-1]))
+  levels = np.asarray(qtd.quantile_levels(learned.shape[-1]))
   starts, initial = np.flatnonzero(process.initial), np.asarray(process.initial, float)
   found, floors = np.zeros((2, len(policies)))
   for seed, policy in enumerate(np.asarray(policies)):

@@ -174,6 +174,28 @@ def test_a_bad_mesh_creates_no_folder(tmp_path, capsys):
   assert not folder.exists()
 
 
+_SUM = """
+from experiments import main
+main._avoid_wrong_sums()
+import jax, jax.numpy as jnp, numpy as np
+def function(a, b, c):
+  return (a * b[:, None]).mean(-1) - c
+rng = np.random.default_rng(0)
+arrays = [rng.normal(size=n).astype(np.float32) for n in ((500, 64), (200, 64), (200, 500))]
+found = jax.jit(function)(*map(jnp.asarray, arrays))
+print(np.abs(found - function(*arrays)).max() < 1e-4)
+"""
+
+
+def test_sums_of_products_are_right_under_the_launcher():
+  """JAX 0.10.2 is off by 0.8 here. The flags of the tests are left out."""
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  result = subprocess.run(
+    [sys.executable, "-c", _SUM], capture_output=True, text=True, env=environment, check=True
+  )
+  assert result.stdout.strip() == "True"
+
+
 def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
   folder, command = tmp_path / "run", [f"--config={_PAPER}", f"--workdir={tmp_path / 'run'}"]
   with run_folder.hold(fake_paper.get_config(), folder):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rl_theory import qr_dqn
+from rl_theory import qr_dqn, qtd
 from rl_theory.baselines import dqn
 from rl_theory.networks import mlp
 
@@ -95,7 +95,7 @@ def test_a_traced_kappa_of_zero_gives_finite_gradients():
 
 def test_the_loss_is_smallest_at_the_quantiles(x64):
   samples = jnp.asarray(np.random.default_rng(3).exponential(size=400))
-  truth = jnp.quantile(samples, qr_dqn.levels(8))
+  truth = jnp.quantile(samples, qtd.quantile_levels(8))
 
   def value(theta):
     return qr_dqn.quantile_huber_loss(theta, samples, kappa=0.0)
