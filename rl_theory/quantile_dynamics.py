@@ -270,10 +270,11 @@ def _iterate(
 def _quantiles(mrp: markov.MarkovRewardProcess, theta: jax.Array, *, upper: bool) -> jax.Array:
   """Returns inf{y: F(y) >= tau_i} of the laws T theta, or with `upper` inf{y: F(y) > tau_i}."""
   levels = qtd.quantile_levels(theta.shape[1], theta.dtype)
-  # Cumulative sums of probabilities that should equal a level miss it by rounding.
-  slack = 4096 * float(jnp.finfo(theta.dtype).eps)
-  levels = levels + slack if upper else levels - slack
   rewards = markov.reward_atoms(mrp)
+  # Cumulative sums of probabilities that should equal a level miss it by rounding. Continuous laws
+  # have fewer such ties, and with them every slack moves the quantile.
+  slack = (16 if rewards is None else 4096) * float(jnp.finfo(theta.dtype).eps)
+  levels = levels + slack if upper else levels - slack
   if rewards is None:
 
     def reached(values: jax.Array) -> jax.Array:
