@@ -199,7 +199,7 @@ def test_fixed_point_in_float32_has_no_bias():
   exact = quantile_dynamics.fixed_point(markov.chain(), num_quantiles=5)
   with jax.enable_x64(False):
     found = np.asarray(quantile_dynamics.fixed_point(markov.chain(), num_quantiles=5))
-  # A level is found within 16 eps = 2e-6. The density there is at least 0.1, and four states add up.
+  # Levels are met within 16 eps = 2e-6; the density is at least 0.1, and four states add up.
   np.testing.assert_allclose(found, exact, atol=1e-4)
 
 
