@@ -69,6 +69,7 @@ def test_updates_reach_the_top_singular_subspaces_of_a_chain_that_is_not_symmetr
   assert np.max(angles) < 1e-4, angles
 
 
+@pytest.mark.slow
 def test_samples_give_the_expectation():
   counts = np.random.default_rng(0).multinomial(4, [0.2] * 5, size=5)
   states, next_states = np.nonzero(counts)

@@ -226,6 +226,7 @@ def test_offsets_reach_both_ends():
   assert left.min() == 0 and np.any((left > 0) & (left + box_width == 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "operation"),
   [

@@ -128,6 +128,7 @@ def test_equals_a_slow_version_in_numpy(x64, bottleneck, stem, size):
   np.testing.assert_allclose(found, slow, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_narrow_computation_keeps_wide_parameters_statistics_and_features():
   images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), jnp.float32)
   make = functools.partial(resnet.ResNet, (1, 1), False, width_multiplier=1 / 8, stem="cifar")

@@ -168,6 +168,7 @@ def test_updates_approach_the_dynamics_in_proportion_to_their_step(ratio):
   np.testing.assert_allclose(whole / half, 2, rtol=0.15)  # the error is first-order
 
 
+@pytest.mark.slow
 def test_samples_give_the_expectation():
   """All transitions of a chain whose probabilities are multiples of 1/4, each as often as it is."""
   counts = np.random.default_rng(0).multinomial(4, [0.2] * 5, size=5)
@@ -335,6 +336,7 @@ def test_under_a_policy_without_states_the_gap_is_the_variance_of_the_predictors
   np.testing.assert_allclose(gap, spread / 2 / 7, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["action", "variance"])
 def test_objectives_with_actions_do_not_collapse(objective):
   batch, phi = _with_actions()

@@ -100,6 +100,7 @@ def test_trajectories_join_up_and_visit_states_as_the_stationary_distribution_sa
   np.testing.assert_allclose((path.states == 0).mean(), expected[0], atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mrp", [markov.chain, markov.artefact, lambda: markov.cliff(3, 4), lambda: markov.gridworld(2, 3)]
 )

@@ -60,6 +60,7 @@ def test_the_largest_quantile_bootstraps_from_itself():
     assert start == (0, 4)
 
 
+@pytest.mark.slow
 def test_categorical_td_follows_td_while_nothing_leaves_its_support():
   config = small(
     "statistics", data__num_seeds=10, train__inner_steps=2, train__num_steps=2,

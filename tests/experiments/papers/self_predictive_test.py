@@ -48,6 +48,7 @@ def test_untrained_features_fail_criteria_and_a_resumed_run_is_the_same():
   assert float(value) == pytest.approx(float(trace[-1].mean())) and np.all(trace[1:] != 0)
 
 
+@pytest.mark.slow
 def test_float32_is_enough_for_the_figures():
   experiment = self_predictive.build(
     config_of("trace", algorithm__num_features="(2,)", train__num_steps=20, train__inner_steps=30)
@@ -143,6 +144,7 @@ def test_bad_settings_are_named(preset, changes, match):
     self_predictive.build(config_of(preset, **changes))
 
 
+@pytest.mark.slow
 def test_the_study_draws_every_figure_in_one_report(tmp_path):
   arguments = ["--config=self_predictive:paper", f"--workdir={tmp_path}/run"]
   arguments += ["--config.data.figures=tiny"]

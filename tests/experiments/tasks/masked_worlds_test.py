@@ -106,6 +106,7 @@ def _play(params, key=0, num_episodes=64):
   )
 
 
+@pytest.mark.slow
 def test_episodes_follow_the_process_and_the_policy():
   world, apply_fn, _, learner = _agent()
   episodes = _play(learner.params, num_episodes=2000)
