@@ -24,6 +24,7 @@ Reference: Rowland et al. 2023, https://arxiv.org/abs/2301.04462, sections 4 to 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -271,9 +272,10 @@ def _quantiles(mrp: markov.MarkovRewardProcess, theta: jax.Array, *, upper: bool
   """Returns inf{y: F(y) >= tau_i} of the laws T theta, or with `upper` inf{y: F(y) > tau_i}."""
   levels = qtd.quantile_levels(theta.shape[1], theta.dtype)
   rewards = markov.reward_atoms(mrp)
-  # Cumulative sums of probabilities that should equal a level miss it by rounding. Continuous laws
-  # have fewer such ties, and with them every slack moves the quantile.
-  slack = (16 if rewards is None else 4096) * float(jnp.finfo(theta.dtype).eps)
+  # Sums of n probabilities that should equal a level miss it by rounding, of the order sqrt(n) eps.
+  # More slack would move the quantiles of continuous rewards, and skip atoms of little mass.
+  num_summands = theta.size * (1 if rewards is None else rewards.values.shape[1])
+  slack = 4 * math.sqrt(num_summands) * float(jnp.finfo(theta.dtype).eps)
   levels = levels + slack if upper else levels - slack
   if rewards is None:
 

@@ -196,11 +196,20 @@ def test_fixed_points_with_gaussian_rewards():
 
 
 def test_fixed_point_in_float32_has_no_bias():
-  exact = quantile_dynamics.fixed_point(markov.chain(), num_quantiles=5)
-  with jax.enable_x64(False):
-    found = np.asarray(quantile_dynamics.fixed_point(markov.chain(), num_quantiles=5))
-  # Levels are met within 16 eps = 2e-6; the density is at least 0.1, and four states add up.
-  np.testing.assert_allclose(found, exact, atol=1e-4)
+  dense = markov.dense_transitions(jax.random.key(0), 10)
+  makers = {
+    # Levels are met within 20 eps = 2e-6; the density is at least 0.1, and four states add up.
+    1e-4: lambda: (markov.chain(), 5),
+    # The slack on the levels can skip an atom of little mass.
+    1e-2: lambda: (markov.MarkovRewardProcess(dense, jnp.linspace(-1.0, 1.0, 10), 0.9), 32),
+  }
+  for tolerance, make in makers.items():
+    mrp, num_quantiles = make()
+    exact = quantile_dynamics.fixed_point(mrp, num_quantiles=num_quantiles).mean(1)
+    with jax.enable_x64(False):
+      mrp = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), mrp)
+      found = np.asarray(quantile_dynamics.fixed_point(mrp, num_quantiles=num_quantiles)).mean(1)
+    np.testing.assert_allclose(found, exact, atol=tolerance)
 
 
 @pytest.mark.parametrize(
