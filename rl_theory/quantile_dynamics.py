@@ -51,7 +51,8 @@ def quantile_dynamic_programming(
     `[S, m]`, ascending for each state if `lam` is one number.
 
   Raises:
-    ValueError: if `theta` has another number of states, or `lam` lies outside [0, 1].
+    ValueError: if `theta` has another number of states or is not finite, or `lam` lies outside
+      [0, 1].
 
   Example:
     >>> process = markov.MarkovRewardProcess(markov.cycle_transitions(2), [1.0, 0.0], 0.5)
@@ -204,7 +205,8 @@ def _check(mrp: markov.MarkovRewardProcess, theta: Any, lam: Any) -> jax.Array:
     raise ValueError(
       f"theta must have shape [S, m] with S = {len(mrp.transitions)}, got {list(theta.shape)}"
     )
-  checks.probabilities("lam", lam)
+  checks.finite("theta", theta, fetch=True)
+  checks.probabilities("lam", lam, fetch=True)
   if jnp.ndim(lam):
     checks.shape("lam", lam, theta.shape, "[S, m]")
   return theta
@@ -270,14 +272,16 @@ def _iterate(
 def _quantiles(mrp: markov.MarkovRewardProcess, theta: jax.Array, *, upper: bool) -> jax.Array:
   """Returns inf{y: F(y) >= tau_i} of the laws T theta, or with `upper` inf{y: F(y) > tau_i}."""
   levels = qtd.quantile_levels(theta.shape[1], theta.dtype)
-  # Cumulative sums of probabilities that should equal a level miss it by rounding.
-  slack = 4096 * float(jnp.finfo(theta.dtype).eps)
+  # Cumulative sums of probabilities that should equal a level miss it by rounding. Levels are 1 / m
+  # apart, and the last one is 1 / (2 m) below 1.
+  slack = min(4096 * float(jnp.finfo(theta.dtype).eps), 1 / (64 * theta.shape[1]))
   levels = levels + slack if upper else levels - slack
   rewards = markov.reward_atoms(mrp)
   if rewards is None:
+    totals = jnp.sum(mrp.transitions, axis=1, keepdims=True)  # 1, up to rounding of the input
 
     def reached(values: jax.Array) -> jax.Array:
-      return target_cdf(mrp, theta, values) >= levels
+      return target_cdf(mrp, theta, values) >= totals * levels
 
     return _bisect(reached, *_bracket(mrp, theta, reached))
 
@@ -290,7 +294,7 @@ def _quantiles(mrp: markov.MarkovRewardProcess, theta: jax.Array, *, upper: bool
     targets = jnp.where(weights > 0, targets.ravel(), jnp.inf)
     order = jnp.argsort(targets)
     cumulative = jnp.cumsum(weights[order])
-    return targets[order][jnp.searchsorted(cumulative, levels)]
+    return targets[order][jnp.searchsorted(cumulative, levels * cumulative[-1])]
 
   return jax.lax.map(lambda row: one(*row), (rewards.values, rewards.probs, mrp.transitions))
 
@@ -302,7 +306,8 @@ def _bracket(
   centre = jnp.broadcast_to(markov.reward_means(mrp)[:, None], theta.shape)
 
   def too_narrow(width: jax.Array) -> jax.Array:
-    return jnp.any(reached(centre - width)) | ~jnp.all(reached(centre + width))
+    missed = jnp.any(reached(centre - width)) | ~jnp.all(reached(centre + width))
+    return missed & jnp.isfinite(width)  # NaN would never be reached
 
   width = jax.lax.while_loop(too_narrow, lambda width: 2 * width, jnp.ones((), theta.dtype))
   return centre - width, centre + width
