@@ -136,7 +136,8 @@ def _users_line(error: Exception) -> str:
     *packages,
     here,
     here.parent / "sharding",
-    *map(pathlib.Path, sysconfig.get_paths().values()),
+    # A virtual environment may stand behind a link.
+    *(pathlib.Path(path).resolve() for path in sysconfig.get_paths().values()),
   ]
   for name, number in reversed(lines):
     path = pathlib.Path(name)

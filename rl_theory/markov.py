@@ -65,6 +65,8 @@ class MarkovRewardProcess:
     checks.probabilities("discount", self.discount, fetch=True)
     if jnp.ndim(self.discount):
       raise ValueError(f"discount must be one number, got {self.discount}: map with jax.vmap")
+    if self.discount is None:
+      raise ValueError("discount must be one number in [0, 1), got None")
     if not isinstance(self.discount, jax.core.Tracer) and self.discount >= 1:
       raise ValueError(f"discount must lie in [0, 1), got {self.discount}")
     markov_rewards.as_arrays(self, "transitions")
@@ -183,8 +185,11 @@ def sample_trajectory(mrp: MarkovRewardProcess, key: Any, start: Any, length: in
   Args:
     mrp: the process.
     key: PRNG key.
-    start: the first state.
+    start: the first state, an integer in [0, S).
     length: T, number of steps.
+
+  Raises:
+    ValueError: if there is no such state, or the length is less than 1.
 
   Example:
     >>> process = MarkovRewardProcess(cycle_transitions(3), [1.0, 2.0, 3.0], 0.5)
@@ -192,6 +197,9 @@ def sample_trajectory(mrp: MarkovRewardProcess, key: Any, start: Any, length: in
     Array([1, 2, 0, 1], dtype=int32)
   """
   checks.count("length", length)
+  if jnp.ndim(start) or not jnp.issubdtype(jnp.asarray(start).dtype, jnp.integer):
+    raise ValueError(f"start must be one integer, got {start!r}: map with jax.vmap")
+  checks.row_numbers("start", start, len(mrp.transitions), 0, fetch=True)
   reward_key, state_key = jax.random.split(key)
   cumulative = markov_rewards.cumulative(mrp.transitions)
 
@@ -312,6 +320,7 @@ def garnet(
     noise: "none", or that of `NoisyRewards` with scale 1.
   """
   checks.choice("noise", noise, ("none", *markov_rewards.NOISES))
+  checks.count("num_states", num_states)
   first, second = jax.random.split(key)
   means = jax.random.normal(second, (num_states,))
   rewards = means if noise == "none" else NoisyRewards(means, 1.0, noise)

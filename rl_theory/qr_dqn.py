@@ -131,10 +131,11 @@ def quantile_huber_loss(theta: jax.Array, targets: jax.Array, *, kappa: Any = 1.
     1.4166667
   """
   checks.not_negative("kappa", kappa)
-  if jnp.shape(theta)[:-1] != jnp.shape(targets)[:-1] or not jnp.ndim(theta):
+  theta, targets = qtd.as_floats(theta, targets)
+  if theta.shape[:-1] != targets.shape[:-1] or 0 in (theta.ndim, targets.ndim):
     raise ValueError(
       f"theta [..., N] and targets [..., M] must agree in their leading axes, got "
-      f"{list(jnp.shape(theta))} and {list(jnp.shape(targets))}"
+      f"{list(theta.shape)} and {list(targets.shape)}"
     )
   checks.not_empty(theta=theta, targets=targets)
   errors = jax.lax.stop_gradient(targets)[..., None, :] - theta[..., :, None]

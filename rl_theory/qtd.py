@@ -186,12 +186,16 @@ class Config:
   def __post_init__(self):
     check_config(self.discount, self.num_microbatches)
     checks.choice("method", self.method, METHODS)
+    if isinstance(self.step_sizes, numbers.Real | str):
+      raise ValueError(
+        f"step_sizes must be StepSizes or None, got {self.step_sizes!r}: use step_sizes(...)"
+      )
 
 
 def check_config(discount: Any, num_microbatches: int) -> None:
   """Raises `ValueError` unless the discount is in [0, 1) and the number of micro-batches is 1."""
   checks.probabilities("discount", discount)
-  if isinstance(discount, int | float) and discount >= 1:
+  if isinstance(discount, numbers.Real) and discount >= 1:
     raise ValueError(f"discount must lie in [0, 1), got {discount}")
   if num_microbatches != 1:
     raise ValueError(
@@ -246,6 +250,13 @@ def lookup(params: jax.Array, states: jax.Array) -> jax.Array:
   return params[states]
 
 
+def as_floats(*arrays: Any) -> list[jax.Array]:
+  """Returns arrays or lists with one dtype; integers become floats, as a level is no integer."""
+  arrays = tuple(map(jnp.asarray, arrays))
+  dtype = jnp.result_type(*arrays, 1.0)
+  return [array.astype(dtype) for array in arrays]
+
+
 def quantile_td_error(
   quantiles: jax.Array, targets: jax.Array, *, method: str = "auto"
 ) -> jax.Array:
@@ -272,7 +283,7 @@ def quantile_td_error(
 
   Reference: https://arxiv.org/abs/2301.04462, eq. 7.
   """
-  quantiles, targets = jnp.asarray(quantiles), jnp.asarray(targets)
+  quantiles, targets = as_floats(quantiles, targets)
   _check(quantiles, targets, method)
   below, _ = _below(*jax.lax.stop_gradient((quantiles, targets)), method)
   levels = quantile_levels(quantiles.shape[-1], quantiles.dtype)
@@ -300,9 +311,9 @@ def pinball_loss(quantiles: jax.Array, targets: jax.Array, *, method: str = "aut
     >>> pinball_loss(jnp.array([0.0, 2.0]), jnp.array([0.0, 1.0]))
     Array([0.125, 0.375], dtype=float32)
   """
-  quantiles, targets = jnp.asarray(quantiles), jax.lax.stop_gradient(jnp.asarray(targets))
-  levels = quantile_levels(quantiles.shape[-1], quantiles.dtype)
+  quantiles, targets = as_floats(quantiles, jax.lax.stop_gradient(targets))
   _check(quantiles, targets, method)
+  levels = quantile_levels(quantiles.shape[-1], quantiles.dtype)
   below, sums = jax.lax.stop_gradient(_below(jax.lax.stop_gradient(quantiles), targets, method))
   share = below.astype(quantiles.dtype) / targets.shape[-1]
   # The mean over targets below the quantile of how far they are below it.
@@ -342,12 +353,17 @@ def loss(
     key: PRNG key, used with `random_index` only.
     apply_fn: `apply_fn(params, states [B]) -> [B, m]`, such as `lookup`.
     config: hyper-parameters.
+
+  Raises:
+    ValueError: if the shapes of the batch do not fit, or it is empty.
   """
   quantiles = apply_fn(params, batch.states)
   following = jax.lax.stop_gradient(apply_fn(params, batch.next_states))
+  checks.same_shape(states=batch.states, next_states=batch.next_states)
   if config.random_index:
     drawn = jax.random.randint(key, batch.states.shape, 0, following.shape[-1])
     following = jnp.take_along_axis(following, drawn[:, None], axis=-1)
+  checks.shape("rewards", batch.rewards, quantiles.shape[:1], "[B]")
   targets = batch.rewards[:, None] + config.discount * following
   losses = jnp.sum(pinball_loss(quantiles, targets, method=config.method), axis=-1)
   if config.step_sizes is not None:
@@ -390,7 +406,8 @@ def update(
 
 def _check(quantiles: jax.Array, targets: jax.Array, method: str) -> None:
   checks.choice("method", method, METHODS)
-  if quantiles.shape[:-1] != targets.shape[:-1] or 0 in quantiles.shape or 0 in targets.shape:
+  axes = quantiles.ndim, targets.ndim
+  if quantiles.shape[:-1] != targets.shape[:-1] or 0 in (*axes, *quantiles.shape, *targets.shape):
     raise ValueError(
       "quantiles [..., m] and targets [..., n] must have the same leading axes and not be empty, "
       f"got {list(quantiles.shape)} and {list(targets.shape)}"

@@ -52,7 +52,8 @@ def quantile_dynamic_programming(
     `[S, m]`, ascending for each state if `lam` is one number.
 
   Raises:
-    ValueError: if `theta` has another number of states, or `lam` lies outside [0, 1].
+    ValueError: if `theta` has another number of states or is not finite, or `lam` lies outside
+      [0, 1].
 
   Example:
     >>> process = markov.MarkovRewardProcess(markov.cycle_transitions(2), [1.0, 0.0], 0.5)
@@ -205,7 +206,8 @@ def _check(mrp: markov.MarkovRewardProcess, theta: Any, lam: Any) -> jax.Array:
     raise ValueError(
       f"theta must have shape [S, m] with S = {len(mrp.transitions)}, got {list(theta.shape)}"
     )
-  checks.probabilities("lam", lam)
+  checks.finite("theta", theta, fetch=True)
+  checks.probabilities("lam", lam, fetch=True)
   if jnp.ndim(lam):
     checks.shape("lam", lam, theta.shape, "[S, m]")
   return theta
@@ -273,14 +275,17 @@ def _quantiles(mrp: markov.MarkovRewardProcess, theta: jax.Array, *, upper: bool
   levels = qtd.quantile_levels(theta.shape[1], theta.dtype)
   rewards = markov.reward_atoms(mrp)
   # Sums of n probabilities that should equal a level miss it by rounding, of the order sqrt(n) eps.
-  # More slack would move the quantiles of continuous rewards, and skip atoms of little mass.
+  # More slack would move the quantiles of continuous rewards, and skip atoms of little mass. Levels
+  # are 1 / m apart, and the last one is 1 / (2 m) below 1.
   num_summands = theta.size * (1 if rewards is None else rewards.values.shape[1])
-  slack = 4 * math.sqrt(num_summands) * float(jnp.finfo(theta.dtype).eps)
+  rounding = 4 * math.sqrt(num_summands) * float(jnp.finfo(theta.dtype).eps)
+  slack = min(rounding, 1 / (64 * theta.shape[1]))
   levels = levels + slack if upper else levels - slack
   if rewards is None:
+    totals = jnp.sum(mrp.transitions, axis=1, keepdims=True)  # 1, up to rounding of the input
 
     def reached(values: jax.Array) -> jax.Array:
-      return target_cdf(mrp, theta, values) >= levels
+      return target_cdf(mrp, theta, values) >= totals * levels
 
     return _bisect(reached, *_bracket(mrp, theta, reached))
 
@@ -293,7 +298,7 @@ def _quantiles(mrp: markov.MarkovRewardProcess, theta: jax.Array, *, upper: bool
     targets = jnp.where(weights > 0, targets.ravel(), jnp.inf)
     order = jnp.argsort(targets)
     cumulative = jnp.cumsum(weights[order])
-    return targets[order][jnp.searchsorted(cumulative, levels)]
+    return targets[order][jnp.searchsorted(cumulative, levels * cumulative[-1])]
 
   return jax.lax.map(lambda row: one(*row), (rewards.values, rewards.probs, mrp.transitions))
 
@@ -305,7 +310,8 @@ def _bracket(
   centre = jnp.broadcast_to(markov.reward_means(mrp)[:, None], theta.shape)
 
   def too_narrow(width: jax.Array) -> jax.Array:
-    return jnp.any(reached(centre - width)) | ~jnp.all(reached(centre + width))
+    missed = jnp.any(reached(centre - width)) | ~jnp.all(reached(centre + width))
+    return missed & jnp.isfinite(width)  # NaN would never be reached
 
   width = jax.lax.while_loop(too_narrow, lambda width: 2 * width, jnp.ones((), theta.dtype))
   return centre - width, centre + width

@@ -32,7 +32,8 @@ def wasserstein(
     `[...]` distances, in O((M + N) log(M + N)).
 
   Raises:
-    ValueError: if `order` is less than 1, or probabilities have another number than their atoms.
+    ValueError: if `order` is less than 1, there are no atoms, or probabilities have another number
+      than their atoms.
 
   Example:
     >>> print(wasserstein(jnp.array([0.0, 1.0]), jnp.array([1.0, 3.0, 0.0, 0.0])))
@@ -43,6 +44,8 @@ def wasserstein(
   sides = []
   for name, atoms, probs in (("first", first, first_probs), ("second", second, second_probs)):
     atoms = jnp.asarray(atoms, float)
+    if not atoms.ndim or not atoms.shape[-1]:
+      raise ValueError(f"{name} must have atoms on its last axis, got shape {list(atoms.shape)}")
     if probs is None:
       probs = jnp.full(atoms.shape[-1:], 1 / atoms.shape[-1], atoms.dtype)
     if jnp.shape(probs)[-1:] != atoms.shape[-1:]:
@@ -132,6 +135,8 @@ def return_distribution(
       "rewards must have finitely many values, got continuous ones: use markov.sample_returns"
     )
   if num_steps is None:
+    if isinstance(mrp.discount, jax.core.Tracer):
+      raise ValueError("num_steps must be given where the discount is traced, got None")
     small = 0.005 / ((num_atoms - 1) * (1 - float(mrp.discount)))
     num_steps = markov.num_iterations(mrp.discount, small)
   checks.count("num_steps", num_steps)

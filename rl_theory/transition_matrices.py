@@ -71,6 +71,7 @@ def symmetric_transitions(key: Any, num_states: int, *, num_sweeps: int = 2000) 
     (True, True)
   """
   checks.count("num_states", num_states)
+  checks.count("num_sweeps", num_sweeps)
   cubes = jax.random.uniform(key, (num_states, num_states)) ** 3
 
   def sweep(_: Any, matrix: jax.Array) -> jax.Array:
@@ -131,7 +132,9 @@ def lazy(transitions: Any, weight: Any) -> jax.Array:
            [0.25, 0.75]], dtype=float32)
   """
   check_transitions(transitions)
-  checks.probabilities("weight", weight)
+  checks.probabilities("weight", weight, fetch=True)
+  if jnp.ndim(weight):
+    raise ValueError(f"weight must be one number, got {weight}: map with jax.vmap")
   transitions = jnp.asarray(transitions, float)
   return (1 - weight) * transitions + weight * jnp.eye(len(transitions), dtype=transitions.dtype)
 

@@ -49,6 +49,8 @@ def build(config: Any) -> training.Experiment:
     ("eval.num_episodes", config.eval.num_episodes),
   ):
     checks.count(f"config.{name}", value)
+  checks.not_negative("config.algorithm.weight", algorithm.weight)
+  checks.positive("config.optimizer.learning_rate", config.optimizer.learning_rate)
   world = masked_worlds.make(environment)
   apply_fn = memory_agents.networks(config, world)
   optimizer = optax.adam(config.optimizer.learning_rate)

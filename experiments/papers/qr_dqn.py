@@ -62,6 +62,10 @@ def build(config: Any) -> training.Experiment:
   num_seeds = config.environment.num_seeds
   checks.count("config.environment.num_seeds", num_seeds)
   checks.count("config.train.inner_steps", config.train.inner_steps)
+  checks.count("config.network.num_quantiles", config.network.num_quantiles)
+  for width in config.network.widths:
+    checks.count("config.network.widths", width)
+  checks.positive("config.optimizer.learning_rate", config.optimizer.learning_rate)
   task = _task(config)
   process, play = task.process, q_learning_epochs.Config(**config.play)
   optimizer = optax.adam(config.optimizer.learning_rate)

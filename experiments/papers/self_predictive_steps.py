@@ -62,6 +62,11 @@ def build(config: Any) -> training.Experiment:
   width = config.algorithm.num_features
   checks.count("config.data.num_chains", num_chains, least=2)
   checks.count("config.algorithm.num_features", width, least=2)
+  if width > num_states:
+    raise ValueError(
+      f"config.algorithm.num_features={width} must be at most config.data.num_states={num_states}: "
+      "more columns than states are dependent"
+    )
   checks.positive("config.optimizer.learning_rate", config.optimizer.learning_rate)
   configs = settings(config)
   # Settings that differ in numbers alone are one program.

@@ -18,6 +18,7 @@ from experiments.tasks import masked_worlds
 from representation import latent_prediction
 from representation.networks import adapters, recurrent
 from rl_theory import decision_processes, returns
+from sharding import checks
 
 
 class Heads(nn.Module):
@@ -69,6 +70,12 @@ class Config:
   trace_decay: Any
   value_weight: Any
   entropy_weight: Any
+
+  def __post_init__(self):
+    checks.probabilities("discount", self.discount)
+    checks.probabilities("trace_decay", self.trace_decay)
+    checks.not_negative("value_weight", self.value_weight)
+    checks.not_negative("entropy_weight", self.entropy_weight)
 
 
 class Episodes(NamedTuple):

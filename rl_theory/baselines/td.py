@@ -139,8 +139,12 @@ def loss(
     key: not used.
     apply_fn: `apply_fn(params, states [B]) -> [B]`, such as `lookup`.
     config: hyper-parameters.
+
+  Raises:
+    ValueError: if the shapes of the batch differ, or it is empty.
   """
   del key
+  checks.not_empty(states=batch.states)
   values = apply_fn(params, batch.states)
   following = jax.lax.stop_gradient(apply_fn(params, batch.next_states))
   errors = td_error(values, batch.rewards, following, discount=config.discount)

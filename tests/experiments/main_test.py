@@ -269,6 +269,17 @@ def test_an_error_of_the_users_file_names_its_line(tmp_path, capsys, source, wor
   assert "Traceback" not in error
 
 
+def test_packages_behind_a_link_are_not_the_users_code(tmp_path, monkeypatch):
+  """A virtual environment may be one: errors of JAX are no lines of the user's."""
+  link = tmp_path / "packages"
+  link.symlink_to(pathlib.Path(np.__file__).parent.parent)
+  monkeypatch.setattr(main.sysconfig, "get_paths", lambda: {"purelib": str(link)})
+  with pytest.raises(np.linalg.LinAlgError) as failed:
+    np.linalg.inv(np.ones(3))
+  error = failed.value.with_traceback(failed.value.__traceback__.tb_next)  # without this file
+  assert main._users_line(error) == ""
+
+
 def test_a_reward_that_fails_on_its_first_call_names_its_line(tmp_path, capsys, monkeypatch):
   (tmp_path / "judge_of_mine.py").write_text("def score(prompts, completions):\n  return prices\n")
   monkeypatch.syspath_prepend(tmp_path)

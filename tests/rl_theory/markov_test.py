@@ -194,6 +194,24 @@ def test_bad_processes_are_refused(transitions, rewards, discount, message, conv
     ),
     (lambda: markov.sparse_transitions(jax.random.key(0), 3, branching=4), "branching must be"),
     (lambda: markov.lazy(_EYE, 1.5), "weight must lie in"),
+    (lambda: markov.lazy(_EYE, jnp.float32(1.5)), "weight must lie in"),
+    (lambda: markov.lazy(_EYE, [0.5, 0.5]), "weight must be one number"),
+    (lambda: markov.MarkovRewardProcess(_EYE, [1.0, 2.0], None), "discount must be one number"),
+    (lambda: markov.symmetric_transitions(jax.random.key(0), 3, num_sweeps=0), "num_sweeps must"),
+    (lambda: markov.garnet(jax.random.key(0), -1, 1), "num_states must be an integer"),
+    (lambda: markov.sample_trajectory(markov.chain(), jax.random.key(0), 5, 3), "start must lie"),
+    (lambda: markov.sample_trajectory(markov.chain(), jax.random.key(0), 0.5, 3), "start must be"),
+    (lambda: markov.sample_trajectory(markov.chain(), jax.random.key(0), [0], 3), "start must be"),
+    (lambda: return_distributions.wasserstein([], [1.0]), "first must have atoms"),
+    (lambda: return_distributions.wasserstein([1.0], 1.0), "second must have atoms"),
+    (
+      lambda: jax.jit(
+        lambda discount: return_distributions.return_distribution(
+          markov.MarkovRewardProcess(_EYE, [1.0, 2.0], discount)
+        )
+      )(0.5),
+      "num_steps must be given",
+    ),
     (lambda: markov.two_states("cauchy"), "kind must be one of"),
     (lambda: markov.sample_returns(markov.chain(), jax.random.key(0), 0), "num_samples must be"),
     (lambda: return_distributions.wasserstein([0.0], [1.0], order=0.5), "order must be"),

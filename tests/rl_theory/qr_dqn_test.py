@@ -211,6 +211,13 @@ def test_the_quantile_network_has_the_hidden_layers_of_the_plain_one():
   assert params["params"]["MLP_0"]["Dense_0"]["kernel"].shape == hidden.shape
 
 
+def test_integers_and_lists_have_the_loss_of_floats():
+  theta, targets = [0, 3], [1, 2, 5]
+  expected = qr_dqn.quantile_huber_loss(jnp.array(theta, float), jnp.array(targets, float))
+  for convert in (list, np.array, jnp.array):
+    assert qr_dqn.quantile_huber_loss(convert(theta), convert(targets)) == expected
+
+
 def test_bad_arguments_name_themselves():
   with pytest.raises(ValueError, match="kappa must be finite and not negative"):
     qr_dqn.Config(kappa=-1.0)

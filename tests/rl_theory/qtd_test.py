@@ -48,6 +48,19 @@ def test_error_equals_a_slow_version_with_ties_and_other_sizes(method):
 
 
 @pytest.mark.parametrize("method", qtd.METHODS)
+def test_integers_lists_and_mixed_dtypes_are_floats(method):
+  """Levels of the dtype of integers would all be 0."""
+  for dtype, other in ((int, int), (int, float), (jnp.bfloat16, jnp.float32)):
+    quantiles, targets = jnp.array([0, 2], dtype), jnp.array([0, 1], other)
+    error = qtd.quantile_td_error(quantiles, targets, method=method)
+    np.testing.assert_array_equal(error, [0.25, -0.25])
+    loss = qtd.pinball_loss(quantiles, targets, method=method)
+    np.testing.assert_array_equal(loss, [0.125, 0.375])
+  error = qtd.quantile_td_error([0, 2], [0, 1], method=method)
+  np.testing.assert_array_equal(error, [0.25, -0.25])
+
+
+@pytest.mark.parametrize("method", qtd.METHODS)
 def test_comparison_is_strict(method):
   error = qtd.quantile_td_error(jnp.zeros(2), jnp.zeros(3), method=method)
   np.testing.assert_array_equal(error, [0.25, 0.75])
@@ -469,6 +482,9 @@ def test_step_sizes_say_which_condition_they_break(name, power, asynchronous, br
     (lambda: qtd.Config(discount=1.0), "discount must lie in"),
     (lambda: qtd.Config(discount=-0.1), "discount must lie in"),
     (lambda: qtd.Config(method="fast"), "method must be one of"),
+    (lambda: qtd.Config(discount=np.float32(1)), "discount must lie in"),
+    (lambda: qtd.Config(step_sizes=0.1), "step_sizes must be StepSizes or None"),
+    (lambda: qtd.quantile_td_error(0.0, [1.0]), "same leading axes"),
     (lambda: qtd.quantile_levels(0), "num_quantiles must be an integer >= 1"),
     (lambda: qtd.quantile_td_error(np.zeros((2, 3)), np.zeros(3)), "same leading axes"),
     (lambda: qtd.step_sizes("linear", scale=1.0), "name must be one of"),
@@ -494,3 +510,18 @@ def test_step_sizes_say_which_condition_they_break(name, power, asynchronous, br
 def test_bad_input_is_refused(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+@pytest.mark.parametrize(
+  "states, rewards, following, message",
+  [
+    ([0, 1], [1.0], [0, 1], "rewards must have shape"),
+    ([0, 1], [1.0, 2.0], [0], "shapes must be equal"),
+    ([], [], [], "not be empty"),
+  ],
+)
+def test_batches_that_would_broadcast_or_are_empty_are_refused(states, rewards, following, message):
+  states, following = np.array(states, int), np.array(following, int)
+  batch = qtd.Batch(states, np.array(rewards), following)
+  with pytest.raises(ValueError, match=message):
+    _step(jnp.zeros((2, 3)), batch, qtd.Config())

@@ -72,3 +72,8 @@ def test_bad_input_is_refused():
       td.Config(**options)
   with pytest.raises(ValueError, match="shapes must be equal"):
     td.td_error(np.zeros(2), np.zeros(3), np.zeros(2), discount=0.5)
+  config, optimizer = td.Config(), optax.sgd(1.0)
+  state, empty = td.init(jnp.zeros(2), optimizer=optimizer, config=config), jnp.zeros(0)
+  batch = td.Batch(empty.astype(int), empty, empty.astype(int))
+  with pytest.raises(ValueError, match="states must not be empty"):
+    td.update(state, batch, None, apply_fn=td.lookup, optimizer=optimizer, config=config)

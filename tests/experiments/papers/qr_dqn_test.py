@@ -60,3 +60,17 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch):
     for name in ("whole", "parts")
   )
   assert whole == parts and len(whole) == 10
+
+
+@pytest.mark.parametrize(
+  "setting",
+  [
+    "network.num_quantiles=0",
+    "network.widths=(8, 0)",
+    "optimizer.learning_rate=-1.0",
+    "environment.num_seeds=0",
+  ],
+)
+def test_bad_settings_are_named(tmp_path, capsys, setting):
+  assert _run(tmp_path / "run", f"--config.{setting}") == 2
+  assert f"config.{setting.split('=')[0]} must be" in capsys.readouterr().err

@@ -137,6 +137,7 @@ def test_chains_are_sorted_by_the_stable_set_in_which_they_end():
     ("ratio", {"algorithm.predictor_ratio": "(1, 0)"}, "config.algorithm.predictor_ratio"),
     ("ema", {"algorithm.target_decay": "(2,)"}, "config.algorithm.target_decay"),
     ("collapse", {"algorithm.num_features": "1"}, "config.algorithm.num_features"),
+    ("collapse", {"algorithm.num_features": "7"}, "config.algorithm.num_features=7 must be at"),
   ],
 )
 def test_bad_settings_are_named(preset, changes, match):

@@ -187,3 +187,14 @@ def test_a_tiny_run_reports_returns_probes_and_collapse(tmp_path):
   ]  # fmt: skip
   assert [row[1] for row in result["tables"][0]["rows"]] == ["pass", "pass"]
   assert (folder / "figures" / "latent_prediction.png").exists()
+
+
+@pytest.mark.parametrize(
+  "setting",
+  ["algorithm.discount=1.5", "algorithm.trace_decay=2.0", "algorithm.entropy_weight=-1.0",
+   "algorithm.weight=-1.0", "optimizer.learning_rate=-1.0"],
+)  # fmt: skip
+def test_bad_settings_are_named(tmp_path, capsys, setting):
+  command = ["--config=latent_prediction:tiny", f"--workdir={tmp_path / 'run'}"]
+  assert main.run([*command, f"--config.{setting}"]) == 2
+  assert f"{setting.split('=')[0].split('.')[1]} must" in capsys.readouterr().err
