@@ -63,7 +63,7 @@ def make_expectation(
   """
   num_states = np.shape(transitions)[-1] if np.ndim(transitions) else 0
   if distribution is None:
-    dtype = jnp.result_type(transitions, jnp.float32)
+    dtype = jnp.result_type(jnp.asarray(transitions), jnp.float32)
     distribution = jnp.full(num_states, 1 / max(num_states, 1), dtype)
   batch = Expectation(transitions, distribution, policy, states)
   check_shapes(batch)
@@ -71,7 +71,8 @@ def make_expectation(
   checks.distribution("distribution", distribution, fetch=True)
   if policy is not None:
     checks.distribution("policy", policy, fetch=True)
-  return batch
+  arrays = (None if part is None else jnp.asarray(part) for part in batch)
+  return Expectation(*arrays)
 
 
 def ends(batch: Any) -> tuple[Any, Any]:

@@ -39,6 +39,7 @@ Deviations: the loss has a factor 1/2, so that a step of SGD is a step of the pa
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ class Config:
       raise ValueError(
         f"predictor must be 'optimal' with objective='variance', got {self.predictor!r}"
       )
-    if not self.stop_gradient and isinstance(self.target_decay, float | int) and self.target_decay:
+    if not self.stop_gradient and isinstance(self.target_decay, numbers.Real) and self.target_decay:
       raise ValueError(
         f"target_decay must be 0 with stop_gradient=False, got {self.target_decay}: a gradient "
         "can only go through the representation itself"
@@ -204,6 +205,7 @@ def loss_of_embeddings(
     ValueError: if shapes do not fit, or there are fewer states than features.
   """
   _check(batch, embeddings, predictor, config)
+  checks.same_shape(embeddings=embeddings, targets=targets)
   if config.stop_gradient:
     targets = jax.lax.stop_gradient(targets)
   if config.objective == "variance":

@@ -104,7 +104,8 @@ def optimal_predictor(
   """
   weights = _check(transitions, distribution, representation=representation, target=target)
   checks.not_negative("ridge", ridge, fetch=True)
-  target = representation if target is None else target
+  representation, transitions = jnp.asarray(representation), jnp.asarray(transitions)
+  target = representation if target is None else jnp.asarray(target)
   return chains.least_squares(representation, transitions @ target, weights, ridge=ridge)
 
 
@@ -141,6 +142,7 @@ def flow(
     ValueError: for arguments that do not fit together, k > S, rows of P that do not sum to 1, or
       `ratio` <= 0.
   """
+  variables = Variables(*(None if part is None else jnp.asarray(part) for part in variables))
   phi, predictor, target = variables
   weights = _check(transitions, distribution, representation=phi, target=target)
   checks.choice("gradient", gradient, GRADIENTS)
@@ -160,6 +162,7 @@ def flow(
   else:
     checks.positive("ratio", ratio, fetch=True)
     checks.shape("predictor", predictor, 2 * np.shape(phi)[1:], "[k, k]")
+  transitions = jnp.asarray(transitions)
   error = transitions @ source - phi @ predictor
   weighted = weights[:, None] * error
   slope = weighted @ predictor.T
@@ -201,6 +204,8 @@ def bidirectional_flow(
   """
   phi, psi = pair
   weights = _check(transitions, distribution, forward=phi, backward=psi)
+  checks.not_negative("ridge", ridge, fetch=True)
+  phi, psi, transitions = jnp.asarray(phi), jnp.asarray(psi), jnp.asarray(transitions)
   joint = weights[:, None] * transitions
   arriving = weights if distribution is None else jnp.sum(joint, axis=0)
 
@@ -285,7 +290,9 @@ def trace_objective(left: Any, transitions: Any, right: Any = None) -> jax.Array
     A scalar. Its largest value over orthonormal Phi and Psi is the sum of the k largest squared
     singular values of P; |P - Phi Phi^T P Psi Psi^T|^2 = |P|^2 - f.
   """
-  return jnp.sum((left.T @ transitions @ (left if right is None else right)) ** 2)
+  left, transitions = jnp.asarray(left), jnp.asarray(transitions)
+  right = left if right is None else jnp.asarray(right)
+  return jnp.sum((left.T @ transitions @ right) ** 2)
 
 
 def _check(transitions: Any, distribution: Any, **representations: Any) -> jax.Array:

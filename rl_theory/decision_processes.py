@@ -276,7 +276,7 @@ def return_distribution(
     ValueError: if an episode goes on for longer, or there are more pairs.
   """
   _check_policy(process, policy)
-  checks.probabilities("discount", discount)
+  checks.probabilities("discount", discount, fetch=True)
   first = np.asarray(process.initial if start is None else start, float)
   checks.shape("start", first, (process.num_states,), "[S]")
   checks.distribution("start", first)
@@ -320,4 +320,13 @@ def _merge(keys: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def _check_policy(process: DecisionProcess, policy: Any) -> None:
   checks.shape("policy", policy, process.legal.shape, "[S, A]")
-  checks.distribution("policy", policy)
+  checks.distribution("policy", policy, fetch=True)
+  if any(isinstance(array, jax.core.Tracer) for array in (policy, process.legal)):
+    return
+  forbidden = np.argwhere((np.asarray(policy) > 0) & ~np.asarray(process.legal))
+  if len(forbidden):
+    state, action = forbidden[0].tolist()
+    raise ValueError(
+      f"policy must be 0 at illegal actions, got {np.asarray(policy)[state, action]} for action "
+      f"{action} in state {state}"
+    )

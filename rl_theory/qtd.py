@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import sharding
@@ -195,7 +196,7 @@ class Config:
 def check_config(discount: Any, num_microbatches: int) -> None:
   """Raises `ValueError` unless the discount is in [0, 1) and the number of micro-batches is 1."""
   checks.probabilities("discount", discount)
-  if isinstance(discount, numbers.Real) and discount >= 1:
+  if isinstance(discount, int | float | np.floating) and discount >= 1:
     raise ValueError(f"discount must lie in [0, 1), got {discount}")
   if num_microbatches != 1:
     raise ValueError(

@@ -308,6 +308,17 @@ def test_saved_values_are_those_of_their_times():
   np.testing.assert_allclose(saved, 6 * np.exp(-np.array([0, 0.3, 0.6])), rtol=1e-5)
 
 
+def test_lists_stand_for_arrays():
+  chain, phi = np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([[1.0], [2.0]])
+  for function in (
+    self_predictive_flow.optimal_predictor,
+    lambda phi, chain: flow(Variables(phi), chain).representation,
+    lambda phi, chain: self_predictive_flow.bidirectional_flow(Pair(phi, phi), chain).forward,
+    lambda phi, chain: self_predictive_flow.trace_objective(phi, chain),
+  ):
+    np.testing.assert_allclose(function(phi.tolist(), chain.tolist()), function(phi, chain))
+
+
 CHAIN = np.full((3, 3), 1 / 3)
 PHI = np.eye(3)[:, :2]
 
@@ -336,6 +347,10 @@ PHI = np.eye(3)[:, :2]
       "shapes must be equal",
     ),
     (lambda: self_predictive_flow.bidirectional_flow(Pair(PHI, PHI), 2 * CHAIN), "sum to 1"),
+    (
+      lambda: self_predictive_flow.bidirectional_flow(Pair(PHI, PHI), CHAIN, ridge=-1.0),
+      "ridge must be finite and not negative",
+    ),
     (lambda: integrate(lambda x: x, 1.0, step=0, num_steps=2), "step must be positive"),
     (lambda: integrate(lambda x: x, 1.0, step=1, num_steps=0), "num_steps must be an integer"),
     (

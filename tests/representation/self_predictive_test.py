@@ -406,6 +406,18 @@ CHAIN = np.full((3, 3), 1 / 3)
       "states must have one row for each of the 3 states",
     ),
     (lambda: _step(np.ones((3, 4)), np.eye(4)), "at most as many features as there are states, 3"),
+    (
+      lambda: self_predictive.loss_of_embeddings(
+        np.ones((4, 2)), np.ones((1, 2)), np.eye(2),
+        self_predictive.Transitions(np.arange(4), np.arange(1)),
+        config=Config(predictor="gradient"),
+      ),
+      "shapes must be equal",
+    ),
+    (
+      lambda: Config(stop_gradient=False, target_decay=np.float32(0.5)),
+      "target_decay must be 0 with stop_gradient=False",
+    ),
     (lambda: _step(np.eye(3), np.eye(2)), r"predictor must have shape \[k, k\]"),
     (
       lambda: _step(np.eye(3), np.ones((2, 3, 3)), Config(objective="action")),
@@ -420,6 +432,16 @@ CHAIN = np.full((3, 3), 1 / 3)
 def test_bad_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_a_chain_may_be_lists():
+  batch = self_predictive.make_expectation(CHAIN.tolist())
+  embeddings, predictor = jnp.eye(3)[:, :2], jnp.eye(2)
+  losses = [
+    self_predictive.loss_of_embeddings(embeddings, embeddings, predictor, each, config=Config())
+    for each in (batch, self_predictive.make_expectation(CHAIN))
+  ]
+  assert losses[0] == losses[1]
 
 
 def _step(table, predictor, config=None):

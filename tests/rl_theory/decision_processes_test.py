@@ -199,6 +199,11 @@ def test_bad_arguments_name_themselves():
     decision_processes.optimum(process, 1.5)
   with pytest.raises(ValueError, match=r"policy must have shape \[S, A\]"):
     decision_processes.under_policy(process, policy[1:])
+  hidden = dataclasses.replace(process, legal=process.legal.at[0, 1].set(False))
+  with pytest.raises(ValueError, match="policy must be 0 at illegal actions, got"):
+    decision_processes.policy_values(hidden, policy, 1.0)
+  with pytest.raises(ValueError, match="policy must lie in"):
+    decision_processes.return_distribution(process, policy.at[0].set(jnp.nan), 1.0)
   with pytest.raises(ValueError, match="probability must lie"):
     decision_processes.with_slips(process, 2)
   with pytest.raises(ValueError, match="num_steps must be at least the length"):
