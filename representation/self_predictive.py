@@ -361,6 +361,11 @@ def _check(batch: Any, embeddings: Any, predictor: Any, config: Config) -> None:
       f"the representation must have at most as many features as there are states, {num_rows}, got "
       f"{num_features}: its columns cannot be independent"
     )
+  if config.predictor == "optimal" and num_features > num_rows:
+    raise ValueError(
+      f"the optimal predictor needs at least as many transitions as features, {num_features}, got "
+      f"{num_rows}: give a larger batch, or predictor='gradient'"
+    )
   if config.objective == "policy":
     checks.shape("predictor", predictor, (num_features, num_features), "[k, k]")
     return

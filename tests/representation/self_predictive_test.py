@@ -408,6 +408,13 @@ CHAIN = np.full((3, 3), 1 / 3)
     (lambda: _step(np.ones((3, 4)), np.eye(4)), "at most as many features as there are states, 3"),
     (
       lambda: self_predictive.loss_of_embeddings(
+        np.ones((2, 3)), np.ones((2, 3)), np.eye(3),
+        self_predictive.Transitions(np.arange(2), np.arange(2)), config=Config(),
+      ),
+      "at least as many transitions as features, 3, got 2",
+    ),
+    (
+      lambda: self_predictive.loss_of_embeddings(
         np.ones((4, 2)), np.ones((1, 2)), np.eye(2),
         self_predictive.Transitions(np.arange(4), np.arange(1)),
         config=Config(predictor="gradient"),
