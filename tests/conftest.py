@@ -10,8 +10,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _flag, _value in (
   ("--xla_force_host_platform_device_count", 8),
   ("--xla_backend_optimization_level", 0),
-  # The launcher turns this fusion off for JAX 0.10, where it is wrong (`experiments.main`).
-  ("--xla_cpu_experimental_ynn_fusion_type", ""),
 ):
   if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
