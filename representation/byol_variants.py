@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from representation import moving_targets
+from representation import chains, moving_targets
 from sharding import checks
 
 
@@ -62,8 +62,6 @@ def least_squares_predictor(
     ridge: not negative. The penalty on |W|^2 is this share of the mean diagonal entry of
       projections^T projections. Without it, W is not finite if the projections have no full rank.
   """
-  gram = projections.T @ projections
-  size = ridge * jnp.trace(gram) / len(gram)
-  return jnp.linalg.solve(
-    gram + size * jnp.eye(len(gram), dtype=gram.dtype), projections.T @ targets
-  )
+  diagonal = jnp.sum(projections**2) / projections.shape[1]  # the mean over its entries
+  ones = jnp.ones(len(projections), projections.dtype)
+  return chains.least_squares(projections, targets, ones, ridge=ridge * diagonal)

@@ -19,7 +19,7 @@ A person with a chain starts here:
 
 >>> chain = jnp.array([[0.7, 0.2, 0.1], [0.2, 0.6, 0.2], [0.1, 0.2, 0.7]])
 >>> start = Variables(jnp.eye(3)[:, :2])
->>> end, _ = integrate(functools.partial(flow, transitions=chain), start, step=0.2, num_steps=2000)
+>>> end, _ = integrate(lambda x: flow(x, transitions=chain), start, step=0.2, num_steps=2000)
 >>> print(f"{trace_objective(end.representation, chain):.3f}")  # 1 ** 2 + 0.6 ** 2
 1.360
 
@@ -37,7 +37,6 @@ of the slow predictor and the two stability tables are derived here.
 | Phi_t, Phi~_t | `Pair.forward`, `Pair.backward` |
 """
 
-import functools  # noqa: F401 (the example above needs it)
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
