@@ -90,6 +90,32 @@ def accuracy(predictions: jax.Array, labels: jax.Array) -> jax.Array:
   return jnp.mean(jnp.asarray(predictions) == jnp.asarray(labels))
 
 
+def top_accuracy(scores: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the share of rows where the label has the largest of the scores.
+
+  The lower class is the prediction if several have the largest score. A score of -inf is a class
+  that is never predicted.
+
+  Args:
+    scores: `[..., C]`, for example logits.
+    labels: `[...]` int in [0, C).
+
+  Returns:
+    A number in [0, 1], or NaN if a score is NaN or +inf: comparisons with NaN are false, so the
+    accuracy of diverged numbers would look ordinary.
+
+  Raises:
+    ValueError: if the shapes do not fit or are empty.
+
+  Example:
+    >>> top_accuracy(jnp.array([[0.1, 0.9], [0.8, 0.2]]), jnp.array([1, 1]))
+    Array(0.5, dtype=float32)
+  """
+  scores = jnp.asarray(scores)
+  share = accuracy(jnp.argmax(scores, axis=-1), labels)
+  return jnp.where(jnp.all(scores < jnp.inf), share, jnp.nan)
+
+
 def micro_f1(predictions: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns 2 TP / (2 TP + FP + FN), with counts over all entries; 0 if there is no positive.
 
