@@ -1,12 +1,15 @@
 """Images with labels by name, in memory or read from their files.
 
-| source                       | images                                                       |
-|------------------------------|--------------------------------------------------------------|
-| `digits`                     | scikit-learn's 1,797 digits of 8x8 pixels; needs no files     |
-| `FILE.npz`                   | raw arrays or encoded images, see `image_formats`            |
+| source                          | images                                                         |
+|---------------------------------|----------------------------------------------------------------|
+| `digits`                        | scikit-learn's 1,797 digits of 8x8 pixels; needs no files      |
+| `FILE.npz`                      | raw arrays or encoded images: see `image_archives`             |
+| `FOLDER`                        | `train/CLASS/*.jpg`, and `test`, `val` or `validation` like it |
+| `tfds:NAME[/CONFIG][:VERSION]`  | TensorFlow Datasets, prepared as array_record                  |
 
-A source without a test split gives a fifth of its images for it. These are always the same ones,
-so that runs with different seeds are compared on the same images.
+`image_formats` says more about each. A source without a test split gives a fifth of its images for
+it. These are always the same ones, so that runs with different seeds are compared on the same
+images.
 
 To choose the settings of a probe, some training images validate: `validation_rows`. They are the
 first 10,000 of `tfds:imagenet2012`, as in BYOL (https://arxiv.org/abs/2006.07733), and a random
@@ -24,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data import image_formats
+from experiments.data import image_formats, image_splits
 from sharding import checks
 
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
@@ -76,8 +79,8 @@ class ImageFiles:
   """
 
   name: str
-  train: image_formats.Split
-  test: image_formats.Split
+  train: image_splits.Split
+  test: image_splits.Split
   class_names: tuple[str, ...]
   validation_rows: np.ndarray
   notes: dict[str, Any]
@@ -99,8 +102,8 @@ def load(
     directory: where files are looked for.
     size: if positive, images are cut to their central square and resized to this height and width,
       bicubic with antialiasing (Pillow's). Images of different sizes need it.
-    num_images: if positive, the number of training images to keep: the same number of each class,
-      as far as there are so many.
+    num_images: if positive, at least 2, the number of training images to keep: the same number of
+      each class, as far as there are so many.
     seed: of the choice of these images and of the validation images.
     free_bytes: memory that the images may take; None for the physical memory of the host.
 
@@ -114,13 +117,11 @@ def load(
     ((500, 8, 8, 3), (359, 8, 8, 3), 50)
   """
   checks.count("size", size, least=0)
-  checks.count("num_images", num_images, least=0)
   files = open_files(source, directory=directory, num_images=num_images, seed=seed)
   height, width = (size, size) if size else files.train.read(0).shape[:2]
   _require_memory(files, height, width, free_bytes)
-  images, test_images = (
-    _decode_all(split, height, width, size) for split in (files.train, files.test)
-  )
+  images, enlarged = _decode_all(files.train, height, width, size)
+  test_images, test_enlarged = _decode_all(files.test, height, width, size)
   digests, test_digests = _digests(images), _digests(test_images)
   known = set(digests)
   return Images(
@@ -135,7 +136,8 @@ def load(
       **files.notes,
       "height": height,
       "width": width,
-      "test images that are training images too": sum(digest in known for digest in test_digests),
+      "enlarged_images": enlarged + test_enlarged,
+      "test_images_among_training_images": sum(digest in known for digest in test_digests),
       "sha256": hashlib.sha256(
         b"".join(
           [*digests, *test_digests, files.train.labels.tobytes(), files.test.labels.tobytes()]
@@ -164,56 +166,39 @@ def open_files(
     ValueError: as `load`, for what is seen without decoding images.
   """
   checks.count("seed", seed, least=0)
+  checks.count("num_images", num_images, least=0)
   raw = image_formats.read(source, directory)
   notes = {"source": source, **raw.notes}
   train, test = raw.train, raw.test
-  if not len(train):
-    raise ValueError(f"{source}: holds no training images; give a data set that is not empty")
-  _require_classes(source, train, raw.class_names)
+  if len(train) < 2:
+    raise ValueError(f"{source}: holds {len(train)} training images; give at least two")
   if test is None:
     rows = _stratified(train.labels, _TEST_SHARE, (0, _TEST))
-    notes["test split"] = f"{len(rows)} of {len(train)} images held out here: the source has none"
+    notes["test_split"] = f"{len(rows)} of {len(train)} images held out here: the source has none"
     test, train = train.take(rows), train.take(np.setdiff1d(np.arange(len(train)), rows))
-  else:
-    _require_classes(source, test, raw.class_names, least=1)
+  if not len(test):
+    raise ValueError(f"{source}: its test split is empty; leave it out to hold a fifth out")
   first_validate = raw.first_validate
-  if num_images and num_images > len(train):
-    raise ValueError(f"num_images is {num_images}, but {source} has {len(train)} training images")
+  if num_images == 1 or num_images > len(train):
+    raise ValueError(
+      f"num_images must be 0 (all) or lie in [2, {len(train)}], the training images of {source}, "
+      f"got {num_images}"
+    )
   if num_images and num_images < len(train):
     notes["subset"] = f"{num_images} of {len(train)} training images"
     train = train.take(_balanced(train.labels, num_images, (seed, _SUBSET)))
     first_validate = 0  # few of the first images are left
-  if first_validate:
+  if 0 < first_validate < len(train):
     validation_rows = np.arange(first_validate)
   else:
     validation_rows = _stratified(train.labels, _VALIDATION_SHARE, (seed, _VALIDATION))
   notes |= {
-    "training images": len(train),
-    "validation images among them": len(validation_rows),
-    "test images": len(test),
+    "training_images": len(train),
+    "validation_images_among_them": len(validation_rows),
+    "test_images": len(test),
     "classes": len(raw.class_names),
   }
   return ImageFiles(raw.name, train, test, raw.class_names, validation_rows, notes)
-
-
-def _require_classes(
-  source: str, split: image_formats.Split, class_names: tuple[str, ...], least: int = 2
-) -> None:
-  if not len(split):
-    raise ValueError(f"{source}: holds no test images; leave the empty split out")
-  if len(split) < 2 * least:
-    raise ValueError(f"{source}: {len(split)} images are too few to train and to test")
-  labels, num_classes = split.labels, len(class_names)
-  if labels.max() >= num_classes:
-    i = int(labels.argmax())
-    raise ValueError(
-      f"{split.where(i)}: label {labels[i]} lies outside the {num_classes} classes "
-      f"{', '.join(class_names[:10])}: they are counted from 0"
-    )
-  if least > 1 and labels.min() == labels.max():
-    raise ValueError(
-      f"{source}: all images have class {class_names[labels[0]]}; probes need at least two classes"
-    )
 
 
 # --- random choices -------------------------------------------------------------------------------
@@ -257,42 +242,35 @@ def _require_memory(files: ImageFiles, height: int, width: int, free_bytes: int 
     )
 
 
-def _decode_all(split: image_formats.Split, height: int, width: int, size: int) -> np.ndarray:
+def _decode_all(
+  split: image_splits.Split, height: int, width: int, size: int
+) -> tuple[np.ndarray, int]:
+  """Returns all images `[N, height, width, 3]` and how many of them were enlarged."""
   result = np.empty((len(split), height, width, 3), np.uint8)
 
-  def decode(start: int) -> None:
+  def decode(start: int) -> int:
+    enlarged = 0
     for i in range(start, min(start + _CHUNK, len(split))):
       image = split.read(i)
       if size:
-        image = _central_square(image, size)
+        enlarged += min(image.shape[:2]) < size
+        image = image_splits.central_square(image, size)
       elif image.shape != (height, width, 3):
         raise ValueError(
           f"{split.where(i)}: has {image.shape[0]}x{image.shape[1]} pixels where the first image "
           f"has {height}x{width}; give a size, to which all are cut and resized"
         )
       result[i] = image
+    return enlarged
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     # The first image that is to blame raises; the chunks that have not begun are left.
     try:
-      for done in [pool.submit(decode, start) for start in range(0, len(split), _CHUNK)]:
-        done.result()
+      starts = range(0, len(split), _CHUNK)
+      return result, sum(done.result() for done in [pool.submit(decode, i) for i in starts])
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-  return result
-
-
-def _central_square(image: np.ndarray, size: int) -> np.ndarray:
-  from PIL import Image
-
-  height, width = image.shape[:2]
-  if height == width == size:
-    return image
-  side = min(height, width)
-  top, left = (height - side + 1) // 2, (width - side + 1) // 2
-  box = (left, top, left + side, top + side)
-  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def _digests(images: np.ndarray) -> list[bytes]:
