@@ -192,8 +192,9 @@ def evaluate_linear(
     ValueError: as `fit_linear`, or if validation rows are repeated or leave no row to fit.
   """
   _check_linear(features, labels, num_classes, learning_rates, num_epochs, batch_size)
-  fit_rows = _fit_rows(labels, validation_rows)
-  _check_test(features, test_features, test_labels, num_classes)
+  fit_rows = probes.held_out(
+    features, labels, test_features, test_labels, validation_rows, num_classes=num_classes
+  )
   features, labels, rates = map(jnp.asarray, (features, labels, learning_rates))
   fit_key, final_key = jax.random.split(key)
   options = (num_classes, num_epochs, batch_size, bool(standardise))
@@ -303,28 +304,6 @@ def _linear_scores(layers: probes.Probe, features: jax.Array, labels: jax.Array)
     return jax.lax.map(score, layers)
 
 
-def _fit_rows(labels: Any, validation_rows: Any) -> np.ndarray:
-  """Returns the rows outside of `validation_rows`, after checks of both."""
-  num_rows = len(labels)
-  checks.row_numbers("validation_rows", validation_rows, num_rows, 1, fetch=True)
-  rows, counts = np.unique(np.asarray(validation_rows), return_counts=True)
-  if counts.max() > 1:
-    raise ValueError(
-      f"validation_rows must be distinct, got row {rows[counts.argmax()]} {counts.max()} times"
-    )
-  fit_rows = np.setdiff1d(np.arange(num_rows), rows)
-  if not fit_rows.size:
-    raise ValueError(f"validation_rows must leave rows to fit, got all {num_rows} training rows")
-  checks.several_classes(np.asarray(labels)[fit_rows])
-  return fit_rows
-
-
-def _check_test(features: Any, test_features: Any, test_labels: Any, num_classes: Any) -> None:
-  checks.labels(test_labels, num_classes, fetch=True)
-  checks.matrix("test_features", test_features, len(test_labels))
-  _check_width(features, "test_features", test_features)
-
-
 def _check_linear(
   features: Any, labels: Any, num_classes: Any, learning_rates: Any, num_epochs: Any,
   batch_size: Any,
@@ -342,14 +321,10 @@ def _check_linear(
 def _check_neighbours(features: Any, queries: Any, num_neighbours: Any) -> None:
   checks.matrix("features", features)
   checks.matrix("queries", queries)
-  _check_width(features, "queries", queries)
+  checks.shape("queries", queries, (len(queries), features.shape[1]), "[M, F]")
   checks.count("num_neighbours", num_neighbours)
   if num_neighbours > len(features):
     raise ValueError(
       f"num_neighbours must be at most the number of rows of features, {len(features)}, got "
       f"{num_neighbours}: give fewer"
     )
-
-
-def _check_width(features: Any, name: str, other: Any) -> None:
-  checks.shape(name, other, (len(other), np.shape(features)[1]), "[M, F], F as in features,")

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import compiled_programs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +54,35 @@ def test_rows_that_do_not_divide_raise(make):
     sharding.shard_batch({"a": make(8), "b": {"c": make((6, 2))}}, mesh)
   for word in ("'b/c'", "6 rows", "4 shards", "'data' of 2 x 'fsdp' of 2", "multiple of 4"):
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "axes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
+def test_rows_of_a_split_data_set_are_fetched_and_not_the_set(axes):
+  """A data set may lie over the devices, and a step index it: only the batch is exchanged."""
+  mesh = sharding.make_mesh(axes)
+  names = tuple(axis for axis in axes if axis in sharding.DATA_AXES)
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(names))
+  images = jax.ShapeDtypeStruct((800, 4, 4, 3), jnp.uint8, sharding=split)
+  rows = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=split)
+  weights = jax.ShapeDtypeStruct((48, 5), jnp.float32)
+
+  def exchanged(function):
+    text = jax.jit(jax.grad(function)).lower(weights, images, rows).compile().as_text()
+    return compiled_programs.exchanged_shapes(text)
+
+  def loss(weights, images, rows):
+    return jnp.mean((images[rows].reshape(64, 48).astype(jnp.float32) @ weights) ** 2)
+
+  shapes = exchanged(loss)
+  assert max(shape[0] for shape in shapes if shape[1:] == (4, 4, 3)) <= 64
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def gather_all(weights, images, rows):
+    return loss(weights, jax.lax.with_sharding_constraint(images, whole), rows)
+
+  assert (800, 4, 4, 3) in exchanged(gather_all)
 
 
 def test_an_unknown_axis_raises():
