@@ -55,7 +55,7 @@ def get_config(preset: str = "cifar10_cpu") -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict(
     {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
   )
-  config.train.update({"num_steps": 3000, "batch_size": 128})
+  config.train.update({"num_steps": 1500, "batch_size": 128})
   config.eval = ml_collections.ConfigDict(
     {name: source.eval[name] for name in ("every", "batch_size", "size", "crop_share")}
   )

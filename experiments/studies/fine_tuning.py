@@ -6,6 +6,7 @@ labels. For each share and start the run that is best on validation images count
 the test images is reported, as in BYOL's protocol (https://arxiv.org/abs/2006.07733, appendix C).
 """
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -27,18 +28,17 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   """Trains BYOL, unless `init_from` has done so, and every run of the sweep; writes one report."""
   data = image_runs.load(_method(config, "supervised"))
   configs = parts(config, workdir, data)
-  read: dict[str, Any] = {}
+  first = next(part for part in configs.values() if part.paper == "supervised")
+  read_encoder = functools.cache(lambda: supervised.read_encoder(first))
+  if config.init_from:
+    read_encoder()  # what does not fit is refused before anything is trained
 
   def build(part, folder):
-    if part.paper != "supervised":
+    if part.paper == "byol":
       return presets.build(part, folder)
-    source = part.network.init_from
-    if source and source not in read:
-      read[source] = supervised.read_encoder(part)
-    return supervised.build(part, data=data, start=read.get(source))
+    start = read_encoder() if part.network.init_from else None
+    return supervised.build(part, data=data, start=start)
 
-  if config.init_from:  # before anything is trained
-    build(next(part for part in configs.values() if part.network.init_from), workdir)
   return suite.run(config, workdir, configs, _summarise, build=build)
 
 
@@ -51,6 +51,9 @@ def parts(
     if not values or len(set(values)) < len(values):
       raise ValueError(f"config.{field}={values} must have entries, each of them once")
   checks.positive("config.learning_rates", tuple(config.learning_rates))
+  for num_epochs in config.epochs:
+    checks.count("config.epochs", num_epochs)
+  checks.count("config.train.batch_size", config.train.batch_size)
   source, configs = config.init_from, {}
   if not source:
     configs["byol"] = _method(config, "byol")
@@ -71,11 +74,15 @@ def parts(
           count = len(supervised.training_rows(part, data))
           batch_size = min(config.train.batch_size, count)
           batch_size -= batch_size % mesh.size  # the last batch of an epoch goes on in the next
-          checks.count("config.epochs", num_epochs)
+          if not batch_size:
+            raise ValueError(
+              f"config.label_shares={share} gives {count} labels, fewer than the {mesh.size} "
+              "devices of config.sharding.mesh: use fewer devices"
+            )
           part.train.update(
             {
               "batch_size": batch_size,
-              "num_steps": num_epochs * count // max(batch_size, 1),
+              "num_steps": num_epochs * count // batch_size,
               "log_every": config.train.log_every,
             }
           )
