@@ -37,7 +37,9 @@ class Evaluator:
     embed: computes features, an `image_runs.Embedder`.
   """
 
-  def __init__(self, config: Any, data: image_data.Images, encoder: adapters.Encoder):
+  def __init__(
+    self, config: Any, data: image_data.Images | image_data.ImageFiles, encoder: adapters.Encoder
+  ):
     checks.count("config.eval.num_neighbours", config.eval.num_neighbours)
     checks.count("config.eval.num_epochs", config.eval.num_epochs)
     for probe in config.eval.probes:
@@ -49,13 +51,13 @@ class Evaluator:
     self.embed = image_runs.Embedder(config, encoder)
     self._config, self._data = config, data
     self._num_classes = len(data.class_names)
-    self._num_neighbours = min(config.eval.num_neighbours, len(data.images))
+    self._train, self._test = image_runs.splits(data)
+    self._num_neighbours = min(config.eval.num_neighbours, len(self._train.images))
 
   def result(self, params: Any, network_state: Any, *, final: bool) -> results.Result:
     """Returns the scores of an encoder: of all probes at the end, and of k-NN before."""
     data = self._data
-    train: Any = self.embed(params, network_state, data.images)
-    test: Any = self.embed(params, network_state, data.test_images)
+    train, test = self._embed_both(params, network_state)
     if not final:
       return results.Result(metrics={"knn_accuracy": self._knn(train, test)})
     trained = self._scores(train, test)
@@ -70,7 +72,7 @@ class Evaluator:
       "mean_cosine": float(collapse.mean_cosine(test)),
     }
     table = results.Table(
-      f"Test accuracy in percent, {len(data.test_images):,} images",
+      f"Test accuracy in percent, {len(test):,} images",
       ["of", *(PROBES[probe] for probe in trained)],
       [[name, *map(results.percent, row.values())] for name, row in scores.items()],
       caption="Brackets hold 95 % intervals over the test images. The untrained encoder has "
@@ -87,7 +89,7 @@ class Evaluator:
       tables=[table, results.Table("Data", ["what", "value"], notes)],
       arrays={
         "points": _main_directions(test[:NUM_POINTS], 2),
-        "point_labels": data.test_labels[:NUM_POINTS],
+        "point_labels": self._test.labels[:NUM_POINTS],
         "queries": queries,
         "neighbours": np.asarray(neighbours),
       },
@@ -96,11 +98,7 @@ class Evaluator:
   @functools.cached_property
   def baselines(self) -> dict[str, dict[str, results.Estimate]]:
     """The scores of pixels and of the untrained encoder."""
-    data = self._data
-    train, test = (
-      images.reshape(len(images), -1).astype(np.float32) / 255
-      for images in (data.images, data.test_images)
-    )
+    train, test = (self.embed.pixels(split.images) for split in (self._train, self._test))
     centre = train.mean(0)
     train, test = train - centre, test - centre
     note = ""
@@ -108,13 +106,15 @@ class Evaluator:
       directions = np.linalg.eigh(train.T @ train)[1][:, -NUM_DIRECTIONS:]
       train, test = train @ directions, test @ directions
       note = f", {NUM_DIRECTIONS} main directions"
-    untrained = self.embed.untrained(data.images)
+    untrained = self._embed_both(*self.embed.untrained(self._train.images))
     return {
       f"pixels{note}": self._scores(train, test),
-      "encoder, untrained": self._scores(
-        self.embed(*untrained, data.images), self.embed(*untrained, data.test_images)
-      ),
+      "encoder, untrained": self._scores(*untrained),
     }
+
+  def _embed_both(self, params: Any, network_state: Any) -> Any:
+    """Returns the features of training and test images."""
+    return [self.embed(params, network_state, split.images) for split in (self._train, self._test)]
 
   def _scores(self, train: Any, test: Any) -> dict[str, results.Estimate]:
     """Returns the accuracy of each probe of the config."""
@@ -122,16 +122,14 @@ class Evaluator:
     return {probe: ways[probe](train, test) for probe in self._config.eval.probes}
 
   def _knn(self, train: Any, test: Any) -> results.Estimate:
-    labels: Any = self._data.labels
     scores = image_probes.nearest_neighbours(
       train,
-      labels,
+      self._train.labels,
       test,
       num_classes=self._num_classes,
       num_neighbours=self._num_neighbours,
     )
-    test_labels: Any = self._data.test_labels
-    return _estimate(probes.top_accuracy(scores, test_labels), len(test))
+    return _estimate(probes.top_accuracy(scores, self._test.labels), len(test))
 
   def _linear(self, train: Any, test: Any) -> results.Estimate:
     found = image_probes.evaluate_linear(
@@ -149,8 +147,7 @@ class Evaluator:
     return _estimate(found.score, len(test))
 
   def _split(self, train: Any, test: Any) -> Any:
-    data = self._data
-    return train, data.labels, test, data.test_labels, data.validation_rows
+    return train, self._train.labels, test, self._test.labels, self._data.validation_rows
 
 
 def _estimate(accuracy: Any, count: int) -> results.Estimate:

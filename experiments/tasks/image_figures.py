@@ -1,5 +1,7 @@
 """Figures of runs on images: collapse, views, nearest neighbours and a map of the features."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,17 +12,16 @@ from experiments.report import plots, results
 from experiments.tasks import image_runs
 from representation import image_augmentations
 
+Data = image_data.Images | image_data.ImageFiles
 NUM_IMAGES, NUM_VIEWS = 6, 4  # rows and columns of the picture of views, of each kind
 
 
-def draw(
-  config: Any, data: image_data.Images, history: Any, result: results.Result
-) -> list[results.Figure]:
+def draw(config: Any, data: Data, history: Any, result: results.Result) -> list[results.Figure]:
   """Returns all figures of a run."""
   return [
     _training(history),
     views(config, data),
-    neighbours(data, result),
+    neighbours(config, data, result),
     feature_map(data, result),
   ]
 
@@ -60,18 +61,19 @@ def _training(history: Any) -> results.Figure:
   return results.Figure("collapse", caption, figure)
 
 
-def views(config: Any, data: image_data.Images) -> results.Figure:
+def views(config: Any, data: Data) -> results.Figure:
   """Draws images beside random views of both kinds, as a step sees them."""
-  images = data.images[:NUM_IMAGES]
+  train, _ = image_runs.splits(data)
+  images = _pictures(config, train, np.arange(min(NUM_IMAGES, len(train.images))))
   both = image_runs.make_views(config)
   columns: list[Any] = [images]
   for view, augmentation in enumerate((both.first, both.second)):
-    augment = jax.jit(
-      lambda images, key, a=augmentation: image_augmentations.augment(images, key, a)
-    )
+    # Pictures are drawn whole, also where the host crops in training.
+    augmentation = dataclasses.replace(augmentation, crop=True)
+    augment = jax.jit(functools.partial(image_augmentations.augment, augmentation=augmentation))
     for index in range(NUM_VIEWS):
       columns.append(augment(images, jax.random.fold_in(jax.random.key(view), index)))
-  titles = ["image", *["first view"] * NUM_VIEWS, *["second view"] * NUM_VIEWS]
+  titles = ["image"] + [f"{view} {k + 1}" for view in ("first", "second") for k in range(NUM_VIEWS)]
   grid = [[column[row] for column in columns] for row in range(len(images))]
   caption = (
     "The first images of the training set, and random views of each. BYOL predicts the target's "
@@ -80,26 +82,24 @@ def views(config: Any, data: image_data.Images) -> results.Figure:
   return results.Figure("views", caption, _grid(grid, titles))
 
 
-def neighbours(data: image_data.Images, result: results.Result) -> results.Figure:
+def neighbours(config: Any, data: Data, result: results.Result) -> results.Figure:
   """Draws test images beside the training images with the closest features."""
   queries, rows = result.arrays["queries"], result.arrays["neighbours"]
-  grid = [
-    [data.test_images[query], *(data.images[row] for row in found)]
-    for query, found in zip(queries, rows, strict=True)
-  ]
-  right = [
-    [None, *(data.labels[row] == data.test_labels[query] for row in found)]
-    for query, found in zip(queries, rows, strict=True)
-  ]
+  train, test = image_runs.splits(data)
+  shown = _pictures(config, test, queries)
+  found = _pictures(config, train, rows.reshape(-1)).reshape(*rows.shape, *shown.shape[1:])
+  right = np.asarray(train.labels)[rows] == np.asarray(test.labels)[queries][:, None]
+  grid = [[query, *others] for query, others in zip(shown, found, strict=True)]
+  frames = [[None, *row] for row in right]
   titles = ["test image", *(f"{rank + 1}" for rank in range(rows.shape[1]))]
   caption = (
     "Random test images, and the training images whose features have the largest cosine with "
     "theirs. A green frame means the same class, a red frame another one."
   )
-  return results.Figure("neighbours", caption, _grid(grid, titles, right))
+  return results.Figure("neighbours", caption, _grid(grid, titles, frames))
 
 
-def feature_map(data: image_data.Images, result: results.Result) -> results.Figure:
+def feature_map(data: Data, result: results.Result) -> results.Figure:
   """Draws the features of test images along their two main directions."""
   points, labels = result.arrays["points"], result.arrays["point_labels"]
   figure, axes = plots.subplots(1, 1, size=(4.6, 4.6))
@@ -117,6 +117,11 @@ def feature_map(data: image_data.Images, result: results.Result) -> results.Figu
   if num_classes > 10:
     caption += " Only the first ten classes are drawn."
   return results.Figure("features", caption, figure)
+
+
+def _pictures(config: Any, split: image_runs.Labelled, rows: np.ndarray) -> np.ndarray:
+  """Returns images `[n, H, W, 3]` to look at; those of files are central squares."""
+  return image_runs.squares(split.images, rows, size=config.views.size)
 
 
 def _grid(images: Any, titles: Any, right: Any = None) -> Any:

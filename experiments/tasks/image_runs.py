@@ -4,6 +4,7 @@ A data set that fits lives on the device. A batch of the loop is then all images
 rows of the step, which gathers its images itself (`take`).
 """
 
+import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 
 import sharding
-from experiments.data import batching
+from experiments.data import batching, image_crops
 from experiments.data import images as image_data
 from experiments.loop import training
 from representation import image_augmentations, lars
@@ -61,6 +62,42 @@ def load(config: Any) -> image_data.Images:
   )
 
 
+def open_data(config: Any) -> image_data.Images | image_data.ImageFiles:
+  """Returns the data set of a config, in memory or, with `data.from_files`, in its files."""
+  section = config.data
+  if not section.from_files:
+    return load(config)
+  if section.size:
+    raise ValueError(
+      f"config.data.size={section.size} must be 0 with config.data.from_files, which crops the "
+      "images as they are"
+    )
+  return image_data.open_files(
+    section.source, directory=section.directory, num_images=section.num_images
+  )
+
+
+class Labelled(NamedTuple):
+  """Images of one split: an array `[N, H, W, 3]` or an `image_splits.Split`, and labels `[N]`."""
+
+  images: Any
+  labels: Any
+
+
+def splits(data: image_data.Images | image_data.ImageFiles) -> tuple[Labelled, Labelled]:
+  """Returns the training and the test images of a data set."""
+  if isinstance(data, image_data.Images):
+    return Labelled(data.images, data.labels), Labelled(data.test_images, data.test_labels)
+  return Labelled(data.train, data.train.labels), Labelled(data.test, data.test.labels)
+
+
+def squares(images: Any, rows: Any, *, size: int, share: float = 1.0) -> np.ndarray:
+  """Returns central squares `[n, size, size, 3]` of files, or the rows of an array."""
+  if isinstance(images, np.ndarray):
+    return images[rows]
+  return image_crops.centre_crops(images, np.asarray(rows), size=size, share=share)[0]
+
+
 def make_encoder(config: Any) -> adapters.Encoder:
   """Returns the ResNet of a config, from standardised images to features."""
   section = config.network
@@ -85,9 +122,9 @@ def compute_dtype(config: Any) -> Any:
 
 def make_views(config: Any) -> image_augmentations.Views:
   """Returns the function from images to the two views of a config."""
-  section = config.views
+  section, crop = config.views, not config.data.from_files
   first, second = (
-    image_augmentations.Augmentation(section.size, antialias=section.antialias, **view)
+    image_augmentations.Augmentation(section.size, antialias=section.antialias, crop=crop, **view)
     for view in (section.first, section.second)
   )
   return image_augmentations.Views(first, second)
@@ -110,35 +147,64 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def make_batches(
-  config: Any, data: image_data.Images
+  config: Any, data: image_data.Images | image_data.ImageFiles
 ) -> Callable[[], Iterator[tuple[np.ndarray, Any]]]:
-  """Returns the function that makes the iterator of a run, over images that live on the device."""
+  """Returns the function that makes the iterator of a run, over rows of the training images.
+
+  Images in memory are placed on the device. Those in files are read and cropped by threads.
+  """
   mesh = training.make_mesh(config.sharding.mesh)
-  size, batch_size = len(data.images), config.train.batch_size
+  batch_size = config.train.batch_size
   checks.count("config.train.batch_size", batch_size)
   if batch_size % mesh.size:
     raise ValueError(
       f"config.train.batch_size={batch_size} must divide over the {mesh.size} devices of "
       "config.sharding.mesh: choose a multiple of their number"
     )
-  # Rows of zeros, which no step takes, make the images divide over the devices.
-  filled = [
-    np.pad(leaf, [(0, -size % mesh.size)] + [(0, 0)] * (leaf.ndim - 1))
-    for leaf in (data.images, data.labels)
-  ]
-  images, labels = sharding.shard_batch(filled, mesh)
+  make: Callable[..., Any]
+  if isinstance(data, image_data.ImageFiles):
+    first, second = config.views.first, config.views.second
+    names = ("min_area", "max_aspect")
+    if any(first[name] != second[name] for name in names):
+      raise ValueError(
+        f"config.views.first and second must have equal {' and '.join(names)} with "
+        "config.data.from_files: one function crops for both"
+      )
+    size = len(data.train)
+    make = functools.partial(
+      image_crops.random_crops,
+      data.train,
+      size=config.views.size,
+      **{name: first[name] for name in names},
+      pool=concurrent.futures.ThreadPoolExecutor(),
+    )
+  else:
+    size = len(data.images)
+    # Rows of zeros, which no step takes, make the images divide over the devices.
+    filled = [
+      np.pad(leaf, [(0, -size % mesh.size)] + [(0, 0)] * (leaf.ndim - 1))
+      for leaf in (data.images, data.labels)
+    ]
+    images, labels = sharding.shard_batch(filled, mesh)
+
+    def make(rows, rng):
+      del rng
+      return Resident(images, labels, rows)
+
   return functools.partial(
     batching.batches,
     np.arange(size, dtype=np.int32),
     batch_size=batch_size,
     seed=config.seed,
-    make=lambda rows, rng: Resident(images, labels, rows),
+    make=make,
   )
 
 
-def take(batch: Resident) -> tuple[jax.Array, jax.Array]:
-  """Returns the images and labels of a step."""
-  return batch.images[batch.rows], batch.labels[batch.rows]
+def take(batch: Resident | image_crops.Crops) -> tuple[Any, Any]:
+  """Returns the images and labels of a step; images from files are a pair of crops."""
+  if isinstance(batch, Resident):
+    return batch.images[batch.rows], batch.labels[batch.rows]
+  return (batch.first, batch.second), batch.labels
 
 
 class Embedder:
@@ -156,6 +222,10 @@ class Embedder:
     self._batch_size += -self._batch_size % self.mesh.size
     size, share = config.eval.size or config.views.size, config.eval.crop_share
 
+    # Files are cropped as they are read, images in memory on the device.
+    self._squares = functools.partial(squares, size=size, share=share)
+    share = 1.0 if config.data.from_files else share
+
     def embed(params, network_state, images, *, train=False):
       images = image_augmentations.centre_crop(images, size=size, share=share, antialias=True)
       images = image_augmentations.standardise(images)
@@ -163,27 +233,47 @@ class Embedder:
 
     self._embed = jax.jit(lambda *args: embed(*args)[0])
     self._observe = jax.jit(lambda *args: embed(*args, train=True)[1])
+    self._shrink = jax.jit(
+      lambda images: image_augmentations.centre_crop(
+        images, size=min(size, 32), share=share, antialias=True
+      )
+    )
     self._example = jnp.zeros((2, size, size, 3))
 
-  def __call__(self, params: Any, network_state: Any, images: np.ndarray) -> np.ndarray:
-    """Returns the features `[N, F]` of images `[N, H, W, 3]`, by an encoder in evaluation mode."""
+  def __call__(self, params: Any, network_state: Any, images: Any) -> np.ndarray:
+    """Returns the features `[N, F]` of images, by an encoder in evaluation mode.
+
+    Args:
+      params: of the encoder.
+      network_state: of the encoder.
+      images: `[N, H, W, 3]` bytes, or an `image_splits.Split`.
+    """
+    return self._map(lambda batch: self._embed(params, network_state, batch), images)
+
+  def pixels(self, images: Any) -> np.ndarray:
+    """Returns the pixels of images as rows, of at most 32x32 pixels."""
+    return self._map(self._shrink, images).reshape(len(images), -1)
+
+  def _map(self, function: Callable[[jax.Array], jax.Array], images: Any) -> np.ndarray:
+    """Applies a function of a batch to all images."""
     found = []
     for start in range(0, len(images), self._batch_size):
-      rows = images[start : start + self._batch_size]
+      rows = self._squares(images, np.arange(start, min(start + self._batch_size, len(images))))
       short = self._batch_size - len(rows)  # the last batch is filled up: one shape compiles once
       filled = np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
-      features = self._embed(params, network_state, sharding.shard_batch(filled, self.mesh))
-      found.append(np.asarray(features)[: len(rows)])
+      results = function(sharding.shard_batch(filled, self.mesh))
+      found.append(np.asarray(results)[: len(rows)])
     return np.concatenate(found)
 
-  def untrained(self, images: np.ndarray) -> tuple[Any, Any]:
+  def untrained(self, images: Any) -> tuple[Any, Any]:
     """Returns parameters and state of an encoder of another seed that has only seen `images`.
 
     Its running statistics are those of the images, which the first ones, 0 and 1, are not.
     """
     params, state = self._encoder.init(jax.random.key(self._seed), self._example)
-    size = min(self._batch_size, len(images) - len(images) % self.mesh.size) or len(images)
+    size = min(self._batch_size, len(images))
     rng = np.random.default_rng(0)
     for _ in range(_CALIBRATION_PASSES):
-      state = self._observe(params, state, images[rng.choice(len(images), size, replace=False)])
+      rows = rng.choice(len(images), size, replace=False)
+      state = self._observe(params, state, self._squares(images, rows))
     return params, state
