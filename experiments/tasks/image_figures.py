@@ -1,5 +1,6 @@
 """Figures of runs on images: collapse, views, nearest neighbours and a map of the features."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -66,6 +67,7 @@ def views(config: Any, data: image_data.Images) -> results.Figure:
   both = image_runs.make_views(config)
   columns: list[Any] = [images]
   for view, augmentation in enumerate((both.first, both.second)):
+    augmentation = dataclasses.replace(augmentation, crop=True)  # the host's crops too
     augment = jax.jit(
       lambda images, key, a=augmentation: image_augmentations.augment(images, key, a)
     )

@@ -1,7 +1,8 @@
 """Code shared by methods that learn from images, from the data to the features.
 
 A data set that fits lives on the device. A batch of the loop is then all images, all labels and the
-rows of the step, which gathers its images itself (`take`).
+rows of the step, which gathers its images itself (`take`). With `config.data.from_files` a batch
+holds both random crops of each image, which the host has made, and the device does the rest.
 """
 
 import functools
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 
 import sharding
-from experiments.data import batching
+from experiments.data import batching, image_crops
 from experiments.data import images as image_data
 from experiments.loop import training
 from representation import image_augmentations, lars
@@ -51,8 +52,26 @@ class Resident(NamedTuple):
 
 
 def load(config: Any) -> image_data.Images:
-  """Reads the data set of a config into the memory of the host."""
+  """Returns the data set of a config, in the memory of the host or read from its files."""
   section = config.data
+  if section.from_files:
+    if section.size:
+      raise ValueError(
+        f"config.data.size={section.size} has no meaning with config.data.from_files: crops are "
+        "cut from whole images; leave it 0"
+      )
+    if config.eval.baselines:
+      raise ValueError(
+        "config.eval.baselines=True needs all images in memory, which config.data.from_files "
+        "avoids; set it to False"
+      )
+    return image_data.open_crops(
+      section.source,
+      directory=section.directory,
+      size=config.eval.size or config.views.size,
+      share=config.eval.crop_share,
+      num_images=section.num_images,
+    )
   return image_data.load(
     section.source,
     directory=section.directory,
@@ -87,7 +106,9 @@ def make_views(config: Any) -> image_augmentations.Views:
   """Returns the function from images to the two views of a config."""
   section = config.views
   first, second = (
-    image_augmentations.Augmentation(section.size, antialias=section.antialias, **view)
+    image_augmentations.Augmentation(
+      section.size, antialias=section.antialias, crop=not config.data.from_files, **view
+    )
     for view in (section.first, section.second)
   )
   return image_augmentations.Views(first, second)
@@ -112,7 +133,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 def make_batches(
   config: Any, data: image_data.Images
 ) -> Callable[[], Iterator[tuple[np.ndarray, Any]]]:
-  """Returns the function that makes the iterator of a run, over images that live on the device."""
+  """Returns the function that makes the iterator of a run."""
   mesh = training.make_mesh(config.sharding.mesh)
   size, batch_size = len(data.images), config.train.batch_size
   checks.count("config.train.batch_size", batch_size)
@@ -120,6 +141,20 @@ def make_batches(
     raise ValueError(
       f"config.train.batch_size={batch_size} must divide over the {mesh.size} devices of "
       "config.sharding.mesh: choose a multiple of their number"
+    )
+  if config.data.from_files:
+    return functools.partial(
+      batching.batches,
+      np.arange(size, dtype=np.int32),
+      batch_size=batch_size,
+      seed=config.seed,
+      make=functools.partial(data.images.random_crops, **_crop_options(config)),
+    )
+  if min(data.images.shape[1:3]) < config.views.size:
+    height, width = data.images.shape[1:3]
+    raise ValueError(
+      f"config.views.size={config.views.size} is larger than the images of {height}x{width}: lower "
+      "it, or enlarge them with config.data.size"
     )
   # Rows of zeros, which no step takes, make the images divide over the devices.
   filled = [
@@ -136,8 +171,24 @@ def make_batches(
   )
 
 
-def take(batch: Resident) -> tuple[jax.Array, jax.Array]:
-  """Returns the images and labels of a step."""
+def _crop_options(config: Any) -> dict[str, Any]:
+  """Returns what crops of the host need to know; both views share it."""
+  first, second = config.views.first, config.views.second
+  options = {"size": config.views.size}
+  for name in ("min_area", "max_aspect"):
+    if first[name] != second[name]:
+      raise ValueError(
+        f"config.views.first.{name}={first[name]} must equal config.views.second.{name}="
+        f"{second[name]} with config.data.from_files"
+      )
+    options[name] = first[name]
+  return options
+
+
+def take(batch: Any) -> tuple[Any, Any]:
+  """Returns the images of a step, or the pair of crops that the host made, and the labels."""
+  if isinstance(batch, image_crops.Crops):
+    return (batch.first, batch.second), batch.labels
   return batch.images[batch.rows], batch.labels[batch.rows]
 
 
@@ -154,7 +205,8 @@ class Embedder:
     self._batch_size = config.eval.batch_size
     checks.count("config.eval.batch_size", self._batch_size)
     self._batch_size += -self._batch_size % self.mesh.size
-    size, share = config.eval.size or config.views.size, config.eval.crop_share
+    size = config.eval.size or config.views.size
+    share = 1.0 if config.data.from_files else config.eval.crop_share  # the host has cut these
 
     def embed(params, network_state, images, *, train=False):
       images = image_augmentations.centre_crop(images, size=size, share=share, antialias=True)
