@@ -17,7 +17,7 @@ import optax
 import sharding
 from experiments.data import batching, image_crops
 from experiments.data import images as image_data
-from experiments.loop import training
+from experiments.loop import memory, training
 from representation import image_augmentations, lars
 from representation.networks import adapters, resnet
 from sharding import checks
@@ -77,6 +77,7 @@ def load(config: Any) -> image_data.Images:
     directory=section.directory,
     size=section.size,
     num_images=section.num_images,
+    free_bytes=memory.available(training.make_mesh(config.sharding.mesh).devices.flat),
   )
 
 

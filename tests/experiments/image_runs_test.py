@@ -129,6 +129,12 @@ def test_settings_that_do_not_fit_crops_of_the_host_are_named(changes, words):
     image_runs.make_batches(config, image_runs.load(config))
 
 
+def test_images_that_do_not_fit_are_refused(monkeypatch):
+  monkeypatch.setattr(image_runs.memory, "available", lambda devices: 1000)
+  with pytest.raises(ValueError, match=r"images of 8x8 need .*config\.data\.from_files"):
+    image_runs.load(_config())
+
+
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
   config = _config(train__batch_size=30)
   config.sharding.mesh.data = 8
