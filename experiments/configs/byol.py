@@ -108,6 +108,7 @@ def _imagenet(config: ml_collections.ConfigDict, num_epochs: int) -> None:
   """The paper's runs: batch 4096, LARS with ten epochs of warm-up."""
   learning_rate, weight_decay, config.algorithm.target_decay = _RECIPES[num_epochs]
   config.data.update({"source": "tfds:imagenet2012", "from_files": True})
+  config.eval.baselines = False  # pixels of all images do not fit into memory
   config.network.update({"encoder": "resnet50", "stem": "imagenet", "dtype": "bfloat16"})
   config.views.size, config.eval.crop_share = 224, 0.875
   config.optimizer.update(

@@ -18,7 +18,7 @@ def build(config: Any) -> training.Experiment:
   settings = dict(config.algorithm)
   predictor_rate = settings.pop("predictor_rate")
   algorithm = byol.Config(**settings, num_steps=config.train.num_steps)
-  data = image_runs.open_data(config)
+  data = image_runs.load(config)
   apply_fn = make_networks(config, num_classes=len(data.class_names))
   optimizer = image_runs.make_optimizer(config)
   if predictor_rate != 1:

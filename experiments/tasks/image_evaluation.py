@@ -37,9 +37,7 @@ class Evaluator:
     embed: computes features, an `image_runs.Embedder`.
   """
 
-  def __init__(
-    self, config: Any, data: image_data.Images | image_data.ImageFiles, encoder: adapters.Encoder
-  ):
+  def __init__(self, config: Any, data: image_data.Images, encoder: adapters.Encoder):
     checks.count("config.eval.num_neighbours", config.eval.num_neighbours)
     checks.count("config.eval.num_epochs", config.eval.num_epochs)
     for probe in config.eval.probes:
@@ -51,8 +49,7 @@ class Evaluator:
     self.embed = image_runs.Embedder(config, encoder)
     self._config, self._data = config, data
     self._num_classes = len(data.class_names)
-    self._train, self._test = image_runs.splits(data)
-    self._num_neighbours = min(config.eval.num_neighbours, len(self._train.images))
+    self._num_neighbours = min(config.eval.num_neighbours, len(data.images))
 
   def result(self, params: Any, network_state: Any, *, final: bool) -> results.Result:
     """Returns the scores of an encoder: of all probes at the end, and of k-NN before."""
@@ -72,7 +69,7 @@ class Evaluator:
       "mean_cosine": float(collapse.mean_cosine(test)),
     }
     table = results.Table(
-      f"Test accuracy in percent, {len(test):,} images",
+      f"Test accuracy in percent, {len(data.test_images):,} images",
       ["of", *(PROBES[probe] for probe in trained)],
       [[name, *map(results.percent, row.values())] for name, row in scores.items()],
       caption="Brackets hold 95 % intervals over the test images. The untrained encoder has "
@@ -89,7 +86,7 @@ class Evaluator:
       tables=[table, results.Table("Data", ["what", "value"], notes)],
       arrays={
         "points": _main_directions(test[:NUM_POINTS], 2),
-        "point_labels": self._test.labels[:NUM_POINTS],
+        "point_labels": data.test_labels[:NUM_POINTS],
         "queries": queries,
         "neighbours": np.asarray(neighbours),
       },
@@ -98,7 +95,9 @@ class Evaluator:
   @functools.cached_property
   def baselines(self) -> dict[str, dict[str, results.Estimate]]:
     """The scores of pixels and of the untrained encoder."""
-    train, test = (self.embed.pixels(split.images) for split in (self._train, self._test))
+    train, test = (
+      self.embed.pixels(images) for images in (self._data.images, self._data.test_images)
+    )
     centre = train.mean(0)
     train, test = train - centre, test - centre
     note = ""
@@ -106,7 +105,7 @@ class Evaluator:
       directions = np.linalg.eigh(train.T @ train)[1][:, -NUM_DIRECTIONS:]
       train, test = train @ directions, test @ directions
       note = f", {NUM_DIRECTIONS} main directions"
-    untrained = self._embed_both(*self.embed.untrained(self._train.images))
+    untrained = self._embed_both(*self.embed.untrained(self._data.images))
     return {
       f"pixels{note}": self._scores(train, test),
       "encoder, untrained": self._scores(*untrained),
@@ -114,7 +113,8 @@ class Evaluator:
 
   def _embed_both(self, params: Any, network_state: Any) -> Any:
     """Returns the features of training and test images."""
-    return [self.embed(params, network_state, split.images) for split in (self._train, self._test)]
+    images = self._data.images, self._data.test_images
+    return [self.embed(params, network_state, split) for split in images]
 
   def _scores(self, train: Any, test: Any) -> dict[str, results.Estimate]:
     """Returns the accuracy of each probe of the config."""
@@ -122,14 +122,16 @@ class Evaluator:
     return {probe: ways[probe](train, test) for probe in self._config.eval.probes}
 
   def _knn(self, train: Any, test: Any) -> results.Estimate:
+    labels: Any = self._data.labels
     scores = image_probes.nearest_neighbours(
       train,
-      self._train.labels,
+      labels,
       test,
       num_classes=self._num_classes,
       num_neighbours=self._num_neighbours,
     )
-    return _estimate(probes.top_accuracy(scores, self._test.labels), len(test))
+    test_labels: Any = self._data.test_labels
+    return _estimate(probes.top_accuracy(scores, test_labels), len(test))
 
   def _linear(self, train: Any, test: Any) -> results.Estimate:
     found = image_probes.evaluate_linear(
@@ -147,7 +149,8 @@ class Evaluator:
     return _estimate(found.score, len(test))
 
   def _split(self, train: Any, test: Any) -> Any:
-    return train, self._train.labels, test, self._test.labels, self._data.validation_rows
+    data = self._data
+    return train, data.labels, test, data.test_labels, data.validation_rows
 
 
 def _estimate(accuracy: Any, count: int) -> results.Estimate:

@@ -12,16 +12,17 @@ from experiments.report import plots, results
 from experiments.tasks import image_runs
 from representation import image_augmentations
 
-Data = image_data.Images | image_data.ImageFiles
 NUM_IMAGES, NUM_VIEWS = 6, 4  # rows and columns of the picture of views, of each kind
 
 
-def draw(config: Any, data: Data, history: Any, result: results.Result) -> list[results.Figure]:
+def draw(
+  config: Any, data: image_data.Images, history: Any, result: results.Result
+) -> list[results.Figure]:
   """Returns all figures of a run."""
   return [
     _training(history),
     views(config, data),
-    neighbours(config, data, result),
+    neighbours(data, result),
     feature_map(data, result),
   ]
 
@@ -61,14 +62,13 @@ def _training(history: Any) -> results.Figure:
   return results.Figure("collapse", caption, figure)
 
 
-def views(config: Any, data: Data) -> results.Figure:
+def views(config: Any, data: image_data.Images) -> results.Figure:
   """Draws images beside random views of both kinds, as a step sees them."""
-  train, _ = image_runs.splits(data)
-  images = _pictures(config, train, np.arange(min(NUM_IMAGES, len(train.images))))
+  images = data.images[:NUM_IMAGES]
   both = image_runs.make_views(config)
   columns: list[Any] = [images]
   for view, augmentation in enumerate((both.first, both.second)):
-    # Pictures are drawn whole, also where the host crops in training.
+    # Pictures are cropped here, also where the host crops in training.
     augmentation = dataclasses.replace(augmentation, crop=True)
     augment = jax.jit(functools.partial(image_augmentations.augment, augmentation=augmentation))
     for index in range(NUM_VIEWS):
@@ -82,24 +82,22 @@ def views(config: Any, data: Data) -> results.Figure:
   return results.Figure("views", caption, _grid(grid, titles))
 
 
-def neighbours(config: Any, data: Data, result: results.Result) -> results.Figure:
+def neighbours(data: image_data.Images, result: results.Result) -> results.Figure:
   """Draws test images beside the training images with the closest features."""
   queries, rows = result.arrays["queries"], result.arrays["neighbours"]
-  train, test = image_runs.splits(data)
-  shown = _pictures(config, test, queries)
-  found = _pictures(config, train, rows.reshape(-1)).reshape(*rows.shape, *shown.shape[1:])
-  right = np.asarray(train.labels)[rows] == np.asarray(test.labels)[queries][:, None]
+  shown, found = data.test_images[queries], data.images[rows.reshape(-1)]
+  found = found.reshape(*rows.shape, *found.shape[1:])
   grid = [[query, *others] for query, others in zip(shown, found, strict=True)]
-  frames = [[None, *row] for row in right]
+  right = [[None, *row] for row in data.labels[rows] == data.test_labels[queries][:, None]]
   titles = ["test image", *(f"{rank + 1}" for rank in range(rows.shape[1]))]
   caption = (
     "Random test images, and the training images whose features have the largest cosine with "
     "theirs. A green frame means the same class, a red frame another one."
   )
-  return results.Figure("neighbours", caption, _grid(grid, titles, frames))
+  return results.Figure("neighbours", caption, _grid(grid, titles, right))
 
 
-def feature_map(data: Data, result: results.Result) -> results.Figure:
+def feature_map(data: image_data.Images, result: results.Result) -> results.Figure:
   """Draws the features of test images along their two main directions."""
   points, labels = result.arrays["points"], result.arrays["point_labels"]
   figure, axes = plots.subplots(1, 1, size=(4.6, 4.6))
@@ -117,11 +115,6 @@ def feature_map(data: Data, result: results.Result) -> results.Figure:
   if num_classes > 10:
     caption += " Only the first ten classes are drawn."
   return results.Figure("features", caption, figure)
-
-
-def _pictures(config: Any, split: image_runs.Labelled, rows: np.ndarray) -> np.ndarray:
-  """Returns images `[n, H, W, 3]` to look at; those of files are central squares."""
-  return image_runs.squares(split.images, rows, size=config.views.size)
 
 
 def _grid(images: Any, titles: Any, right: Any = None) -> Any:
