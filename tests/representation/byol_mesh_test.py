@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import topologies
 
 import sharding
-from representation import byol
+from representation import byol, byol_recipes, lars
 from representation import image_augmentations as augmentations
 from representation.networks import adapters, mlp, resnet
 
@@ -120,3 +121,62 @@ def test_a_batch_that_does_not_divide_is_refused(num_images, batch_size, message
   data = images, np.zeros(num_images, int), np.zeros(batch_size, int)
   with pytest.raises(ValueError, match=message):
     step(jnp.zeros(()), data, jax.random.key(0))
+
+
+def _lower_imagenet_step(devices, batch_size):
+  """Lowers the paper's step on ImageNet: ResNet-50 at 224 pixels in bfloat16, LARS, T and T'.
+
+  The images come with 256 pixels a side.
+  """
+  networks = _networks(
+    resnet.ResNet50(dtype=jnp.bfloat16),
+    augmentations.Views(augmentations.first_view(), augmentations.second_view()),
+    hidden=4096, width=256, classes=1000, dtype=jnp.bfloat16,
+  )  # fmt: skip
+  recipe = byol_recipes.PRESETS[1000]
+  rate = byol_recipes.learning_rate_schedule(
+    recipe.base_learning_rate, num_epochs=1000, batch_size=batch_size
+  )
+  optimizer = lars.lars(rate, weight_decay=recipe.weight_decay)
+  config = byol.Config(target_decay=recipe.target_decay)
+  mesh = sharding.make_mesh({"data": len(devices)}, devices)
+  whole, split = (
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("data",))
+  )
+
+  def placed(shapes, to):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes)
+
+  key = jax.eval_shape(jax.random.key, 0)
+  state = jax.eval_shape(lambda key: _init(key, networks, optimizer, config), key)
+  batch = byol.Batch(
+    jax.ShapeDtypeStruct((batch_size, 256, 256, 3), jnp.uint8),
+    jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+  )
+  step = functools.partial(byol.update, apply_fn=networks, optimizer=optimizer, config=config)
+  return (
+    jax.jit(step, donate_argnums=0, out_shardings=whole)
+    .trace(placed(state, whole), placed(batch, split), placed(key, whole))
+    .lower(lowering_platforms=(devices[0].platform,))
+  )
+
+
+@pytest.mark.slow
+def test_the_imagenet_preset_compiles_for_eight_devices():
+  """At batch 4096; each device has the activations of its own 512 images."""
+  text = _lower_imagenet_step(jax.devices(), 4096).compile().as_text()
+  assert "bf16[512,56,56,256]" in text and "[4096,56,56,256]" not in text
+  # Sums, gradients and the rows of the collapse metrics are exchanged, and no image.
+  assert not [shape for shape in compiled_programs.exchanged_shapes(text) if 224 in shape]
+
+
+@pytest.mark.slow
+def test_the_imagenet_preset_compiles_for_tpus(monkeypatch):
+  """For 64 TPU v5e with 16 GiB each, without one; needs the package libtpu."""
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU on the network
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8")
+  compiled = _lower_imagenet_step(topology.devices, 4096).compile()  # raises where memory ends
+  memory = compiled.memory_analysis()
+  assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 16 * 2**30
