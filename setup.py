@@ -26,6 +26,8 @@ _EXPERIMENTS = [
   "tensorboardX>=2.6.2",
   "tqdm>=4.66",
   "matplotlib>=3.9",
+  "pillow>=11",  # decodes and resizes images
+  "scikit-learn>=1.9.1",  # its digits are the images that need no files
 ]
 
 _LM = [
@@ -41,9 +43,7 @@ _GAMES = ["open-spiel>=2.0.2"]
 
 _TEST = [
   *_GAMES,  # the reference of every test of games; no part of the library's own needs
-  "scikit-learn>=1.9.1",  # the reference of logistic regression and its protocol
   "chex>=0.1.91,<0.2",  # compares trees
-  "pillow>=11",  # the reference of resized images
   "pytest>=8",
   "pytest-xdist>=3.6",
   "hypothesis>=6.100",

@@ -76,9 +76,10 @@ def minimise(
     # and do not move.
     forcing = jnp.minimum(0.1, jnp.sqrt(norms / jnp.where(at_zero > 0, at_zero, 1)))
     goal = jnp.where(norms > tolerance * at_zero, forcing * norms, jnp.inf)
-    direction = _conjugate_gradients(
-      lambda v: v + rows.T @ (curvature * (rows @ v)), -slope, 1 + squares.T @ curvature, goal
-    )
+    direction = conjugate_gradients(
+      lambda v: v + rows.T @ (curvature * (rows @ v)), -slope, 1 + squares.T @ curvature, goal,
+      max_steps=len(start),
+    )  # fmt: skip
     change = rows @ direction
     sizes = _step_sizes(solution, direction, logits, change, targets, strengths, slope)
     solution = solution + sizes * direction
@@ -89,14 +90,26 @@ def minimise(
   return jax.lax.while_loop(unfinished, improve, (start, logits, gradient(start, logits), 0))[0]
 
 
-def _conjugate_gradients(
-  product: Callable[[jax.Array], jax.Array], target: jax.Array, diagonal: jax.Array, goal: jax.Array
-) -> Any:
-  """Solves product(v) = target for all columns, until each residual norm is at most `goal`."""
+def conjugate_gradients(
+  product: Callable[[jax.Array], jax.Array],
+  target: jax.Array,
+  diagonal: jax.Array,
+  goal: jax.Array,
+  max_steps: int,
+) -> jax.Array:
+  """Solves product(v) = target for all columns, until each residual norm is at most `goal`.
+
+  Args:
+    product: a symmetric positive definite matrix for each column, applied to `[P, K]`.
+    target: `[P, K]`.
+    diagonal: `[P, K]` positive, the preconditioner; about the diagonals of the matrices.
+    goal: `[K]` or `[]`.
+    max_steps: the most products.
+  """
 
   def unfinished(carry: Any) -> jax.Array:
     _, residual, _, _, step = carry
-    return jnp.any(_norms(residual) > goal) & (step < target.shape[0])
+    return jnp.any(_norms(residual) > goal) & (step < max_steps)
 
   def improve(carry: Any) -> Any:
     solution, residual, direction, product_rz, step = carry

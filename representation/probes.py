@@ -90,6 +90,32 @@ def accuracy(predictions: jax.Array, labels: jax.Array) -> jax.Array:
   return jnp.mean(jnp.asarray(predictions) == jnp.asarray(labels))
 
 
+def top_accuracy(scores: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the share of rows where the label has the largest of the scores.
+
+  The lower class is the prediction if several have the largest score. A score of -inf is a class
+  that is never predicted.
+
+  Args:
+    scores: `[..., C]`, for example logits.
+    labels: `[...]` int in [0, C).
+
+  Returns:
+    A number in [0, 1], or NaN if a score is NaN or +inf: comparisons with NaN are false, so the
+    accuracy of diverged numbers would look ordinary.
+
+  Raises:
+    ValueError: if the shapes do not fit or are empty.
+
+  Example:
+    >>> top_accuracy(jnp.array([[0.1, 0.9], [0.8, 0.2]]), jnp.array([1, 1]))
+    Array(0.5, dtype=float32)
+  """
+  scores = jnp.asarray(scores)
+  share = accuracy(jnp.argmax(scores, axis=-1), labels)
+  return jnp.where(jnp.all(scores < jnp.inf), share, jnp.nan)
+
+
 def micro_f1(predictions: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns 2 TP / (2 TP + FP + FN), with counts over all entries; 0 if there is no positive.
 
@@ -109,6 +135,54 @@ def micro_f1(predictions: jax.Array, labels: jax.Array) -> jax.Array:
   predictions, labels = jnp.asarray(predictions) != 0, jnp.asarray(labels) != 0
   positives = jnp.sum(predictions) + jnp.sum(labels)
   return 2 * jnp.sum(predictions & labels) / jnp.maximum(positives, 1)
+
+
+def held_out(
+  features: Any,
+  labels: Any,
+  test_features: Any,
+  test_labels: Any,
+  validation_rows: Any,
+  *,
+  num_classes: int,
+) -> np.ndarray:
+  """Returns the training rows outside of `validation_rows`, on which a candidate is fitted.
+
+  For protocols with one training set and one test set, whose settings are chosen on the validation
+  rows.
+
+  Args:
+    features: `[N, F]` of the training set.
+    labels: `[N]` int in [0, num_classes).
+    test_features: `[M, F]`.
+    test_labels: `[M]` int in [0, num_classes).
+    validation_rows: `[v]` int, distinct rows of the training set; not traced.
+    num_classes: number of classes.
+
+  Raises:
+    ValueError: if shapes do not fit, labels are out of range, validation rows are repeated, or the
+      rows that are left hold no two classes.
+
+  Example:
+    >>> held_out(np.eye(4), np.array([0, 1, 0, 1]), np.eye(4), np.arange(4) % 2, [1], num_classes=2)
+    array([0, 2, 3])
+  """
+  checks.labels(labels, num_classes, fetch=True)
+  checks.matrix("features", features, len(labels))
+  checks.labels(test_labels, num_classes, fetch=True)
+  checks.matrix("test_features", test_features, len(test_labels))
+  checks.shape("test_features", test_features, (len(test_labels), features.shape[1]), "[M, F]")
+  checks.row_numbers("validation_rows", validation_rows, len(labels), 1, fetch=True)
+  rows, counts = np.unique(np.asarray(validation_rows), return_counts=True)
+  if counts.max() > 1:
+    raise ValueError(
+      f"validation_rows must be distinct, got row {rows[counts.argmax()]} {counts.max()} times"
+    )
+  left = np.setdiff1d(np.arange(len(labels)), rows)
+  if not left.size:
+    raise ValueError(f"validation_rows must leave rows to fit, got all {len(labels)} training rows")
+  checks.several_classes(np.asarray(labels)[left])
+  return left
 
 
 def logistic_loss(

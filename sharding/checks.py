@@ -210,6 +210,16 @@ def labels(array: Any, num_classes: Any, *, fetch: bool = False) -> None:
     )
 
 
+def several_classes(labels: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` if all `labels` are equal: every classifier would then be right."""
+  known = _on_host(labels, fetch)
+  if known is not None and np.unique(known).size < 2:
+    raise ValueError(
+      f"labels must hold at least two classes, got {known.size} rows of class "
+      f"{np.ravel(known)[0]} only: any classifier would score 1"
+    )
+
+
 def binary(name: str, array: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` unless `array` is `[N, L]`, not empty, of zeros and ones."""
   if len(_shape(name, array)) != 2 or 0 in np.shape(array):

@@ -100,6 +100,63 @@ def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collectio
   )
 
 
+def images(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Learns features of images without labels; probes evaluate them. The defaults fit CIFAR-10."""
+  return _config(
+    paper,
+    preset,
+    algorithm=algorithm,
+    network={
+      "encoder": "resnet18",  # or another name of image_runs.ENCODERS
+      "width_multiplier": 1.0,
+      "stem": "cifar",  # or "imagenet"
+      "zero_scale": False,  # whether residual blocks start as their shortcuts
+      "dtype": "float32",  # of the computation; or "bfloat16"
+    },
+    data={
+      "source": "tfds:cifar10",  # or digits, a .npz file, a folder of images
+      "directory": "",  # of TFDS; empty: its default
+      "size": 0,  # side of the images in memory; 0: as they are
+      "num_images": 0,  # of a subset of the training images, the same for all seeds; 0: all
+      "from_files": False,  # decode and crop in each step, for sets that do not fit into memory
+    },
+    views={
+      "size": 32,
+      "antialias": False,
+      "first": _view(blur_prob=1.0, solarise_prob=0.0),
+      "second": _view(),
+    },
+    optimizer={
+      "name": "lars",  # or "sgd", "adamw"
+      "learning_rate": 0.2,  # for 256 images a step; the peak grows with the batch
+      "warmup_steps": 1000,
+      "weight_decay": 1.5e-6,
+    },
+    sharding={"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
+    train={"num_steps": 20_000, "batch_size": 512, "log_every": 10},
+    eval={
+      "every": 0,
+      "batch_size": 500,
+      "size": 0,  # side of the images that are evaluated; 0: views.size
+      "crop_share": 1.0,  # side of the central square that is seen, as a share of the image
+      "probes": ("knn", "linear", "logistic"),
+      "baselines": True,  # whether pixels and an untrained encoder are evaluated too
+      "num_neighbours": 200,
+      "num_epochs": 80,  # of the linear probe
+    },
+    checkpoint={"every": 500, "keep": 1},
+  )
+
+
+def _view(**changed: float) -> dict[str, float]:
+  """The augmentation of one view, by default BYOL's second; fields of `Augmentation`."""
+  return {
+    "min_area": 0.08, "max_aspect": 4 / 3, "flip_prob": 0.5, "jitter_prob": 0.8, "brightness": 0.4,
+    "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey_prob": 0.2, "blur_prob": 0.1,
+    "solarise_prob": 0.2,
+  } | changed  # fmt: skip
+
+
 def random_bandits(paper: str, *, algorithm: dict[str, Any]) -> ml_collections.ConfigDict:
   """The tabular runs of the baselines: 4,000 steps on 8 random bandits."""
   config = bandit(paper, "bandit", algorithm=algorithm)

@@ -183,6 +183,12 @@ def _plain(value: Any) -> Any:
   return value
 
 
+def percent(estimate: Estimate) -> Estimate:
+  """Returns a share and its interval in percent."""
+  low, high = (None if end is None else 100 * end for end in (estimate.low, estimate.high))
+  return Estimate(100 * estimate.value, low, high, estimate.n, estimate.note)
+
+
 def number(value: float, digits: int | None = None) -> str:
   """Returns the text of a number with `digits` decimals; None chooses them by its size.
 

@@ -1,0 +1,189 @@
+"""Code shared by methods that learn from images, from the data to the features.
+
+A data set that fits lives on the device. A batch of the loop is then all images, all labels and the
+rows of the step, which gathers its images itself (`take`).
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sharding
+from experiments.data import batching
+from experiments.data import images as image_data
+from experiments.loop import training
+from representation import image_augmentations, lars
+from representation.networks import adapters, resnet
+from sharding import checks
+
+# Number of blocks in each group, and whether they are bottlenecks. The number in a name counts the
+# layers with weights, as is usual; the small ones are for CPUs and tests.
+ENCODERS = {
+  "resnet4": ((1,), False),
+  "resnet6": ((1, 1), False),
+  "resnet8": ((1, 1, 1), False),
+  "resnet10": ((1, 1, 1, 1), False),
+  "resnet18": ((2, 2, 2, 2), False),
+  "resnet34": ((3, 4, 6, 3), False),
+  "resnet50": ((3, 4, 6, 3), True),
+  "resnet101": ((3, 4, 23, 3), True),
+  "resnet152": ((3, 8, 36, 3), True),
+  "resnet200": ((3, 24, 36, 3), True),
+}
+OPTIMISERS = ("lars", "sgd", "adamw")
+_CALIBRATION_PASSES = 50  # 0.9^50 = 0.5 % of the initial statistics is left
+
+
+class Resident(NamedTuple):
+  """The images on the device, and the rows of one step.
+
+  images: `[N, H, W, 3]` bytes.  labels: `[N]`.  rows: `[B]`.
+  """
+
+  images: Any
+  labels: Any
+  rows: Any
+
+
+def load(config: Any) -> image_data.Images:
+  """Reads the data set of a config into the memory of the host."""
+  section = config.data
+  return image_data.load(
+    section.source,
+    directory=section.directory,
+    size=section.size,
+    num_images=section.num_images,
+  )
+
+
+def make_encoder(config: Any) -> adapters.Encoder:
+  """Returns the ResNet of a config, from standardised images to features."""
+  section = config.network
+  checks.choice("config.network.encoder", section.encoder, tuple(ENCODERS))
+  checks.choice("config.network.dtype", section.dtype, ("float32", "bfloat16"))
+  block_sizes, bottleneck = ENCODERS[section.encoder]
+  module = resnet.ResNet(
+    block_sizes,
+    bottleneck,
+    width_multiplier=section.width_multiplier,
+    stem=section.stem,
+    zero_scale=section.zero_scale,
+    dtype=compute_dtype(config),
+  )
+  return adapters.Encoder(module)
+
+
+def compute_dtype(config: Any) -> Any:
+  """Returns the dtype of the networks' computation; None is that of the images, float32."""
+  return None if config.network.dtype == "float32" else jnp.dtype(config.network.dtype)
+
+
+def make_views(config: Any) -> image_augmentations.Views:
+  """Returns the function from images to the two views of a config."""
+  section = config.views
+  first, second = (
+    image_augmentations.Augmentation(section.size, antialias=section.antialias, **view)
+    for view in (section.first, section.second)
+  )
+  return image_augmentations.Views(first, second)
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+  """Returns the optimiser of a config, with a linear warm-up from 0 and a cosine decay to 0."""
+  section, num_steps = config.optimizer, config.train.num_steps
+  checks.choice("config.optimizer.name", section.name, OPTIMISERS)
+  peak = section.learning_rate * config.train.batch_size / 256
+  warmup = min(section.warmup_steps, num_steps - 1)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps)
+  if section.name == "lars":
+    return lars.lars(schedule, weight_decay=section.weight_decay)
+  # Biases and scales are not decayed either, so that the three differ in the step alone.
+  decay = optax.add_decayed_weights(section.weight_decay, mask=lars.is_adapted)
+  if section.name == "sgd":
+    return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
+  return optax.adamw(schedule, weight_decay=section.weight_decay, mask=lars.is_adapted)
+
+
+def make_batches(
+  config: Any, data: image_data.Images
+) -> Callable[[], Iterator[tuple[np.ndarray, Any]]]:
+  """Returns the function that makes the iterator of a run, over images that live on the device."""
+  mesh = training.make_mesh(config.sharding.mesh)
+  size, batch_size = len(data.images), config.train.batch_size
+  checks.count("config.train.batch_size", batch_size)
+  if batch_size % mesh.size:
+    raise ValueError(
+      f"config.train.batch_size={batch_size} must divide over the {mesh.size} devices of "
+      "config.sharding.mesh: choose a multiple of their number"
+    )
+  # Rows of zeros, which no step takes, make the images divide over the devices.
+  filled = [
+    np.pad(leaf, [(0, -size % mesh.size)] + [(0, 0)] * (leaf.ndim - 1))
+    for leaf in (data.images, data.labels)
+  ]
+  images, labels = sharding.shard_batch(filled, mesh)
+  return functools.partial(
+    batching.batches,
+    np.arange(size, dtype=np.int32),
+    batch_size=batch_size,
+    seed=config.seed,
+    make=lambda rows, rng: Resident(images, labels, rows),
+  )
+
+
+def take(batch: Resident) -> tuple[jax.Array, jax.Array]:
+  """Returns the images and labels of a step."""
+  return batch.images[batch.rows], batch.labels[batch.rows]
+
+
+class Embedder:
+  """Computes the features of all images of a data set, without random views.
+
+  Attributes:
+    mesh: the devices.
+  """
+
+  def __init__(self, config: Any, encoder: adapters.Encoder):
+    self.mesh = training.make_mesh(config.sharding.mesh)
+    self._encoder, self._seed = encoder, config.seed + 1
+    self._batch_size = config.eval.batch_size
+    checks.count("config.eval.batch_size", self._batch_size)
+    self._batch_size += -self._batch_size % self.mesh.size
+    size, share = config.eval.size or config.views.size, config.eval.crop_share
+
+    def embed(params, network_state, images, *, train=False):
+      images = image_augmentations.centre_crop(images, size=size, share=share, antialias=True)
+      images = image_augmentations.standardise(images)
+      return encoder(params, network_state, images, train=train)
+
+    self._embed = jax.jit(lambda *args: embed(*args)[0])
+    self._observe = jax.jit(lambda *args: embed(*args, train=True)[1])
+    self._example = jnp.zeros((2, size, size, 3))
+
+  def __call__(self, params: Any, network_state: Any, images: np.ndarray) -> np.ndarray:
+    """Returns the features `[N, F]` of images `[N, H, W, 3]`, by an encoder in evaluation mode."""
+    found = []
+    for start in range(0, len(images), self._batch_size):
+      rows = images[start : start + self._batch_size]
+      short = self._batch_size - len(rows)  # the last batch is filled up: one shape compiles once
+      filled = np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
+      features = self._embed(params, network_state, sharding.shard_batch(filled, self.mesh))
+      found.append(np.asarray(features)[: len(rows)])
+    return np.concatenate(found)
+
+  def untrained(self, images: np.ndarray) -> tuple[Any, Any]:
+    """Returns parameters and state of an encoder of another seed that has only seen `images`.
+
+    Its running statistics are those of the images, which the first ones, 0 and 1, are not.
+    """
+    params, state = self._encoder.init(jax.random.key(self._seed), self._example)
+    size = min(self._batch_size, len(images) - len(images) % self.mesh.size) or len(images)
+    rng = np.random.default_rng(0)
+    for _ in range(_CALIBRATION_PASSES):
+      state = self._observe(params, state, images[rng.choice(len(images), size, replace=False)])
+    return params, state
