@@ -4,9 +4,10 @@ A data set that fits lives on the device. A batch of the loop is then all images
 rows of the step, which gathers its images itself (`take`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,21 @@ OPTIMISERS = ("lars", "sgd", "adamw")
 _CALIBRATION_PASSES = 50  # 0.9^50 = 0.5 % of the initial statistics is left
 
 
-class Resident(NamedTuple):
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["images", "labels", "rows"], meta_fields=["shape"]
+)
+@dataclasses.dataclass(frozen=True)
+class Resident:
   """The images on the device, and the rows of one step.
 
-  images: `[N, H, W, 3]` bytes.  labels: `[N]`.  rows: `[B]`.
+  images: `[N, H * W * 3]` bytes. A TPU lays out `[N, H, W, 3]` by pixels, and a step that takes
+  images from it would first copy all of them.  labels: `[N]`.  rows: `[B]`.  shape: (H, W, 3).
   """
 
   images: Any
   labels: Any
   rows: Any
+  shape: tuple[int, ...]
 
 
 def load(config: Any) -> image_data.Images:
@@ -124,7 +131,7 @@ def make_batches(
   # Rows of zeros, which no step takes, make the images divide over the devices.
   filled = [
     np.pad(leaf, [(0, -size % mesh.size)] + [(0, 0)] * (leaf.ndim - 1))
-    for leaf in (data.images, data.labels)
+    for leaf in (data.images.reshape(size, -1), data.labels)
   ]
   images, labels = sharding.shard_batch(filled, mesh)
   return functools.partial(
@@ -132,13 +139,13 @@ def make_batches(
     np.arange(size, dtype=np.int32),
     batch_size=batch_size,
     seed=config.seed,
-    make=lambda rows, rng: Resident(images, labels, rows),
+    make=lambda rows, rng: Resident(images, labels, rows, data.images.shape[1:]),
   )
 
 
 def take(batch: Resident) -> tuple[jax.Array, jax.Array]:
-  """Returns the images and labels of a step."""
-  return batch.images[batch.rows], batch.labels[batch.rows]
+  """Returns the images `[B, H, W, 3]` and labels `[B]` of a step."""
+  return batch.images[batch.rows].reshape(-1, *batch.shape), batch.labels[batch.rows]
 
 
 class Embedder:
