@@ -51,6 +51,7 @@ class Augmentation:
     blur_sigma: smallest and largest width of the blur in pixels.
     solarise_prob: probability that values of at least 0.5 are reflected.
     antialias: whether the kernel of resizing widens where a crop shrinks.
+    crop: whether to crop at all. Without it the images must have `size`: the host cropped them.
   """
 
   size: int = 224
@@ -67,6 +68,7 @@ class Augmentation:
   blur_sigma: tuple[float, float] = (0.1, 2.0)
   solarise_prob: float = 0.0
   antialias: bool = False
+  crop: bool = True
 
   def __post_init__(self):
     checks.count("size", self.size)
@@ -116,20 +118,22 @@ class Views:
   mean: tuple[float, float, float] = IMAGENET_MEAN
   std: tuple[float, float, float] = IMAGENET_STD
 
-  def __call__(self, images: jax.Array, key: jax.Array) -> list[jax.Array]:
+  def __call__(self, images: Any, key: jax.Array) -> list[jax.Array]:
     """Returns two arrays `[B, size, size, 3]`, standardised.
 
     Args:
-      images: `[B, H, W, 3]`, bytes or floating-point numbers in [0, 1].
+      images: `[B, H, W, 3]`, bytes or floating-point numbers in [0, 1]. A tuple or list of two such
+        arrays holds what each view is made from: crops of the host.
       key: typed PRNG key; each image gets keys of its own.
 
     Raises:
       ValueError: as `augment`.
     """
+    pair = images if isinstance(images, tuple | list) else (images, images)
     return [
-      standardise(augment(images, view_key, augmentation), mean=self.mean, std=self.std)
-      for view_key, augmentation in zip(
-        jax.random.split(key), (self.first, self.second), strict=True
+      standardise(augment(one, view_key, augmentation), mean=self.mean, std=self.std)
+      for one, view_key, augmentation in zip(
+        pair, jax.random.split(key), (self.first, self.second), strict=True
       )
     ]
 
@@ -149,6 +153,12 @@ def augment(images: jax.Array, key: jax.Array, augmentation: Augmentation) -> ja
     ValueError: if `images` have another shape, or integers other than bytes.
   """
   images = _in_unit_range(images)
+  size = augmentation.size
+  if not augmentation.crop and images.shape[1:3] != (size, size):
+    raise ValueError(
+      f"images must be [B, {size}, {size}, 3] where crop is False, got {list(images.shape)}: crop "
+      "them before, or set crop=True"
+    )
   keys = jax.random.split(key, len(images))
   return jax.vmap(lambda image, key: _augment_one(image, key, augmentation))(images, keys)
 
@@ -206,10 +216,11 @@ def _in_unit_range(images: jax.Array) -> jax.Array:
 
 def _augment_one(image: jax.Array, key: jax.Array, augmentation: Augmentation) -> jax.Array:
   box_key, flip_key, jitter_key, grey_key, blur_key, solarise_key = jax.random.split(key, 6)
-  box = random_box(
-    box_key, *image.shape[:2], min_area=augmentation.min_area, max_aspect=augmentation.max_aspect
-  )
-  image = resized_crop(image, box, size=augmentation.size, antialias=augmentation.antialias)
+  if augmentation.crop:
+    box = random_box(
+      box_key, *image.shape[:2], min_area=augmentation.min_area, max_aspect=augmentation.max_aspect
+    )
+    image = resized_crop(image, box, size=augmentation.size, antialias=augmentation.antialias)
 
   def maybe(key, prob, change):
     if prob == 0:

@@ -201,7 +201,7 @@ def _tfds(source: str, directory: str) -> Raw:
     split_of("train"),
     split_of(test_name) if test_name in opened else None,
     tuple(class_names),
-    {"version": str(builder.version), "test_split": test_name},
+    {"version": str(builder.version)} | ({"test_split": test_name} if test_name in opened else {}),
     first_validate=_FIRST_VALIDATE.get(builder.name, 0),
   )
 

@@ -299,6 +299,20 @@ def test_views_are_pure_and_each_image_has_its_own():
   np.testing.assert_allclose(floats[0], one[0], atol=1e-5)
 
 
+def test_crops_of_the_host_get_the_rest_of_the_augmentation():
+  crops = [np.random.default_rng(i).random((4, 20, 20, 3)).astype(np.float32) for i in range(2)]
+  whole = image_augmentations.Augmentation(20, min_area=1.0, max_aspect=1.0)  # crops nothing
+  rest = dataclasses.replace(whole, crop=False)
+  want, found = (
+    jax.jit(image_augmentations.Views(one, one))(crops, jax.random.key(0)) for one in (whole, rest)
+  )
+  np.testing.assert_allclose(found, want, atol=1e-5)  # the weights of `whole` are 1 up to rounding
+  with pytest.raises(
+    ValueError, match=r"must be \[B, 20, 20, 3\] where crop is False, got \[4, 24,"
+  ):
+    image_augmentations.augment(np.zeros((4, 24, 20, 3)), jax.random.key(0), rest)
+
+
 def test_views_on_eight_devices_equal_those_on_one():
   augmentation = image_augmentations.crop_and_flip(8)
   images = np.random.default_rng(0).random((16, 8, 8, 3)).astype(np.float32)

@@ -1,9 +1,11 @@
 """Image data sets by name: digits, archives, folders and TensorFlow Datasets."""
 
+import functools
 import io
 import os
 import shutil
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from experiments.data import image_formats, images
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
 LABELS = np.arange(40) % 4
+CONFIGS = ("tested", "untested")
 
 
 def _encoded(pixels, kind="PNG", **options):
@@ -137,7 +140,7 @@ def test_images_of_other_sizes_are_cut_to_their_central_square(folder):
 
 @pytest.fixture(scope="module")
 def tfds_directory(tmp_path_factory):
-  """A data set of TFDS with the name of ImageNet, written by the library itself."""
+  """Two data sets of TFDS, written by the library itself; one has the name of ImageNet."""
   import tensorflow_datasets as tfds
 
   class Imagenet2012(tfds.core.GeneratorBasedBuilder):
@@ -162,8 +165,30 @@ def tfds_directory(tmp_path_factory):
         image = io.BytesIO(_encoded(PIXELS[i]))
         yield i, {"file_name": str(i), "image": image, "label": label}
 
+  class GreyPictures(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=n) for n in CONFIGS]
+
+    def _info(self):
+      features = {
+        "picture": tfds.features.Image(shape=(6, 6, 1), encoding_format="png"),
+        "class": tfds.features.ClassLabel(num_classes=4),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, manager):
+      del manager
+      splits = {"train": range(20), "validation": range(30, 40), "test": range(20, 30)}
+      names = {"tested": splits, "untested": ("train",)}[self.builder_config.name]
+      return {name: self._generate_examples(splits[name]) for name in names}
+
+    def _generate_examples(self, rows):
+      for i in rows:
+        yield i, {"picture": io.BytesIO(_encoded(PIXELS[i, ..., 0])), "class": i % 4}
+
   directory = tmp_path_factory.mktemp("tfds")
-  Imagenet2012(data_dir=directory, file_format="array_record").download_and_prepare()
+  for builder in (Imagenet2012, *(functools.partial(GreyPictures, config=n) for n in CONFIGS)):
+    builder(data_dir=directory, file_format="array_record").download_and_prepare()
   return directory
 
 
@@ -180,6 +205,16 @@ def test_tensorflow_datasets_are_read_without_tensorflow(tfds_directory):
     places = [int(np.argmax((PIXELS == image).all((1, 2, 3)))) for image in stored]
     assert sorted(places) == list(rows)
     np.testing.assert_array_equal(labels, np.array(places) % 2)
+
+
+def test_a_configuration_is_read_and_its_test_split_is_found(tfds_directory):
+  tested = images.load("tfds:grey_pictures/tested", directory=tfds_directory)
+  assert tested.name == "grey_pictures/tested" and tested.class_names == ("0", "1", "2", "3")
+  assert tested.images.shape == (20, 6, 6, 3) and tested.notes["test_split"] == "test"
+  want = sorted(PIXELS[20:30, 0, 0, 0])
+  assert all(sorted(tested.test_images[:, 0, 0, channel]) == want for channel in range(3))
+  untested = images.load("tfds:grey_pictures/untested:1.0.0", directory=tfds_directory)
+  assert len(untested.images) == 16 and untested.notes["test_split"].startswith("4 of 20 images")
 
 
 def test_the_first_images_of_imagenet_validate(tfds_directory, monkeypatch):
