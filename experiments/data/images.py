@@ -228,7 +228,7 @@ def open_files(
     )
   if num_images and num_images < len(train):
     notes["subset"] = f"{num_images} of {len(train)} training images"
-    train = train.take(_balanced(train.labels, num_images, (seed, _SUBSET)))
+    train = train.take(balanced_rows(train.labels, num_images, seed))
     first_validate = 0  # few of the first images are left
   if 0 < first_validate < len(train):
     validation_rows = np.arange(first_validate)
@@ -256,9 +256,12 @@ def _ranks(labels: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, np.nd
   return ranks, draws
 
 
-def _balanced(labels: np.ndarray, count: int, seed: tuple[int, int]) -> np.ndarray:
-  """Returns `count` sorted rows, the same number of each class as far as there are so many."""
-  ranks, draws = _ranks(labels, seed)
+def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+  """Returns `count` sorted rows, the same number of each class as far as there are so many.
+
+  With the same seed, those of a smaller count are among those of a larger one.
+  """
+  ranks, draws = _ranks(labels, (seed, _SUBSET))
   return np.sort(np.lexsort((draws, ranks))[:count])
 
 
