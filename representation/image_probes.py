@@ -270,7 +270,7 @@ def _fit_linear(
 
   def improve(carry: Any, rows: jax.Array) -> tuple[Any, None]:
     layers, state, step = carry
-    (weights, bias), state = momentum.update(gradient(*layers, rows), state)
+    (weights, bias), state = momentum.update(gradient(layers[0], layers[1], rows), state)
     sizes = jnp.repeat(learning_rates * schedule(step), num_classes).astype(dtype)
     layers = layers[0] - sizes[:, None] * weights, layers[1] - sizes * bias
     return (layers, state, step + 1), None
