@@ -43,7 +43,6 @@ def get_config(preset: str = "cifar10_cpu") -> ml_collections.ConfigDict:
     config.network[name] = source.network[name]
   config.network.init_from = ""  # work directory of a BYOL run; empty: random parameters
   config.data.update({name: source.data[name] for name in ("source", "num_images")})
-  del config.data.from_files
   config.data.label_share = 1.0  # of the images that have a label in training, equal in each class
   config.data.label_seed = 0
   config.data.validate = False  # leave the validation images out, and report their accuracy

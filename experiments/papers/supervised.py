@@ -49,6 +49,10 @@ def build(
     data: the data set of the config, where several runs share it.
     start: `read_encoder(config)`, where several runs share it.
   """
+  if config.data.from_files:
+    raise ValueError(
+      "config.data.from_files=True is for BYOL: supervised runs need images that fit into memory"
+    )
   data = image_runs.load(config) if data is None else data
   chosen = training_rows(config, data)
   trained_on = dataclasses.replace(data, images=data.images[chosen], labels=data.labels[chosen])

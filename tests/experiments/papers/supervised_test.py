@@ -115,6 +115,7 @@ def test_what_is_no_start_is_refused(byol_run, study, tmp_path):
       {"network__init_from": folder, "network__encoder": "resnet6"},
       "another encoder .*Block_1.* is absent in the checkpoint",
     ),
+    ({"data__from_files": True}, "from_files=True is for BYOL"),
   ):
     with pytest.raises(ValueError, match=message):
       supervised.build(_config(**fields), data=DATA)
