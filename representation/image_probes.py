@@ -258,35 +258,37 @@ def _fit_linear(
     scale = jnp.std(features, axis=0, dtype=dtype)
     scale = jnp.where(scale == 0, 1, scale)
 
-  def loss(probe: probes.Probe, rows: jax.Array) -> jax.Array:
-    """Returns the sum over layers, whose gradients are those of each layer by itself."""
-    batch = (features[rows].astype(dtype) - mean) / scale
-    # Layers are side by side in the columns of one matrix product.
-    logits = batch @ probe.weights.reshape(num_features, num_rates * num_classes)
-    logits = logits.reshape(batch_size, num_rates, num_classes) + probe.bias
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows][:, None])
-    return jnp.sum(jnp.mean(losses, axis=0))
+  def gradient(weights: jax.Array, bias: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    batch = features[rows].astype(dtype)
+    if standardise:
+      batch = (batch - mean) / scale
+    # The layers are side by side in one matrix product.
+    logits = (batch @ weights.T + bias).reshape(batch_size, num_rates, num_classes)
+    targets = jax.nn.one_hot(labels[rows], num_classes, dtype=dtype)[:, None]
+    errors = (jax.nn.softmax(logits, axis=-1) - targets).reshape(batch_size, -1) / batch_size
+    return errors.T @ batch, jnp.sum(errors, axis=0)
 
   def improve(carry: Any, rows: jax.Array) -> tuple[Any, None]:
-    probe, state, step = carry
-    directions, state = momentum.update(jax.grad(loss)(probe, rows), state)
-    rates = (learning_rates * schedule(step)).astype(dtype)[:, None]
-    updates = jax.tree.map(lambda direction: -rates * direction, directions)
-    return (optax.apply_updates(probe, updates), state, step + 1), None
+    layers, state, step = carry
+    (weights, bias), state = momentum.update(gradient(*layers, rows), state)
+    sizes = jnp.repeat(learning_rates * schedule(step), num_classes).astype(dtype)
+    layers = layers[0] - sizes[:, None] * weights, layers[1] - sizes * bias
+    return (layers, state, step + 1), None
 
   def epoch(carry: Any, key: jax.Array) -> tuple[Any, None]:
     order = jax.random.permutation(key, num_rows)[: steps_per_epoch * batch_size]
     return jax.lax.scan(improve, carry, order.reshape(steps_per_epoch, batch_size))
 
-  probe = probes.Probe(
-    jnp.zeros((num_features, num_rates, num_classes), dtype),
-    jnp.zeros((num_rates, num_classes), dtype),
-  )
+  # Weights are transposed: XLA is slow on a CPU where the large factor of a product must be.
+  num_outputs = num_rates * num_classes
+  layers = jnp.zeros((num_outputs, num_features), dtype), jnp.zeros(num_outputs, dtype)
   with jax.default_matmul_precision("highest"):
-    carry = (probe, momentum.init(probe), 0)
-    (probe, _, _), _ = jax.lax.scan(epoch, carry, jax.random.split(key, num_epochs))
-    weights = jnp.moveaxis(probe.weights, 1, 0) / scale[:, None]
-    bias = probe.bias - mean @ weights
+    carry = (layers, momentum.init(layers), 0)
+    ((weights, bias), _, _), _ = jax.lax.scan(epoch, carry, jax.random.split(key, num_epochs))
+    weights = weights / scale
+    bias = bias - weights @ mean
+  weights = jnp.swapaxes(weights.reshape(num_rates, num_classes, num_features), 1, 2)
+  bias = bias.reshape(num_rates, num_classes)
   # A row that is not finite may have been left over in every epoch.
   finite = jnp.all(jnp.isfinite(features))
   return probes.Probe(jnp.where(finite, weights, jnp.nan), jnp.where(finite, bias, jnp.nan))

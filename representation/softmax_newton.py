@@ -3,6 +3,8 @@
 Two changes of variables leave the optimum as it is and make the diagonal of the Hessian a good
 preconditioner. Features are centred, which only moves the bias, and rotated onto the principal
 axes, which keeps |W|. Directions are solved for by the conjugate gradients of `logistic_newton`.
+Coefficients are `[C, F + 1]` in these coordinates, with the bias last. (The layout `[F + 1, C]`
+would make XLA transpose the rows for each product on a CPU.)
 """
 
 from typing import Any, NamedTuple
@@ -43,36 +45,36 @@ def make_problem(features: jax.Array, labels: jax.Array, num_classes: int) -> Pr
 
 
 def zeros(problem: Problem) -> jax.Array:
-  """Returns the start `[F + 1, C]` at which all classes are equally likely."""
-  return jnp.zeros((problem.rows.shape[1], problem.targets.shape[1]), problem.rows.dtype)
+  """Returns the coefficients with which all classes are equally likely."""
+  return jnp.zeros((problem.targets.shape[1], problem.rows.shape[1]), problem.rows.dtype)
 
 
 def layer(problem: Problem, coefficients: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the weights `[F, C]` and the bias `[C]` for the features as they were given."""
-  weights = problem.basis @ coefficients[:-1]
-  bias = coefficients[-1] - problem.mean @ weights
+  weights = problem.basis @ coefficients[:, :-1].T
+  bias = coefficients[:, -1] - problem.mean @ weights
   return weights, jnp.where(problem.present, bias, -jnp.inf)
 
 
 def minimise(
   problem: Problem, penalty: jax.Array, start: jax.Array, tolerance: Any, max_steps: int
 ) -> jax.Array:
-  """Returns the optimum `[F + 1, C]` in the coordinates of the problem; the last row is the bias.
+  """Returns the coefficients of the optimum.
 
   Half of Newton's decrement estimates how far the objective is above the optimum. The method stops
   after the first step before which this gap was at most `tolerance` times the objective, or after
-  `max_steps`. `start` is `[F + 1, C]`.
+  `max_steps`.
   """
   rows, present = problem.rows, problem.present
   own = problem.targets > 0
   penalty = jnp.asarray(penalty, rows.dtype)
-  penalties = jnp.full((len(start), 1), penalty).at[-1].set(0)
+  penalties = jnp.full(start.shape[1], penalty).at[-1].set(0)
   squares = rows**2
 
   # Logits are measured from that of the label. Then the numbers that tell well-fitted rows apart,
   # the small probabilities of the other classes, are not lost beside a probability of almost 1.
   def read(coefficients: jax.Array) -> jax.Array:
-    logits = rows @ coefficients
+    logits = rows @ coefficients.T
     return logits - jnp.sum(jnp.where(own, logits, 0), axis=-1, keepdims=True)
 
   def objective(coefficients: jax.Array, logits: jax.Array) -> jax.Array:
@@ -89,8 +91,8 @@ def minimise(
     coefficients, logits, value, gap, step = carry
     probs = jax.nn.softmax(jnp.where(present, logits, -jnp.inf), axis=-1)
     missing = jnp.sum(jnp.where(own, 0, probs), axis=-1, keepdims=True)
-    slope = penalties * coefficients + rows.T @ jnp.where(own, -missing, probs)
-    diagonal = penalties + squares.T @ (probs * jnp.where(own, missing, 1 - probs))
+    slope = penalties * coefficients + jnp.where(own, -missing, probs).T @ rows
+    diagonal = penalties + (probs * jnp.where(own, missing, 1 - probs)).T @ squares
     # An absent class has no curvature in its bias, and no slope either.
     roots = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
 
@@ -98,19 +100,19 @@ def minimise(
       direction = flat.reshape(start.shape) / roots
       change = read(direction)
       change = probs * (change - jnp.sum(probs * change, axis=-1, keepdims=True))
-      return ((penalties * direction + rows.T @ change) / roots).reshape(flat.shape)
+      return ((penalties * direction + change.T @ rows) / roots).reshape(flat.shape)
 
     # In units of the roots the Hessian is near the identity, so the residual tells how much of the
     # decrement is missed. Loosely far from the optimum, and ever more precisely near it.
     target = (-slope / roots).reshape(-1, 1)
     goal = jnp.clip(jnp.sqrt(gap / value), 1e-3, 0.1) * jnp.linalg.norm(target)
     direction = logistic_newton.conjugate_gradients(
-      product, target, jnp.ones_like(target), goal, max_steps=len(start)
+      product, target, jnp.ones_like(target), goal, max_steps=start.shape[1]
     )
     direction = direction.reshape(start.shape) / roots
     # A constant for all classes changes no probability; rounding would let it drift.
-    mean = jnp.sum(direction, axis=1, keepdims=True) / jnp.sum(present)
-    direction = jnp.where(present, direction - mean, 0)
+    mean = jnp.sum(direction, axis=0) / jnp.sum(present)
+    direction = jnp.where(present[:, None], direction - mean, 0)
     promised = jnp.sum(slope * direction)
     change = read(direction)
     # Differences below this are rounding errors.

@@ -63,7 +63,7 @@ def softmax_regression(
     num_classes: C.
     penalty: positive; it may be traced.
     tolerance: the method stops after the first step before which the objective is estimated to be
-      within this share of the optimum. A step squares what is left, roughly.
+      within this share of the optimum. The step leaves far less.
     max_steps: the most steps of Newton's method.
 
   Returns:

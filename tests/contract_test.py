@@ -27,7 +27,7 @@ import sharding
 from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from representation import bgrl, bidirectional, byol, graphs, latent_prediction, self_predictive
-from representation.baselines import grace
+from representation.baselines import grace, supervised
 from representation.networks import adapters, gcn, mlp, recurrent
 from rl_theory import armac, qr_dqn, qtd
 from rl_theory.baselines import categorical_td, dqn, nfsp, td
@@ -435,6 +435,22 @@ def _byol(**options) -> Case:
   )  # fmt: skip
 
 
+def _supervised(*, frozen: bool) -> Case:
+  rng = np.random.default_rng(11)
+  inputs = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+  batch = supervised.Batch(inputs, jnp.asarray(rng.integers(0, 3, 8)))
+  networks = supervised.Networks(
+    adapters.Encoder(mlp.BatchNormMLP(6, 5)), adapters.Predictor(nn.Dense(3))
+  )
+  encoder, network_state = networks.encoder.init(jax.random.key(0), inputs)
+  classifier = networks.classifier.init(jax.random.key(1), jnp.zeros((1, 5)))
+  return Case(
+    supervised, supervised.Params(encoder, classifier), batch, networks,
+    supervised.Config(frozen=frozen), None, trees={"network_state": network_state},
+    couples_examples=not frozen,
+  )  # fmt: skip
+
+
 def _tables(num_tables):
   keys = jax.random.split(jax.random.key(0), num_tables)
   return [jax.random.normal(key, (8, 3)) for key in keys]
@@ -530,6 +546,8 @@ BUILDERS: dict[str, Callable[[], Case]] = {
   ),
   "sft": _sft,
   "srpo": _srpo,
+  "supervised": functools.partial(_supervised, frozen=False),
+  "supervised_frozen": functools.partial(_supervised, frozen=True),
   "td": functools.partial(_td, False),
   "td_traces": functools.partial(_td, True),
 }

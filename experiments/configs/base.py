@@ -118,7 +118,8 @@ def images(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collecti
       "directory": "",  # of TFDS; empty: its default
       "size": 0,  # side of the images in memory; 0: as they are
       "num_images": 0,  # of a subset of the training images, the same for all seeds; 0: all
-      "from_files": False,  # decode and crop in each step, for sets that do not fit into memory
+      # Decode and crop on the host (antialiased) in each step: for sets that do not fit into memory
+      "from_files": False,
     },
     views={
       "size": 32,

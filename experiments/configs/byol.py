@@ -56,15 +56,19 @@ def get_config(preset: str = "cifar10_cpu") -> ml_collections.ConfigDict:
       {"encoder": "resnet10", "width_multiplier": 0.25, "hidden": 512, "projection": 128}
     )
     config.views.size, config.eval.size = 24, 32
-    config.optimizer.update({"name": "lars", "learning_rate": 2.0, "warmup_steps": 40})
-    config.train.update({"num_steps": 400, "batch_size": 128})
+    config.optimizer.update({"learning_rate": 3.0, "warmup_steps": 390, "weight_decay": 1e-6})
+    config.train.update({"num_steps": 80 * 10_000 // 256, "batch_size": 256})
+    config.eval.every = 625
+    config.checkpoint.every = 125
   if preset == "ablation":
     config.data.num_images = 10_000
     config.network.update(
       {"encoder": "resnet8", "width_multiplier": 0.25, "hidden": 256, "projection": 64}
     )
     config.views.size = 16
-    config.train.update({"num_steps": 1500, "batch_size": 256})
+    config.optimizer.update({"learning_rate": 3.0, "warmup_steps": 100, "weight_decay": 1e-6})
+    config.train.update({"num_steps": 30 * 10_000 // 256, "batch_size": 256})
+    config.eval.update({"probes": ("knn", "linear"), "baselines": False})
   if preset == "cifar10":
     # The learning rate and decay of lightly's benchmark, whose loss is a quarter of this one.
     config.optimizer.update(
@@ -95,7 +99,7 @@ def get_config(preset: str = "cifar10_cpu") -> ml_collections.ConfigDict:
       view.update({"flip_prob": 0.0, "min_area": 0.5, "blur_prob": 0.0})
     config.optimizer.update({"name": "adamw", "learning_rate": 3e-3, "warmup_steps": 5})
     config.train.update({"num_steps": 60, "batch_size": 64, "log_every": 1})
-    config.eval.update({"num_neighbours": 20, "num_epochs": 20})
+    config.eval.update({"probes": ("knn", "linear"), "num_neighbours": 20, "num_epochs": 20})
     config.checkpoint.every = 20
   return config
 
@@ -104,6 +108,7 @@ def _imagenet(config: ml_collections.ConfigDict, num_epochs: int) -> None:
   """The paper's runs: batch 4096, LARS with ten epochs of warm-up."""
   learning_rate, weight_decay, config.algorithm.target_decay = _RECIPES[num_epochs]
   config.data.update({"source": "tfds:imagenet2012", "from_files": True})
+  config.eval.baselines = False  # pixels of all images do not fit into memory
   config.network.update({"encoder": "resnet50", "stem": "imagenet", "dtype": "bfloat16"})
   config.views.size, config.eval.crop_share = 224, 0.875
   config.optimizer.update(

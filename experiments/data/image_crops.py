@@ -5,19 +5,20 @@ augmentation: `image_augmentations.Views` of two `Augmentation(crop=False)` take
 The crops obey the law of `image_augmentations.random_box`, and Pillow resizes them, which the
 device does with `antialias=True`.
 
+`CentreCrops` is what evaluation sees of such images: an array that is read when it is indexed.
+
 Example of a data pipeline with Grain:
 
-    files = images.open_files("tfds:imagenet2012", directory="data")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-      crop = functools.partial(image_crops.random_crops, files.train, size=224, pool=pool)
-      for ids, crops in batching.batches(
-        np.arange(len(files.train)), batch_size=4096, seed=0, make=crop
-      ):
-        ...
+    data = images.open_crops("tfds:imagenet2012", directory="data", size=224)
+    for ids, crops in batching.batches(
+      np.arange(len(data.images)), batch_size=4096, seed=0, make=data.images.random_crops
+    ):
+      ...
 """
 
 import concurrent.futures
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,36 +85,48 @@ def random_crops(
   return Crops(made[0], made[1] if num_views == 2 else None, labels)
 
 
-def centre_crops(
-  split: image_splits.Split,
-  ids: np.ndarray,
-  *,
-  size: int,
-  share: float = 224 / 256,
-  pool: concurrent.futures.Executor | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the central squares of images, `[B, size, size, 3]` uint8, and labels, for evaluation.
+class CentreCrops:
+  """The central squares of images, an array `[N, size, size, 3]` of bytes that is not in memory.
 
-  Args:
+  Rows are read, decoded, cropped and resized when they are indexed: `crops[7]`, `crops[:100]`,
+  `crops[np.array([3, 1])]`.
+
+  Attributes:
     split: the images.
-    ids: `[B]` their numbers.
-    size: height and width of the result.
+    size: height and width of the squares, after resizing.
     share: side of the square, as a share of the shorter side of the image, in (0, 1].
-    pool: as in `random_crops`.
+    pool: threads for the images of a batch.
+    shape, ndim, dtype: of the array.
 
   Raises:
-    ValueError: an argument is out of range, or an image is damaged; the message names it.
+    ValueError: an argument is out of range; when indexed, an image is damaged.
   """
-  checks.count("size", size)
-  if not 0 < share <= 1:
-    raise ValueError(f"share must lie in (0, 1], got {share}")
 
-  def square(i: int, image: np.ndarray) -> list[np.ndarray]:
-    del i
-    return [image_splits.central_square(image, size, share=share)]
+  def __init__(self, split: image_splits.Split, size: int, share: float = 224 / 256):
+    checks.count("size", size)
+    if not 0 < share <= 1:
+      raise ValueError(f"share must lie in (0, 1], got {share}")
+    self.split, self.size, self.share = split, size, share
+    self.pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    self.shape, self.ndim, self.dtype = (len(split), size, size, 3), 4, np.dtype(np.uint8)
 
-  (made,), labels = _each(split, ids, size, 1, square, pool)
-  return made, labels
+  def __len__(self) -> int:
+    return len(self.split)
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    def square(i: int, image: np.ndarray) -> list[np.ndarray]:
+      del i
+      return [image_splits.central_square(image, self.size, share=self.share)]
+
+    ids = np.arange(len(self))[rows]
+    (made,), _ = _each(self.split, np.atleast_1d(ids), self.size, 1, square, self.pool)
+    return made if np.ndim(ids) else made[0]
+
+  def random_crops(
+    self, ids: np.ndarray, rng: np.random.Generator, *, size: int = 0, **options: Any
+  ) -> Crops:
+    """Returns `random_crops` of these images by these threads; `size` is by default the array's."""
+    return random_crops(self.split, ids, rng, size=size or self.size, pool=self.pool, **options)
 
 
 def random_box(

@@ -26,6 +26,7 @@ from experiments.data import image_archives
 from experiments.data.image_splits import Raw, Split
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+_CHUNK = 256  # records that are read together
 _TEST_FOLDERS = ("test", "val", "validation")
 _TFDS_TEST = {"imagenet2012": "validation"}
 # The authors of BYOL validate on the first training images of this data set.
@@ -184,7 +185,9 @@ def _tfds(source: str, directory: str) -> Raw:
       return record[image_key], int(record[label_key])
 
     def labels() -> np.ndarray:
-      found = np.array([record[label_key] for record in records], np.int32)
+      chunks = (range(i, min(i + _CHUNK, len(records))) for i in range(0, len(records), _CHUNK))
+      # `__getitems__` reads the records of a chunk in parallel.
+      found = np.array([r[label_key] for c in chunks for r in records.__getitems__(c)], np.int32)
       if (found < 0).any():
         raise ValueError(
           f"{source}, {split} image {found.argmin()}: has no label ({found.min()}); this split "

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data import image_formats, image_splits
+from experiments.data import image_crops, image_formats, image_splits
 from sharding import checks
 
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
@@ -37,7 +37,7 @@ _CHUNK = 256  # images that a thread decodes in turn
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images:
-  """Images in memory.
+  """Images in memory, or read when they are indexed (`open_crops`).
 
   Attributes:
     name: of the data set.
@@ -51,9 +51,9 @@ class Images:
   """
 
   name: str
-  images: np.ndarray
+  images: Any
   labels: np.ndarray
-  test_images: np.ndarray
+  test_images: Any
   test_labels: np.ndarray
   class_names: tuple[str, ...]
   validation_rows: np.ndarray
@@ -147,6 +147,48 @@ def load(
   )
 
 
+def open_crops(
+  source: str,
+  *,
+  size: int,
+  share: float = 224 / 256,
+  directory: str | os.PathLike[str] = "",
+  num_images: int = 0,
+  seed: int = 0,
+) -> Images:
+  """Returns a data set that need not fit in memory: its images are `image_crops.CentreCrops`.
+
+  The labels of `tfds:` are read here, which reads all records once.
+
+  Args:
+    source: see the docstring of the module.
+    size: height and width of the images, after resizing.
+    share: side of the central square that is resized, as a share of the shorter side, in (0, 1].
+    directory: as in `load`.
+    num_images: as in `load`.
+    seed: as in `load`.
+
+  Raises:
+    ValueError: as `load`, for what is seen without decoding images; indexing names the others.
+
+  Example:
+    >>> digits = open_crops("digits", size=8, share=1.0)
+    >>> len(digits.images), digits.images[:5].shape
+    (1438, (5, 8, 8, 3))
+  """
+  files = open_files(source, directory=directory, num_images=num_images, seed=seed)
+  return Images(
+    name=files.name,
+    images=image_crops.CentreCrops(files.train, size, share),
+    labels=files.train.labels,
+    test_images=image_crops.CentreCrops(files.test, size, share),
+    test_labels=files.test.labels,
+    class_names=files.class_names,
+    validation_rows=files.validation_rows,
+    notes={**files.notes, "height": size, "width": size},
+  )
+
+
 def open_files(
   source: str,
   *,
@@ -186,7 +228,7 @@ def open_files(
     )
   if num_images and num_images < len(train):
     notes["subset"] = f"{num_images} of {len(train)} training images"
-    train = train.take(_balanced(train.labels, num_images, (seed, _SUBSET)))
+    train = train.take(balanced_rows(train.labels, num_images, seed))
     first_validate = 0  # few of the first images are left
   if 0 < first_validate < len(train):
     validation_rows = np.arange(first_validate)
@@ -214,9 +256,12 @@ def _ranks(labels: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, np.nd
   return ranks, draws
 
 
-def _balanced(labels: np.ndarray, count: int, seed: tuple[int, int]) -> np.ndarray:
-  """Returns `count` sorted rows, the same number of each class as far as there are so many."""
-  ranks, draws = _ranks(labels, seed)
+def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+  """Returns `count` sorted rows, the same number of each class as far as there are so many.
+
+  With the same seed, those of a smaller count are among those of a larger one.
+  """
+  ranks, draws = _ranks(labels, (seed, _SUBSET))
   return np.sort(np.lexsort((draws, ranks))[:count])
 
 
@@ -238,7 +283,7 @@ def _require_memory(files: ImageFiles, height: int, width: int, free_bytes: int 
     raise ValueError(
       f"{files.notes['source']}: {len(files.train)} + {len(files.test)} images of {height}x{width} "
       f"need {needed / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB are free; choose a smaller "
-      "size or num_images, or read them from their files (experiments.data.images.open_files)"
+      "size or num_images, or decode them in each step (config.data.from_files, images.open_crops)"
     )
 
 

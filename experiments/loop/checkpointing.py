@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -194,28 +194,68 @@ class Checkpointer:
       ValueError: the saved leaves differ from the target in path, shape or dtype.
       CheckpointError: the files cannot be read, or a checksum differs.
     """
-    try:
-      record = self._open().restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
-        "record"
-      ]
-      saved = record["leaves"]
-    except Exception as error:
-      raise self._read_error(step, error) from error
+    record = self._read_record(step)
+    saved = record["leaves"]
     self._check_leaves(step, saved, target)
     try:
       state = self._manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
       )["state"]
-      changed = [
-        path
-        for path, leaf in leaves.describe(state).items()
-        if leaf["checksum"] != saved[path]["checksum"]
-      ]
+      changed = _changed(state, saved)
     except Exception as error:
       raise self._read_error(step, error) from error
     if changed:
       raise self._read_error(step, ValueError(f"the checksum of {changed[0]} differs"))
     return Restored(state, step, record)
+
+  def restore_parts(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads parts of a state, such as an encoder without what was trained beside it.
+
+    Args:
+      step: one of `steps()`.
+      parts: by path, such as `params/encoder`: nested dictionaries of `jax.ShapeDtypeStruct` with
+        shardings. A part is read as a whole: the checkpoint must have no other leaves below a path.
+
+    Returns:
+      The parts that were read, by path.
+
+    Raises:
+      ValueError, CheckpointError: as `restore`.
+    """
+    saved = {
+      path: leaf
+      for path, leaf in self._read_record(step)["leaves"].items()
+      if any(path.startswith(f"{part}/") for part in parts)
+    }
+    target: dict[str, Any] = {}
+    for part, tree in parts.items():
+      _below(target, part.split("/")[:-1])[part.split("/")[-1]] = tree
+    self._check_leaves(step, saved, target)
+    try:
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        state = reader.restore(
+          self._directory / str(step) / "state",
+          args=ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+          ),
+        )
+      changed = _changed(state, saved)
+    except Exception as error:
+      raise self._read_error(step, error) from error
+    if changed:
+      raise self._read_error(step, ValueError(f"the checksum of {changed[0]} differs"))
+    return {part: _below(state, part.split("/")) for part in parts}
+
+  def _read_record(self, step: int) -> dict[str, Any]:
+    try:
+      args = ocp.args.Composite(record=ocp.args.JsonRestore())
+      record = self._open().restore(step, args=args)["record"]
+      record["leaves"]  # absent where the file is damaged
+    except Exception as error:
+      raise self._read_error(step, error) from error
+    return record
 
   def restore_last(self, target: Any) -> Restored | None:
     """Reads the last readable checkpoint; returns None if there is no checkpoint.
@@ -271,6 +311,19 @@ class Checkpointer:
     return CheckpointError(
       f"checkpoint {step} in {self._directory} cannot be read ({_reason(error)})."
     )
+
+
+def _changed(state: Any, saved: Mapping[str, Any]) -> list[str]:
+  """Returns the paths of the leaves whose checksum is not the saved one."""
+  found = leaves.describe(state)
+  return [path for path, leaf in found.items() if leaf["checksum"] != saved[path]["checksum"]]
+
+
+def _below(tree: dict[str, Any], keys: Sequence[str]) -> Any:
+  """Returns the subtree at the end of a path of keys; dictionaries that are absent are added."""
+  for key in keys:
+    tree = tree.setdefault(key, {})
+  return tree
 
 
 def _reason(error: Exception) -> str:

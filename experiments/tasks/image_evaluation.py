@@ -54,8 +54,7 @@ class Evaluator:
   def result(self, params: Any, network_state: Any, *, final: bool) -> results.Result:
     """Returns the scores of an encoder: of all probes at the end, and of k-NN before."""
     data = self._data
-    train: Any = self.embed(params, network_state, data.images)
-    test: Any = self.embed(params, network_state, data.test_images)
+    train, test = self._embed_both(params, network_state)
     if not final:
       return results.Result(metrics={"knn_accuracy": self._knn(train, test)})
     trained = self._scores(train, test)
@@ -96,10 +95,8 @@ class Evaluator:
   @functools.cached_property
   def baselines(self) -> dict[str, dict[str, results.Estimate]]:
     """The scores of pixels and of the untrained encoder."""
-    data = self._data
     train, test = (
-      images.reshape(len(images), -1).astype(np.float32) / 255
-      for images in (data.images, data.test_images)
+      self.embed.pixels(images) for images in (self._data.images, self._data.test_images)
     )
     centre = train.mean(0)
     train, test = train - centre, test - centre
@@ -108,13 +105,16 @@ class Evaluator:
       directions = np.linalg.eigh(train.T @ train)[1][:, -NUM_DIRECTIONS:]
       train, test = train @ directions, test @ directions
       note = f", {NUM_DIRECTIONS} main directions"
-    untrained = self.embed.untrained(data.images)
+    untrained = self._embed_both(*self.embed.untrained(self._data.images))
     return {
       f"pixels{note}": self._scores(train, test),
-      "encoder, untrained": self._scores(
-        self.embed(*untrained, data.images), self.embed(*untrained, data.test_images)
-      ),
+      "encoder, untrained": self._scores(*untrained),
     }
+
+  def _embed_both(self, params: Any, network_state: Any) -> Any:
+    """Returns the features of training and test images."""
+    images = self._data.images, self._data.test_images
+    return [self.embed(params, network_state, split) for split in images]
 
   def _scores(self, train: Any, test: Any) -> dict[str, results.Estimate]:
     """Returns the accuracy of each probe of the config."""

@@ -1,5 +1,7 @@
 """Figures of runs on images: collapse, views, nearest neighbours and a map of the features."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,12 +68,12 @@ def views(config: Any, data: image_data.Images) -> results.Figure:
   both = image_runs.make_views(config)
   columns: list[Any] = [images]
   for view, augmentation in enumerate((both.first, both.second)):
-    augment = jax.jit(
-      lambda images, key, a=augmentation: image_augmentations.augment(images, key, a)
-    )
+    # Pictures are cropped here, also where the host crops in training.
+    augmentation = dataclasses.replace(augmentation, crop=True)
+    augment = jax.jit(functools.partial(image_augmentations.augment, augmentation=augmentation))
     for index in range(NUM_VIEWS):
       columns.append(augment(images, jax.random.fold_in(jax.random.key(view), index)))
-  titles = ["image", *["first view"] * NUM_VIEWS, *["second view"] * NUM_VIEWS]
+  titles = ["image"] + [f"{view} {k + 1}" for view in ("first", "second") for k in range(NUM_VIEWS)]
   grid = [[column[row] for column in columns] for row in range(len(images))]
   caption = (
     "The first images of the training set, and random views of each. BYOL predicts the target's "
@@ -83,14 +85,10 @@ def views(config: Any, data: image_data.Images) -> results.Figure:
 def neighbours(data: image_data.Images, result: results.Result) -> results.Figure:
   """Draws test images beside the training images with the closest features."""
   queries, rows = result.arrays["queries"], result.arrays["neighbours"]
-  grid = [
-    [data.test_images[query], *(data.images[row] for row in found)]
-    for query, found in zip(queries, rows, strict=True)
-  ]
-  right = [
-    [None, *(data.labels[row] == data.test_labels[query] for row in found)]
-    for query, found in zip(queries, rows, strict=True)
-  ]
+  shown, found = data.test_images[queries], data.images[rows.reshape(-1)]
+  found = found.reshape(*rows.shape, *found.shape[1:])
+  grid = [[query, *others] for query, others in zip(shown, found, strict=True)]
+  right = [[None, *row] for row in data.labels[rows] == data.test_labels[queries][:, None]]
   titles = ["test image", *(f"{rank + 1}" for rank in range(rows.shape[1]))]
   caption = (
     "Random test images, and the training images whose features have the largest cosine with "

@@ -1,7 +1,8 @@
 """Code shared by methods that learn from images, from the data to the features.
 
 A data set that fits lives on the device. A batch of the loop is then all images, all labels and the
-rows of the step, which gathers its images itself (`take`).
+rows of the step, which gathers its images itself (`take`). With `config.data.from_files` a batch
+holds both random crops of each image, which the host has made, and the device does the rest.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ import numpy as np
 import optax
 
 import sharding
-from experiments.data import batching
+from experiments.data import batching, image_crops
 from experiments.data import images as image_data
-from experiments.loop import training
+from experiments.loop import memory, training
 from representation import image_augmentations, lars
 from representation.networks import adapters, resnet
 from sharding import checks
@@ -58,13 +59,27 @@ class Resident:
 
 
 def load(config: Any) -> image_data.Images:
-  """Reads the data set of a config into the memory of the host."""
+  """Returns the data set of a config, in the memory of the host or read from its files."""
   section = config.data
+  if section.from_files:
+    if section.size:
+      raise ValueError(
+        f"config.data.size={section.size} has no meaning with config.data.from_files: crops are "
+        "cut from whole images; leave it 0"
+      )
+    return image_data.open_crops(
+      section.source,
+      directory=section.directory,
+      size=config.eval.size or config.views.size,
+      share=config.eval.crop_share,
+      num_images=section.num_images,
+    )
   return image_data.load(
     section.source,
     directory=section.directory,
     size=section.size,
     num_images=section.num_images,
+    free_bytes=memory.available(training.make_mesh(config.sharding.mesh).devices.flat),
   )
 
 
@@ -94,7 +109,9 @@ def make_views(config: Any) -> image_augmentations.Views:
   """Returns the function from images to the two views of a config."""
   section = config.views
   first, second = (
-    image_augmentations.Augmentation(section.size, antialias=section.antialias, **view)
+    image_augmentations.Augmentation(
+      section.size, antialias=section.antialias, crop=not config.data.from_files, **view
+    )
     for view in (section.first, section.second)
   )
   return image_augmentations.Views(first, second)
@@ -119,7 +136,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 def make_batches(
   config: Any, data: image_data.Images
 ) -> Callable[[], Iterator[tuple[np.ndarray, Any]]]:
-  """Returns the function that makes the iterator of a run, over images that live on the device."""
+  """Returns the function that makes the iterator of a run."""
   mesh = training.make_mesh(config.sharding.mesh)
   size, batch_size = len(data.images), config.train.batch_size
   checks.count("config.train.batch_size", batch_size)
@@ -127,6 +144,20 @@ def make_batches(
     raise ValueError(
       f"config.train.batch_size={batch_size} must divide over the {mesh.size} devices of "
       "config.sharding.mesh: choose a multiple of their number"
+    )
+  if config.data.from_files:
+    return functools.partial(
+      batching.batches,
+      np.arange(size, dtype=np.int32),
+      batch_size=batch_size,
+      seed=config.seed,
+      make=functools.partial(data.images.random_crops, **_crop_options(config)),
+    )
+  if min(data.images.shape[1:3]) < config.views.size:
+    height, width = data.images.shape[1:3]
+    raise ValueError(
+      f"config.views.size={config.views.size} is larger than the images of {height}x{width}: lower "
+      "it, or enlarge them with config.data.size"
     )
   # Rows of zeros, which no step takes, make the images divide over the devices.
   filled = [
@@ -143,8 +174,24 @@ def make_batches(
   )
 
 
-def take(batch: Resident) -> tuple[jax.Array, jax.Array]:
-  """Returns the images `[B, H, W, 3]` and labels `[B]` of a step."""
+def _crop_options(config: Any) -> dict[str, Any]:
+  """Returns what crops of the host need to know; both views share it."""
+  first, second = config.views.first, config.views.second
+  options = {"size": config.views.size}
+  for name in ("min_area", "max_aspect"):
+    if first[name] != second[name]:
+      raise ValueError(
+        f"config.views.first.{name}={first[name]} must equal config.views.second.{name}="
+        f"{second[name]} with config.data.from_files"
+      )
+    options[name] = first[name]
+  return options
+
+
+def take(batch: Any) -> tuple[Any, Any]:
+  """Returns the images of a step, or the pair of crops that the host made, and the labels."""
+  if isinstance(batch, image_crops.Crops):
+    return (batch.first, batch.second), batch.labels
   return batch.images[batch.rows].reshape(-1, *batch.shape), batch.labels[batch.rows]
 
 
@@ -161,7 +208,8 @@ class Embedder:
     self._batch_size = config.eval.batch_size
     checks.count("config.eval.batch_size", self._batch_size)
     self._batch_size += -self._batch_size % self.mesh.size
-    size, share = config.eval.size or config.views.size, config.eval.crop_share
+    size = config.eval.size or config.views.size
+    share = 1.0 if config.data.from_files else config.eval.crop_share  # the host has cut these
 
     def embed(params, network_state, images, *, train=False):
       images = image_augmentations.centre_crop(images, size=size, share=share, antialias=True)
@@ -170,27 +218,41 @@ class Embedder:
 
     self._embed = jax.jit(lambda *args: embed(*args)[0])
     self._observe = jax.jit(lambda *args: embed(*args, train=True)[1])
+    self._shrink = jax.jit(
+      lambda images: image_augmentations.centre_crop(
+        images, size=min(size, 32), share=share, antialias=True
+      )
+    )
     self._example = jnp.zeros((2, size, size, 3))
 
-  def __call__(self, params: Any, network_state: Any, images: np.ndarray) -> np.ndarray:
+  def __call__(self, params: Any, network_state: Any, images: Any) -> np.ndarray:
     """Returns the features `[N, F]` of images `[N, H, W, 3]`, by an encoder in evaluation mode."""
+    return self._map(lambda batch: self._embed(params, network_state, batch), images)
+
+  def pixels(self, images: Any) -> np.ndarray:
+    """Returns the pixels of images as rows, of at most 32x32 pixels."""
+    return self._map(self._shrink, images).reshape(len(images), -1)
+
+  def _map(self, function: Callable[[jax.Array], jax.Array], images: Any) -> np.ndarray:
+    """Applies a function of a batch to all images."""
     found = []
     for start in range(0, len(images), self._batch_size):
       rows = images[start : start + self._batch_size]
       short = self._batch_size - len(rows)  # the last batch is filled up: one shape compiles once
       filled = np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
-      features = self._embed(params, network_state, sharding.shard_batch(filled, self.mesh))
-      found.append(np.asarray(features)[: len(rows)])
+      outputs = function(sharding.shard_batch(filled, self.mesh))
+      found.append(np.asarray(outputs)[: len(rows)])
     return np.concatenate(found)
 
-  def untrained(self, images: np.ndarray) -> tuple[Any, Any]:
+  def untrained(self, images: Any) -> tuple[Any, Any]:
     """Returns parameters and state of an encoder of another seed that has only seen `images`.
 
     Its running statistics are those of the images, which the first ones, 0 and 1, are not.
     """
     params, state = self._encoder.init(jax.random.key(self._seed), self._example)
-    size = min(self._batch_size, len(images) - len(images) % self.mesh.size) or len(images)
+    size = min(self._batch_size, len(images))
     rng = np.random.default_rng(0)
     for _ in range(_CALIBRATION_PASSES):
-      state = self._observe(params, state, images[rng.choice(len(images), size, replace=False)])
+      rows = np.sort(rng.choice(len(images), size, replace=False))
+      state = self._observe(params, state, images[rows])
     return params, state

@@ -85,6 +85,55 @@ def test_the_rows_of_a_step_are_its_images():
   np.testing.assert_array_equal(labels, data.labels[ids])
 
 
+def test_images_of_files_are_cropped_by_the_host():
+  config = _config(data__from_files=True, eval__baselines=False)
+  data = image_runs.load(config)
+  ids, batch = next(image_runs.make_batches(config, data)())
+  pair, labels = image_runs.take(batch)
+  assert [view.shape for view in pair] == [(64, 8, 8, 3)] * 2
+  np.testing.assert_array_equal(labels, data.labels[ids])
+  np.testing.assert_array_equal(data.images[ids], image_runs.load(_config()).images[ids])
+  experiment = byol_paper.build(config)
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  new, metrics = jax.eval_shape(experiment.update, state, batch, jax.random.key(1))
+  assert jax.tree.structure(new) == jax.tree.structure(state) and "loss" in metrics
+
+
+@pytest.mark.slow
+def test_a_run_on_images_of_files_ends_in_a_report(tmp_path):
+  options = ["--config.data.from_files=True", "--config.eval.baselines=False"]
+  command = ["--config=byol:tiny", f"--workdir={tmp_path}", "--config.train.num_steps=2"]
+  assert main.run([*command, *SMALL, *options]) == 0
+  result = json.loads((tmp_path / "results.json").read_text())["result"]
+  assert {"knn_accuracy", "linear_accuracy"} <= set(result["metrics"])
+  assert {path.stem for path in (tmp_path / "figures").glob("*.png")} >= {"views", "neighbours"}
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"data__size": 8}, "config.data.size=8 has no meaning"),
+    ({"views__first": {"min_area": 0.2}}, "first.min_area=0.2 must equal .*second.min_area=0.5"),
+  ],
+)
+def test_settings_that_do_not_fit_crops_of_the_host_are_named(changes, words):
+  config = _config(data__from_files=True, eval__baselines=False)
+  for name, value in changes.items():
+    section, _, field = name.partition("__")
+    if isinstance(value, dict):
+      config[section][field].update(value)
+    else:
+      config[section][field] = value
+  with pytest.raises(ValueError, match=words):
+    image_runs.make_batches(config, image_runs.load(config))
+
+
+def test_images_that_do_not_fit_are_refused(monkeypatch):
+  monkeypatch.setattr(image_runs.memory, "available", lambda devices: 1000)
+  with pytest.raises(ValueError, match=r"images of 8x8 need .*config\.data\.from_files"):
+    image_runs.load(_config())
+
+
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
   config = _config(train__batch_size=30)
   config.sharding.mesh.data = 8
@@ -140,6 +189,7 @@ def test_the_presets_of_imagenet_are_the_papers():
     ("views.first.flip_prob", 1.5, "flip_prob"),
     ("algorithm.target", "still", "target"),
     ("train.batch_size", 2000, "batch_size is 2000"),
+    ("views.size", 9, "views.size=9 is larger than the images of 8x8"),
   ],
 )
 def test_bad_settings_are_named(field, value, words):

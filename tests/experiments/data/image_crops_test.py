@@ -68,10 +68,13 @@ def test_crops_are_those_of_the_device_with_antialiasing(files):
 
 
 def test_centre_crops_are_those_of_the_device_with_antialiasing(files):
-  made, labels = image_crops.centre_crops(files.test, np.arange(20), size=12)
+  crops = image_crops.CentreCrops(files.test, 12)
+  made = crops[:]
+  assert made.shape == crops.shape == (20, 12, 12, 3) and made.dtype == crops.dtype
   crop = functools.partial(image_augmentations.centre_crop, size=12, antialias=True)
   np.testing.assert_allclose(made / 255, jax.jit(crop)(PIXELS), atol=1.25 / 255, rtol=0)
-  np.testing.assert_array_equal(labels, np.repeat([0, 1], 10))
+  np.testing.assert_array_equal(crops[np.array([7, 2])], made[[7, 2]])
+  np.testing.assert_array_equal(crops[-1], made[19])
 
 
 def test_batches_of_crops_do_not_depend_on_threads_and_resume(files):
@@ -119,7 +122,7 @@ def test_bad_arguments_and_images_are_refused(files, tmp_path):
     with pytest.raises(ValueError, match=message):
       image_crops.random_crops(files.train, ids, rng, **options)
   with pytest.raises(ValueError, match=r"share must lie in \(0, 1\], got 0"):
-    image_crops.centre_crops(files.train, ids, size=8, share=0)
+    image_crops.CentreCrops(files.train, 8, share=0)
   buffer = io.BytesIO()
   Image.fromarray(PIXELS[0]).save(buffer, "JPEG")
   for name in "ab":

@@ -169,6 +169,26 @@ def test_a_missing_leaf_and_another_shape_are_errors(tmp_path):
     checkpointer.restore_last(_target(init=lambda key: _init(key)._replace(step=jnp.zeros(2, int))))
 
 
+def test_a_part_of_a_state_is_read_alone(tmp_path):
+  """On other devices than it was saved from; a part that does not fit or is damaged is refused."""
+  _save(tmp_path, 1).close()
+  reader = checkpointing.Checkpointer(tmp_path, read_only=True)
+  target = _target(2).params
+  found = reader.restore_parts(1, {"params": target})
+  assert found.keys() == {"params"} and _bits(found) == _bits(_state(seed=1).params)
+  assert found["params"]["kernel"].sharding == target["kernel"].sharding
+  larger = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=target["kernel"].sharding)
+  with pytest.raises(
+    ValueError, match=r"params/kernel' is float32\[8, 3\] .* float32\[16, 3\] here"
+  ):
+    reader.restore_parts(1, {"params": target | {"kernel": larger}})
+  with pytest.raises(ValueError, match=r"'params/half' is .* in the checkpoint and absent here"):
+    reader.restore_parts(1, {"params": {"kernel": target["kernel"]}})
+  _damage(tmp_path / "1", "cut")
+  with pytest.raises(checkpointing.CheckpointError, match=r"checkpoint 1 .* cannot be read"):
+    reader.restore_parts(1, {"params": target})
+
+
 @pytest.mark.parametrize("how", ["cut", "removed", "record"])
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(tmp_path, how):
   checkpointer = _save(tmp_path, 1, 2, keep=2)
