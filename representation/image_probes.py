@@ -258,7 +258,8 @@ def _fit_linear(
     scale = jnp.std(features, axis=0, dtype=dtype)
     scale = jnp.where(scale == 0, 1, scale)
 
-  def gradient(weights: jax.Array, bias: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def gradient(layers: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights, bias = layers
     batch = features[rows].astype(dtype)
     if standardise:
       batch = (batch - mean) / scale
@@ -270,7 +271,7 @@ def _fit_linear(
 
   def improve(carry: Any, rows: jax.Array) -> tuple[Any, None]:
     layers, state, step = carry
-    (weights, bias), state = momentum.update(gradient(layers[0], layers[1], rows), state)
+    (weights, bias), state = momentum.update(gradient(layers, rows), state)
     sizes = jnp.repeat(learning_rates * schedule(step), num_classes).astype(dtype)
     layers = layers[0] - sizes[:, None] * weights, layers[1] - sizes * bias
     return (layers, state, step + 1), None
