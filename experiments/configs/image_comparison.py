@@ -97,26 +97,47 @@ _CRITERIA = {
 def get_config(preset: str = "targets") -> ml_collections.ConfigDict:
   """Returns the config of one preset."""
   base.check_preset(preset, PRESETS)
-  variants: Mapping[str, Sequence[str]]
-  criteria: Sequence[tuple[str, str]] = _CRITERIA.get(preset, ())
-  method = "byol:ablation"
-  if preset == "tiny":
-    method, criteria = "byol:tiny", (("BYOL", "SimCLR"),)
-    variants = {"BYOL": (), "SimCLR": _SIMCLR}
-  else:
-    variants = _TARGETS if preset == "targets" else _AUGMENTATIONS
+  method = {"tiny": "byol:tiny", "cifar10_cpu": "byol:cifar10_cpu"}.get(preset, "byol:ablation")
   sections = byol.get_config(method.partition(":")[2])
   config = ml_collections.ConfigDict(
     {
       "paper": "image_comparison",
       "preset": preset,
       "seed": 0,  # the first of the seeds
-      "metric": "knn_accuracy",
       "data": {"source": "", "directory": "", "num_seeds": 2 if preset == "tiny" else 3},
     }
   )
-  config.variants = tuple((name, method, *changes) for name, changes in variants.items())
-  config.criteria = tuple(criteria)
+  if preset == "cifar10_cpu":
+    config.variants = (
+      ("BYOL", method),
+      # Each run of the comparison has the steps of BYOL, other fields are those of its preset.
+      ("supervised", "supervised:cifar10_cpu", "train.num_steps=1500", "train.batch_size=128"),
+    )
+    config.rows = tuple(
+      (name, variant, metric)
+      for name, variant, metric in (
+        ("BYOL, linear layer", "BYOL", "linear_accuracy"),
+        ("BYOL, k-NN", "BYOL", "knn_accuracy"),
+        ("untrained encoder, linear layer", "BYOL", "linear_accuracy_untrained"),
+        ("untrained encoder, k-NN", "BYOL", "knn_accuracy_untrained"),
+        ("pixels, logistic regression", "BYOL", "logistic_accuracy_pixels"),
+        ("pixels, k-NN", "BYOL", "knn_accuracy_pixels"),
+        ("the same network with labels", "supervised", "test_accuracy"),
+      )
+    )
+    config.criteria = (
+      ("BYOL, linear layer", "untrained encoder, linear layer", 0.05),
+      ("BYOL, linear layer", "pixels, logistic regression", 0.1),
+      ("BYOL, k-NN", "untrained encoder, k-NN", 0.05),
+    )
+  else:
+    variants: Mapping[str, Sequence[str]] = {"BYOL": (), "SimCLR": _SIMCLR}
+    if preset != "tiny":
+      variants = _TARGETS if preset == "targets" else _AUGMENTATIONS
+    config.variants = tuple((name, method, *changes) for name, changes in variants.items())
+    config.rows = tuple((name, name, "knn_accuracy") for name in variants)
+    criteria = _CRITERIA.get(preset, (("BYOL", "SimCLR"),))
+    config.criteria = tuple((better, worse, 0.0) for better, worse in criteria)
   for section in ("sharding", "train", "eval", "checkpoint"):
     config[section] = sections[section]
   return config

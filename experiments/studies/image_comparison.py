@@ -1,8 +1,9 @@
 """Variants of a method on images, several seeds of each, and the orderings that they should have.
 
 Each variant and seed is an ordinary run in a folder of its own; finished runs are not trained
-again. A criterion names two variants. It passes if the first is better with 95 % confidence, by
-Student's interval of the differences between runs of the same seed.
+again. A row of the table is one metric of one variant. A criterion names two rows and a margin. It
+passes if the first row is better by more than the margin with 95 % confidence, by Student's
+interval of the differences between runs of the same seed.
 """
 
 import pathlib
@@ -37,9 +38,12 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
 def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
   """Returns the config of each run by its folder; all variants of the first seed come first."""
   checks.count("config.data.num_seeds", config.data.num_seeds)
-  for better, worse in config.criteria:
+  variants, rows = ([entry[0] for entry in config[name]] for name in ("variants", "rows"))
+  for _, variant, _ in config.rows:
+    checks.choice("a variant in config.rows", variant, variants)
+  for better, worse, _ in config.criteria:
     for name in (better, worse):
-      checks.choice("a name in config.criteria", name, tuple(v[0] for v in config.variants))
+      checks.choice("a name in config.criteria", name, rows)
   shared = [
     (f"{section}.{name}", value) for section in _SHARED for name, value in config[section].items()
   ]
@@ -49,7 +53,8 @@ def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
       sub = presets.resolve(base)
       for field, value in shared:
         section, field = field.split(".")
-        sub[section][field] = value
+        if field in sub[section]:
+          sub[section][field] = value
       if config.data.source:
         sub.data.source = config.data.source
       sub.data.directory = config.data.directory
@@ -61,34 +66,30 @@ def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
 
 
 def _summarise(config: Any, finished: Mapping[str, suite.Part]) -> suite.Summary:
-  metric = config.metric
-  scores: dict[str, dict[int, float]] = {}
-  for name, *_ in config.variants:
-    for folder, part in finished.items():
-      if folder.rpartition("-")[0] == _folder(name):
-        scores.setdefault(name, {})[part.config.seed] = part.result.metrics[metric].value
+  scores = {name: found for name, *where in config.rows if (found := _scores(finished, *where))}
   means = {name: _mean(list(by_seed.values())) for name, by_seed in scores.items()}
-  rows, differences = [], []
-  for better, worse in config.criteria:
+  criteria, differences = [], []
+  for better, worse, margin in config.criteria:
     both = sorted(scores.get(better, {}).keys() & scores.get(worse, {}).keys())
     if not both:
       continue
     difference = _mean([scores[better][seed] - scores[worse][seed] for seed in both])
-    passed = difference.low is not None and difference.low > 0
-    rows.append((f"{better} above {worse}", passed))
+    passed = difference.low is not None and difference.low > margin
+    by = f" by {100 * margin:g} points" if margin else ""
+    criteria.append((f"{better} above {worse}{by}", passed))
     differences.append([better, worse, results.percent(difference)])
   tables = [
-    results.checks_table("Criteria", rows),
+    results.checks_table("Criteria", criteria),
     results.Table(
       "Differences in percentage points",
-      ["variant", "minus", "difference"],
+      ["row", "minus", "difference"],
       differences,
       caption="Brackets hold 95 % intervals over the seeds.",
       digits=1,
     ),
     results.Table(
-      f"{metric.replace('_', ' ')}, percent",
-      ["variant", "mean", "seeds"],
+      "Test accuracy in percent",
+      ["row", "mean", "seeds"],
       [
         [name, results.percent(means[name]), [100 * value for value in by_seed.values()]]
         for name, by_seed in scores.items()
@@ -96,15 +97,19 @@ def _summarise(config: Any, finished: Mapping[str, suite.Part]) -> suite.Summary
       digits=1,
     ),
   ]
-  metrics: dict[str, Any] = {f"{name}/{metric}": mean for name, mean in means.items()}
+  metrics: dict[str, Any] = dict(means)
   headline = next(iter(metrics))
-  if rows:
+  if criteria:
     headline = "criteria_passed"
-    metrics = {headline: statistics.fraction_passed(rows), **metrics}
-  tables = tables if rows else tables[2:]
-  return suite.Summary(
-    results.Result(metrics=metrics, tables=tables), headline, [_figure(scores, means, metric)]
-  )
+    metrics = {headline: statistics.fraction_passed(criteria), **metrics}
+  result = results.Result(metrics=metrics, tables=tables if criteria else tables[2:])
+  return suite.Summary(result, headline, [_figure(scores, means)])
+
+
+def _scores(finished: Mapping[str, suite.Part], variant: str, metric: str) -> dict[int, float]:
+  """Returns the metric of each finished run of a variant, by its seed."""
+  parts = (part for name, part in finished.items() if name.rpartition("-")[0] == _folder(variant))
+  return {part.config.seed: part.result.metrics[metric].value for part in parts}
 
 
 def _mean(values: list[float]) -> results.Estimate:
@@ -118,7 +123,7 @@ def _folder(name: str) -> str:
   return re.sub(r"[^\w.]+", "-", name)
 
 
-def _figure(scores: Any, means: Any, metric: str) -> results.Figure:
+def _figure(scores: Any, means: Any) -> results.Figure:
   figure, axes = plots.subplots(1, 1, size=(4.2, 0.8 + 0.26 * len(scores)))
   axis, places = axes[0][0], np.arange(len(scores))[::-1]
   for place, (name, by_seed) in zip(places, scores.items(), strict=True):
@@ -128,6 +133,6 @@ def _figure(scores: Any, means: Any, metric: str) -> results.Figure:
       axis.plot([100 * mean.low, 100 * mean.high], [place] * 2, color=plots.PALETTE[0])
     axis.plot(100 * mean.value, place, "D", ms=5, color=plots.PALETTE[0])
   axis.set_yticks(places, list(scores))
-  axis.set_xlabel(f"{metric.replace('_', ' ')}, percent")
+  axis.set_xlabel("test accuracy, percent")
   caption = "Grey points are seeds, diamonds their means, and bars 95 % intervals."
   return results.Figure("comparison", caption, figure)

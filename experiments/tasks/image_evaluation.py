@@ -62,8 +62,9 @@ class Evaluator:
     metrics: dict[str, Any] = {f"{probe}_accuracy": score for probe, score in trained.items()}
     if self._config.eval.baselines:
       scores = {**self.baselines, **scores}
-      untrained = self.baselines["encoder, untrained"]
-      metrics |= {f"{probe}_accuracy_untrained": score for probe, score in untrained.items()}
+      for name, row in self.baselines.items():
+        end = "untrained" if name == "encoder, untrained" else "pixels"
+        metrics |= {f"{probe}_accuracy_{end}": score for probe, score in row.items()}
     metrics |= {
       "effective_rank": float(collapse.effective_rank(test)),
       "mean_cosine": float(collapse.mean_cosine(test)),

@@ -42,7 +42,9 @@ def test_a_tiny_run_reports_probes_views_and_neighbours(tmp_path):
   command = ["--config=byol:tiny", f"--workdir={folder}", "--config.train.num_steps=3", *SMALL]
   assert main.run([*command, "--config.eval.every=2"]) == 0
   result = json.loads((folder / "results.json").read_text())["result"]
-  names = {f"{probe}_accuracy{end}" for probe in ("knn", "linear") for end in ("", "_untrained")}
+  names = {
+    f"{probe}_accuracy{end}" for probe in ("knn", "linear") for end in ("", "_untrained", "_pixels")
+  }
   assert names <= set(result["metrics"])
   history = records.JsonLines(folder / "metrics.jsonl").read()
   assert [row["step"] for row in history.evals] == [2, 3]
@@ -212,7 +214,7 @@ def _part(config, score):
 
 def test_a_criterion_needs_an_interval_above_zero():
   config = comparison_config.get_config("tiny")
-  config.criteria = (("BYOL", "SimCLR"), ("SimCLR", "BYOL"))
+  config.criteria = (("BYOL", "SimCLR", 0.2), ("SimCLR", "BYOL", 0.0), ("BYOL", "SimCLR", 0.25))
   parts = image_comparison.parts(config)
   assert list(parts) == ["BYOL-0", "SimCLR-0", "BYOL-1", "SimCLR-1"]
   assert parts["SimCLR-1"].algorithm.negative_weight == 1.0 and parts["SimCLR-1"].seed == 1
@@ -223,18 +225,18 @@ def test_a_criterion_needs_an_interval_above_zero():
     }
     return image_comparison._summarise(config, finished).result
 
-  # Differences of 0.30 and 0.31: Student's interval of two has a half-width of 0.064.
+  # Differences of 0.30 and 0.31: Student's interval is [0.241, 0.369].
   clear = summary([0.80, 0.50, 0.81, 0.50])
-  assert [row[1] for row in clear.tables[0].rows] == ["pass", "fail"]
+  assert [row[1] for row in clear.tables[0].rows] == ["pass", "fail", "fail"]
   # Differences of 0.30 and 0.05 have the interval [-1.41, 1.76].
   unclear = summary([0.80, 0.50, 0.55, 0.50])
-  assert [row[1] for row in unclear.tables[0].rows] == ["fail", "fail"]
-  assert clear.metrics["BYOL/knn_accuracy"].value == pytest.approx(0.805)
+  assert [row[1] for row in unclear.tables[0].rows] == ["fail", "fail", "fail"]
+  assert clear.metrics["BYOL"].value == pytest.approx(0.805)
 
 
 def test_an_unknown_variant_in_a_criterion_is_named():
   config = comparison_config.get_config("tiny")
-  config.criteria = (("BYOL", "MoCo"),)
+  config.criteria = (("BYOL", "MoCo", 0.0),)
   with pytest.raises(ValueError, match="MoCo"):
     image_comparison.parts(config)
 
