@@ -62,7 +62,13 @@ _EXTRAS = {
   "huggingface": ["datasets>=4"],  # for data called hf:NAME
   "games": _GAMES,
   "test": _TEST,
-  "benchmarks": ["torch>=2.13", "torch-geometric>=2.8", "transformers>=5.12,<6"],
+  "benchmarks": [
+    "torch>=2.13",
+    "torch-geometric>=2.8",
+    "transformers>=5.12,<6",
+    "torchvision>=0.28",
+    "kornia>=0.9",
+  ],
   "colab": [*_EXPERIMENTS, *_LM, "ipykernel>=6"],
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
