@@ -182,7 +182,7 @@ def dro_v_losses(
   checks.same_shape(log_ratios=log_ratios, rewards=rewards, values=values)
   log_ratios, values = jnp.asarray(log_ratios), jnp.asarray(values)
   advantages = jax.lax.stop_gradient(rewards - values)
-  policy_losses = -log_ratios * advantages + tau / 2 * log_ratios**2
+  policy_losses = sequences.cut_off(log_ratios * (tau / 2 * log_ratios - advantages))
   if not rescale:
     policy_losses = tau * policy_losses
   return policy_losses, dro_loss(jax.lax.stop_gradient(log_ratios), rewards, values, tau=tau)

@@ -106,7 +106,7 @@ def psi_po_target(
   Args:
     preferences: `[..., A, A]`, entry i, j is P(i beats j) in [0, 1], 1/2 on the diagonal.
     behaviour_probs: `[..., A]` mu, which draws the opponent. Actions of probability 0 contribute
-      nothing, even where Psi is infinite.
+      nothing, and have no gradient where Psi is infinite.
     psi: non-decreasing function on [0, 1], applied elementwise: `identity`, `logit` or another.
 
   Returns:
@@ -126,9 +126,23 @@ def psi_po_target(
   checks.probabilities("behaviour_probs", behaviour_probs)
   if not callable(psi):
     raise ValueError(f"psi must be a function, such as ipo.identity or ipo.logit, got {psi!r}")
-  opponents = jnp.asarray(behaviour_probs)[..., None, :]
-  weighted = opponents * psi(jnp.asarray(preferences))
-  return jnp.sum(jnp.where(opponents > 0, weighted, 0.0), axis=-1)
+  opponents, preferences = jnp.asarray(behaviour_probs)[..., None, :], jnp.asarray(preferences)
+  # Left out before and after Psi: the gradient of 0 * Psi would be 0 * inf = NaN.
+  absent = (opponents == 0) & ~jnp.isfinite(psi(preferences))
+  utilities = jnp.where(absent, 0, psi(jnp.where(absent, 0.5, preferences)))
+  return jnp.sum(_times(jnp.broadcast_to(opponents, utilities.shape), utilities), axis=-1)
+
+
+@jax.custom_vjp
+def _times(first: jax.Array, second: jax.Array) -> jax.Array:
+  """The product of two arrays of one shape in which 0 * inf is 0, in the gradient too."""
+  return jnp.where((first == 0) | (second == 0), 0, first * second)
+
+
+_times.defvjp(
+  lambda first, second: (_times(first, second), (first, second)),
+  lambda factors, cotangent: (_times(cotangent, factors[1]), _times(cotangent, factors[0])),
+)
 
 
 def ipo_loss(

@@ -44,7 +44,7 @@ import optax
 
 import sharding
 from alignment import sequences
-from sharding import checks
+from sharding import averages, checks
 
 Metrics = dict[str, jax.Array]
 OPPONENTS = ("mixture", "self")
@@ -103,7 +103,7 @@ class State(NamedTuple):
 
   Attributes:
     params: parameters of the policy, as `apply_fn` takes them.
-    ema_params: their moving average, the opponent of Nash-EMA-PG.
+    ema_params: their moving average, the opponent of Nash-EMA-PG, in float32 or wider.
     opt_state: state of the optimiser.
     step: scalar int32, number of updates done.
   """
@@ -306,7 +306,7 @@ def nash_md_pg_loss(
   ratios = jnp.where(keep, jax.lax.stop_gradient(token_logps) - ref_token_logps, 0.0)
   to_go = jax.lax.cumsum(ratios, axis=1, reverse=True)
   weights = jax.lax.stop_gradient(jnp.asarray(preferences)[:, None] - 0.5 - tau * to_go)
-  return -jnp.sum(jnp.where(keep, weights * token_logps, 0.0), axis=1)
+  return -jnp.sum(jnp.where(keep, sequences.cut_off(weights * token_logps), 0.0), axis=1)
 
 
 def init(
@@ -319,8 +319,7 @@ def init(
     ema_params: where the moving average starts; a copy of `params` by default.
   """
   del config
-  if ema_params is None:
-    ema_params = jax.tree.map(jnp.copy, params)
+  ema_params = averages.start(params if ema_params is None else ema_params)
   return State(params, ema_params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
@@ -354,9 +353,8 @@ def sample(
   """
   policy_key, opponent_key = jax.random.split(key)
   first = sequences.sample(state.params, prompts, policy_key, sample_fn=sample_fn)
-  second = sequences.sample(
-    state.ema_params, prompts, opponent_key, sample_fn=opponent_fn or sample_fn
-  )
+  opponent = averages.like(state.ema_params, state.params)
+  second = sequences.sample(opponent, prompts, opponent_key, sample_fn=opponent_fn or sample_fn)
   if len(first.tokens) != len(second.tokens):
     raise ValueError(
       f"sample_fn drew {len(first.tokens)} completions and opponent_fn {len(second.tokens)}: the "
@@ -423,5 +421,5 @@ def update(
   state, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  ema_params = optax.incremental_update(state.params, state.ema_params, 1 - config.ema_decay)
+  ema_params = averages.move(state.ema_params, state.params, config.ema_decay)
   return state._replace(ema_params=ema_params), metrics

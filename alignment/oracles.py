@@ -125,7 +125,11 @@ def psi_po_optimum(
   with np.errstate(divide="ignore", invalid="ignore"):
     matrix = xp.asarray(preferences)
     utilities = matrix if psi is None else xp.asarray(psi(matrix))
-    gains = xp.where(opponents > 0, opponents * utilities, 0).sum(-1)
+    # Left out before and after Psi, whose gradient is infinite too.
+    absent = (opponents == 0) & ~xp.isfinite(utilities)
+    if psi is not None:
+      utilities = xp.where(absent, 0, xp.asarray(psi(xp.where(absent, 0.5, matrix))))
+    gains = (opponents * utilities).sum(-1)
   # An action outside the reference's support is never taken, whatever it gains.
   gains = xp.where(ref_logps > -np.inf, gains, -np.inf)
   unbounded = gains == np.inf

@@ -214,6 +214,28 @@ def log_ratios(
   return ratios if reduction == "sum" else ratios / _num_tokens(mask, ratios.dtype)
 
 
+@jax.custom_jvp
+def cut_off(terms: jax.Array) -> jax.Array:
+  """Returns the terms of a policy gradient's loss, cut off where float32 nears its end.
+
+  The value of such a loss means nothing, but two infinities of opposite signs, met in one sum,
+  would make it NaN. The gradient passes as if nothing had been cut off.
+
+  Example:
+    >>> cut_off(jnp.array([-6.0, jnp.inf, -jnp.inf])).sum()
+    Array(-6., dtype=float32)
+    >>> jax.grad(lambda x: cut_off(1e30 * x))(1e30)
+    Array(1.e+30, dtype=float32, weak_type=True)
+  """
+  limit = float(jnp.finfo(terms.dtype).max) ** 0.75  # thousands of them have a finite sum
+  return jnp.clip(terms, -limit, limit)
+
+
+@cut_off.defjvp
+def _cut_off_jvp(primals, tangents):
+  return cut_off(*primals), tangents[0]
+
+
 def _num_tokens(mask: jax.Array, dtype: Any) -> jax.Array:
   return jnp.maximum(jnp.sum(jnp.asarray(mask, bool), axis=-1), 1).astype(dtype)
 

@@ -36,7 +36,7 @@ import optax
 
 import sharding
 from representation import collapse, graph_augmentations, graphs, moving_targets
-from sharding import checks
+from sharding import averages, checks
 
 Metrics = dict[str, jax.Array]
 Batch = graphs.Graph
@@ -102,7 +102,7 @@ class State(NamedTuple):
 
   Attributes:
     params: of the online encoder and the predictor.
-    target_params: of the target encoder.
+    target_params: of the target encoder, in float32 or wider.
     network_state: of both encoders.
     opt_state: of the optimiser.
     step: scalar int32, the number of updates so far.
@@ -157,8 +157,7 @@ def init(
     network_state: of both encoders; the default is `()` for each.
   """
   del config
-  if target_params is None:
-    target_params = jax.tree.map(jnp.copy, params.encoder)
+  target_params = averages.start(params.encoder if target_params is None else target_params)
   return State(
     params,
     target_params,
@@ -192,10 +191,11 @@ def loss(
     edge_drop_probs=config.edge_drop_probs,
   )
   online_state, target_state = state.network_state
+  target_params = averages.like(state.target_params, params.encoder)
   predictions, embeddings, targets = [], [], []
   for view in views:
     online, online_state = apply_fn.encoder(params.encoder, online_state, view, train=True)
-    target, target_state = apply_fn.encoder(state.target_params, target_state, view, train=True)
+    target, target_state = apply_fn.encoder(target_params, target_state, view, train=True)
     predictions.append(apply_fn.predictor(params.predictor, online))
     embeddings.append(online)
     targets.append(target)
@@ -238,7 +238,7 @@ def update(
   decay = moving_targets.decay_schedule(
     state.step, target_decay=config.target_decay, num_steps=config.num_steps
   )
-  target_params = moving_targets.move(state.target_params, stepped.params.encoder, decay)
+  target_params = averages.move(state.target_params, stepped.params.encoder, decay)
   metrics["bgrl/target_decay"] = decay
   return stepped._replace(target_params=target_params), metrics
 

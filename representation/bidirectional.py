@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import chains, collapse, moving_targets, self_predictive
+from representation import chains, collapse, self_predictive
+from sharding import averages
 
 Metrics = dict[str, jax.Array]
 Config = self_predictive.Config  # the options apply to both directions
@@ -72,7 +73,7 @@ class State(NamedTuple):
 
   Attributes:
     params: the representations and the predictors.
-    target_params: `Targets`.
+    target_params: `Targets`, in float32 or wider.
     opt_state: of the optimiser.
     step: scalar int32, the number of updates so far.
   """
@@ -134,8 +135,7 @@ def init(
     ValueError: if the objective of `config` is not that of the policy.
   """
   _check(config)
-  if target_params is None:
-    target_params = Targets(*jax.tree.map(jnp.copy, params[:2]))
+  target_params = averages.start(Targets(*params[:2]) if target_params is None else target_params)
   return State(params, target_params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
@@ -209,7 +209,7 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  target_params = moving_targets.move(
+  target_params = averages.move(
     state.target_params, Targets(*stepped.params[:2]), config.target_decay
   )
   return stepped._replace(target_params=target_params), metrics
@@ -220,7 +220,8 @@ def _sides(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
   """Returns the arguments of `self_predictive.loss_of_embeddings` for each direction."""
   states, next_states = chains.ends(batch)
-  sources = state.target_params if config.stop_gradient else params
+  own = Targets(params.forward, params.backward)
+  sources = averages.like(state.target_params, own) if config.stop_gradient else own
   forward = (
     apply_fn.forward(params.forward, states),
     apply_fn.backward(sources.backward, next_states),

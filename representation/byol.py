@@ -47,7 +47,7 @@ import optax
 
 import sharding
 from representation import byol_variants, collapse, moving_targets
-from sharding import checks
+from sharding import averages, checks
 
 Metrics = dict[str, jax.Array]
 
@@ -166,7 +166,7 @@ class State(NamedTuple):
 
   Attributes:
     params: `Parts` of the online network.
-    target_params: `Parts` of the target network; `()` without one.
+    target_params: `Parts` of the target network, in float32 or wider; `()` without one.
     network_state: of both networks.
     opt_state: of the optimiser.
     step: scalar int32, the number of updates so far.
@@ -236,8 +236,9 @@ def init(
         f"target_params must be None with target={config.target!r}, which has no target network"
       )
     target_params = ()
-  elif target_params is None:
-    target_params = jax.tree.map(jnp.copy, Parts(params.encoder, params.projector))
+  else:
+    own = Parts(params.encoder, params.projector)
+    target_params = averages.start(own if target_params is None else target_params)
   if network_state is None:
     network_state = NetworkState(Parts((), ()), Parts((), ()))
   return State(
@@ -276,6 +277,8 @@ def loss(
     raise ValueError("labels must be given to train a classifier: add them, or leave it out")
   views = batch.images if apply_fn.views is None else apply_fn.views(batch.images, key)
   online_state, target_state = state.network_state
+  if config.target == "moving":
+    target_params = averages.like(state.target_params, Parts(params.encoder, params.projector))
   features, projections, predictions, targets = [], [], [], []
   for view in views:
     seen, projected, online_state = _project(apply_fn, params, online_state, view)
@@ -288,7 +291,7 @@ def loss(
     features.append(seen)
     projections.append(_wide(projected))
     if config.target == "moving":
-      _, target, target_state = _project(apply_fn, state.target_params, target_state, view)
+      _, target, target_state = _project(apply_fn, target_params, target_state, view)
       targets.append(_wide(target))
   if config.target != "moving":
     targets = projections
@@ -386,7 +389,7 @@ def update(
   )
   online = Parts(stepped.params.encoder, stepped.params.projector)
   metrics["byol/target_decay"] = decay
-  target_params = moving_targets.move(state.target_params, online, decay)
+  target_params = averages.move(state.target_params, online, decay)
   return stepped._replace(target_params=target_params), metrics
 
 

@@ -8,6 +8,7 @@ are sharded, the numbers are still those of all rows, at the cost of one sum ove
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +37,20 @@ def metrics(
 
   Raises:
     ValueError: if `embeddings` is not a matrix or is empty, or if `mask` does not fit it.
+
+  A batch without any row has the numbers of one row of zeros. Gradients are finite wherever the
+  numbers are: 0 where a root or a norm of zero has none.
   """
   embeddings = _matrix(embeddings)
-  norms = jnp.linalg.norm(embeddings, axis=1)
+  rows = _rows(embeddings, mask)
+  embeddings = jnp.where(rows[:, None], embeddings, 0)  # zeros add nothing to a sum of squares
+  largest, _, norms = _row_norms(embeddings)
   numbers = {
-    "collapse/mean_cosine": mean_cosine(embeddings, mask=mask),
-    "collapse/spread": spread(embeddings, mask=mask),
-    "collapse/mean_norm": jnp.mean(norms, where=None if mask is None else mask),
+    "collapse/mean_cosine": mean_cosine(embeddings, mask=rows),
+    "collapse/spread": spread(embeddings, mask=rows),
+    "collapse/mean_norm": jnp.sum(largest * norms) / _num_rows(rows, norms.dtype),
   }
   if spectrum:
-    if mask is not None:
-      embeddings = jnp.where(mask[:, None], embeddings, 0)  # zeros add nothing to the Gram matrix
     values = singular_values(embeddings)
     numbers["collapse/rank"] = _rank(values)
     numbers["collapse/effective_rank"] = _effective_rank(values)
@@ -62,7 +66,7 @@ def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.
 
   It is 1 if all rows point in the same direction, about 0 if the directions are random, and never
   below -1 / (N - 1). For unit rows u, the sum over pairs is |sum u|^2 - sum |u|^2. A row of zeros
-  has cosine 0 with every other row. A single row gives 1, as equal rows do.
+  has cosine 0 with every other row. A single row gives 1, as equal rows do, and so does none.
 
   Raises:
     ValueError: if `embeddings` is not a matrix or is empty, or if `mask` does not fit it.
@@ -75,11 +79,9 @@ def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.
   mask = _rows(embeddings, mask)
   # Divide by the largest entry first: squares of very small or large rows would leave float32.
   embeddings = jnp.where(mask[:, None], embeddings, 0)
-  largest = jnp.max(jnp.abs(embeddings), axis=1, keepdims=True)
-  scaled = embeddings / jnp.where(largest > 0, largest, 1)
-  norms = jnp.linalg.norm(scaled, axis=1, keepdims=True)
+  largest, scaled, norms = _row_norms(embeddings)
   units = scaled / jnp.where(norms > 0, norms, 1)
-  num_rows = jnp.sum(mask, dtype=units.dtype)
+  num_rows = _num_rows(mask, units.dtype)
   non_zero = jnp.sum(largest > 0, dtype=units.dtype) / num_rows
   mean = jnp.sum(units, axis=0) / num_rows
   pairs = (num_rows * jnp.sum(mean**2) - non_zero) / jnp.maximum(num_rows - 1, 1)
@@ -108,10 +110,11 @@ def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array
   first = (jnp.arange(len(embeddings)) == jnp.argmax(mask))[:, None]
   origin = jnp.sum(jnp.where(first, embeddings, 0), axis=0)
   shifted = jnp.where(mask[:, None], embeddings - origin, 0)
-  num_rows = jnp.sum(mask, dtype=shifted.dtype)
+  num_rows = _num_rows(mask, shifted.dtype)
+  shifted, largest = _scaled(shifted)
   mean = jnp.sum(shifted, axis=0) / num_rows
   squares = jnp.sum(jnp.where(mask[:, None], shifted - mean, 0) ** 2)
-  return jnp.sqrt(2 * squares / jnp.maximum(num_rows - 1, 1))
+  return largest * _sqrt(2 * squares / jnp.maximum(num_rows - 1, 1))
 
 
 @jax.jit
@@ -174,9 +177,9 @@ def singular_values(embeddings: jax.Array) -> jax.Array:
     gram = jnp.matmul(scaled, scaled.T, precision="highest")
   else:
     gram = _column_gram(scaled)
-  eigenvalues = jnp.linalg.eigvalsh(gram)
+  eigenvalues = _eigenvalues(gram)
   noise = (eigenvalues.size + 10) * jnp.finfo(gram.dtype).eps * jnp.max(eigenvalues)
-  values = jnp.sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))  # NaN stays NaN
+  values = _sqrt(jnp.where(eigenvalues <= noise, 0, eigenvalues))  # NaN stays NaN
   return largest * values[::-1]
 
 
@@ -194,9 +197,9 @@ def column_cosine(embeddings: jax.Array) -> jax.Array:
     >>> column_cosine(jnp.array([[1.0, -2.0, 0.0], [0.0, 0.0, 1.0]])).round(4)  # 1, 0 and 0
     Array(0.3333, dtype=float32)
   """
-  scaled, _ = _scaled(_matrix(embeddings))
-  gram = _column_gram(scaled)
-  norms = jnp.sqrt(jnp.diagonal(gram))
+  # Each column over its own largest entry: the squares of a small one would leave float32.
+  gram = _column_gram(_row_norms(_matrix(embeddings).T)[1].T)
+  norms = _sqrt(jnp.diagonal(gram))
   norms = jnp.where(norms == 0, 1, norms)
   cosines = jnp.abs(gram / norms[:, None] / norms)
   num_columns = len(cosines)
@@ -244,8 +247,11 @@ def subspace_angles(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _scaled(embeddings: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the embeddings over their largest entry, and that entry."""
-  largest = jnp.max(jnp.abs(embeddings))
+  """Returns the embeddings over their largest entry, and that entry.
+
+  It is a constant to the gradient: what is computed from both does not depend on it.
+  """
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(embeddings)))
   return embeddings / jnp.where(largest > 0, largest, 1), largest
 
 
@@ -264,11 +270,46 @@ def _rank(values: jax.Array) -> jax.Array:
 
 
 def _effective_rank(values: jax.Array) -> jax.Array:
-  values = values / jnp.where(values[0] > 0, values[0], 1)  # their sum could leave float32
+  largest = jax.lax.stop_gradient(values[0])  # shares do not depend on it
+  values = values / jnp.where(largest > 0, largest, 1)  # their sum could leave float32
   total = jnp.sum(values)
   shares = values / jnp.where(total == 0, 1, total)
-  entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares))
+  # 0 log 0 = 0, and its gradient is left out: it is infinite.
+  entropy = -jnp.sum(shares * jnp.log(jnp.where(shares == 0, 1, shares)))
   return jnp.where(total == 0, 0, jnp.exp(entropy))
+
+
+def _row_norms(embeddings: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the largest entry of each row `[N, 1]`, the rows over it, and their norms `[N, 1]`.
+
+  Squares of very small or large rows would leave float32. The entry is a constant as in `_scaled`.
+  """
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(embeddings), axis=1, keepdims=True))
+  scaled = embeddings / jnp.where(largest > 0, largest, 1)
+  return largest, scaled, _sqrt(jnp.sum(scaled**2, axis=1, keepdims=True))
+
+
+def _sqrt(squares: jax.Array) -> jax.Array:
+  """The square root, whose gradient at 0 is 0 in place of infinite; NaN stays NaN."""
+  zero = squares == 0
+  return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+
+
+@jax.custom_jvp
+def _eigenvalues(matrix: jax.Array) -> jax.Array:
+  """`jnp.linalg.eigvalsh`, whose own gradient is NaN where eigenvalues are equal."""
+  return jnp.linalg.eigvalsh(matrix)
+
+
+@_eigenvalues.defjvp
+def _eigenvalues_jvp(primals, tangents):
+  values, vectors = jnp.linalg.eigh(primals[0])
+  return values, jnp.einsum("ji,jk,ki->i", vectors, tangents[0], vectors)
+
+
+def _num_rows(mask: jax.Array, dtype: Any) -> jax.Array:
+  """Returns the number of rows that `mask` keeps, at least 1, to divide by."""
+  return jnp.maximum(jnp.sum(mask, dtype=dtype), 1)
 
 
 def _rows(embeddings: jax.Array, mask: jax.Array | None) -> jax.Array:

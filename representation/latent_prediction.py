@@ -39,8 +39,8 @@ import jax.numpy as jnp
 import optax
 
 import sharding
-from representation import byol, collapse, moving_targets
-from sharding import checks
+from representation import byol, collapse
+from sharding import averages, checks
 
 Metrics = dict[str, jax.Array]
 
@@ -142,7 +142,7 @@ class State(NamedTuple):
 
   Attributes:
     params: of the agent and the heads.
-    target_params: of the target, a second agent.
+    target_params: of the target, a second agent, in float32 or wider.
     opt_state: of the optimiser.
     step: scalar int32, the number of updates so far.
   """
@@ -242,8 +242,7 @@ def init(
     target_params: of the target; the default is a copy of the agent's.
   """
   del config
-  if target_params is None:
-    target_params = jax.tree.map(jnp.copy, params.agent)
+  target_params = averages.start(params.agent if target_params is None else target_params)
   return State(params, target_params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
@@ -266,7 +265,7 @@ def loss(
   """
   del key
   encode = functools.partial(apply_fn.agent, observations=batch.observations, actions=batch.actions)
-  online, target = encode(params.agent), encode(state.target_params)
+  online, target = encode(params.agent), encode(averages.like(state.target_params, params.agent))
   forward, backward = losses(
     params, online, target, batch.actions, batch.mask, apply_fn=apply_fn, horizon=config.horizon
   )
@@ -309,7 +308,5 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  target_params = moving_targets.move(
-    state.target_params, stepped.params.agent, config.target_decay
-  )
+  target_params = averages.move(state.target_params, stepped.params.agent, config.target_decay)
   return stepped._replace(target_params=target_params), metrics

@@ -1,6 +1,7 @@
 """What methods share that predict the output of a slowly moving copy of their own network.
 
-`byol` and `bgrl` compare directions, so they normalise predictions and targets.
+`byol` and `bgrl` compare directions, so they normalise predictions and targets. The copy itself is
+moved by `sharding.averages`.
 """
 
 from typing import Any
@@ -32,18 +33,3 @@ def decay_schedule(step: Any, *, target_decay: Any, num_steps: Any) -> jax.Array
   """
   progress = jnp.minimum(step / num_steps, 1)
   return 1 - (1 - target_decay) * (1 + jnp.cos(jnp.pi * progress)) / 2
-
-
-def move(target: Any, online: Any, decay: Any) -> Any:
-  """Returns decay * target + (1 - decay) * online, for each leaf of two equal trees.
-
-  A decay of 1 leaves the target as it is, and a decay of 0 copies the online parameters.
-
-  Example:
-    >>> print(move(jnp.array([1.0, 2.0]), jnp.array([3.0, 2.0]), 0.75))
-    [1.5 2. ]
-  """
-  # The decay is float32, so the mean of narrower parameters is float32 until it is cast back.
-  return jax.tree.map(
-    lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), target, online
-  )

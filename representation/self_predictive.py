@@ -49,8 +49,8 @@ import numpy as np
 import optax
 
 import sharding
-from representation import chains, collapse, moving_targets
-from sharding import checks
+from representation import chains, collapse
+from sharding import averages, checks
 
 Metrics = dict[str, jax.Array]
 
@@ -148,7 +148,7 @@ class State(NamedTuple):
 
   Attributes:
     params: the representation and the predictor.
-    target_params: of the target's representation.
+    target_params: of the target's representation, in float32 or wider.
     opt_state: of the optimiser.
     step: scalar int32, the number of updates so far.
   """
@@ -252,8 +252,7 @@ def init(
     target_params: of the target's representation; the default is a copy of the representation's.
   """
   del config
-  if target_params is None:
-    target_params = jax.tree.map(jnp.copy, params.representation)
+  target_params = averages.start(params.representation if target_params is None else target_params)
   return State(params, target_params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
@@ -287,7 +286,9 @@ def loss(
   del key
   states, next_states = chains.ends(batch)
   embeddings = apply_fn(params.representation, states)
-  target_params = state.target_params if config.stop_gradient else params.representation
+  target_params = params.representation
+  if config.stop_gradient:
+    target_params = averages.like(state.target_params, target_params)
   targets = apply_fn(target_params, next_states)
   value = loss_of_embeddings(embeddings, targets, params.predictor, batch, config=config)
   embeddings = jax.lax.stop_gradient(embeddings)
@@ -322,7 +323,7 @@ def update(
     predictor = inner_steps(
       state.params.predictor,
       apply_fn(state.params.representation, states),
-      apply_fn(state.target_params, next_states),
+      apply_fn(averages.like(state.target_params, state.params.representation), next_states),
       batch,
       config=config,
     )
@@ -330,7 +331,7 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  target_params = moving_targets.move(
+  target_params = averages.move(
     state.target_params, stepped.params.representation, config.target_decay
   )
   return stepped._replace(target_params=target_params), metrics

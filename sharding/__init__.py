@@ -8,8 +8,8 @@
 
 An update is the same pure function on one device and on a mesh. `jax.jit` with `NamedSharding`
 splits its work: the batch over the axes `data` and `fsdp`, the state by the rules. `gradient_step`
-is the step that all algorithms take, and `checks` validates their arguments (`from sharding import
-checks`).
+is the step that all algorithms take, `averages` moves the slow copies that some of them keep, and
+`checks` validates their arguments (`from sharding import averages, checks`).
 """
 
 from sharding.batches import DATA_AXES, accumulate_grads, shard_batch

@@ -132,7 +132,7 @@ def rloo_loss(
     advantages = num_samples / (num_samples - 1) * centred
   else:
     advantages = regularised
-  return -jnp.sum(jax.lax.stop_gradient(advantages) * logps, axis=1)
+  return -jnp.sum(sequences.cut_off(jax.lax.stop_gradient(advantages) * logps), axis=1)
 
 
 def init(params: Any, *, optimizer: optax.GradientTransformation, config: Config) -> State:

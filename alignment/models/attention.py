@@ -73,6 +73,16 @@ def justify_right(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Ar
   return jnp.take_along_axis(tokens, order, -1), jnp.take_along_axis(mask, order, -1)
 
 
+def justify_prompts(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The same for prompts, of which each must have a token to predict the next one from.
+
+  A prompt without any real token becomes the start token `tokens[b, -1]`, which is then a token
+  like others: later ones see it and count it.
+  """
+  tokens, mask = justify_right(tokens, mask)
+  return tokens, mask.at[:, -1].set(True)
+
+
 def attention_bias(mask: jax.Array) -> jax.Array:
   """Returns what is added to the scores, `[B, T, T]` float32: 0 where seen, else very negative.
 

@@ -5,10 +5,6 @@ splash attention, written in Pallas. A kernel knows "causal", but not the masks 
 `attention.attention_bias` writes out. So the tokens of each row are put in another order first: the
 real ones to the front, in their order, the padding behind them. A real token then sees the real
 tokens up to itself under a causal mask alone, wherever the padding was.
-
-One padded token is read: the start token of an empty prompt, the last one before the first real
-token. By the contract of `attention_bias` it sees only itself. It goes to the end of its row, and
-`start_alone` puts its own value in place of what the kernel says of it.
 """
 
 from typing import Literal, NamedTuple
@@ -78,18 +74,7 @@ class Order(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What the kernel has to know of rows whose real tokens come first.
-
-  Attributes:
-    real: `[B, T]` bool, in the new order.
-  """
-
-  real: jax.Array
-
-  @property
-  def start(self) -> int:
-    """Where the start token of an empty prompt stands."""
-    return self.real.shape[1] - 1
+  """Says that the real tokens of each row come first: all that the kernel has to know."""
 
 
 class SharedPromptRows(NamedTuple):
@@ -102,29 +87,16 @@ class SharedPromptRows(NamedTuple):
     pack: `[N, P + K T]` int32, where in the K rows each token of the packed row stands; the prompt
       in the first of them.
     prompt: `[N, K, P]` int32, where in the K rows their prompts stand.
-    real: `[N, P + K T]` bool, in the packed order.
   """
 
   apart: jax.Array
   pack: jax.Array
   prompt: jax.Array
-  real: jax.Array
-
-  @property
-  def start(self) -> int:
-    """Where in the packed row the start token of an empty prompt stands."""
-    return self.prompt.shape[2] - 1
 
 
 def real_first(mask: jax.Array) -> Order:
-  """Returns the order that moves the real tokens of `mask` `[B, T]` to the front of each row.
-
-  The last padded token before the first real one (where there is one) goes to the end.
-  """
-  leading = jnp.cumsum(mask > 0, axis=-1) == 0
-  last_leading = leading & ~jnp.pad(leading[:, 1:], [(0, 0), (0, 1)])
-  order = jnp.argsort((mask <= 0) + last_leading.astype(jnp.int32), axis=-1, stable=True)
-  order = order.astype(jnp.int32)
+  """Returns the order that moves the real tokens of `mask` `[B, T]` to the front of each row."""
+  order = jnp.argsort(mask <= 0, axis=-1, stable=True).astype(jnp.int32)
   return Order(order, jnp.argsort(order, axis=-1).astype(jnp.int32))
 
 
@@ -148,10 +120,7 @@ def shared_prompt_rows(mask: jax.Array, num_prompts: int, prompt_length: int) ->
   back = split(order.inverse) + copy * span
   prompt, own = back[..., :prompt_length], back[..., prompt_length:]
   pack = jnp.concatenate([prompt[:, 0], own.reshape(num_prompts, -1)], axis=1)
-  real = split(mask > 0)
-  own_real = real[..., prompt_length:].reshape(num_prompts, -1)
-  real = jnp.concatenate([real[:, 0, :prompt_length], own_real], axis=1)
-  return SharedPromptRows(apart.reshape(num_prompts, -1), pack, prompt, real)
+  return SharedPromptRows(apart.reshape(num_prompts, -1), pack, prompt)
 
 
 def _take(x: jax.Array, places: jax.Array) -> jax.Array:
@@ -221,24 +190,6 @@ def attend(
 
   out = _causal(apart(queries), apart(keys), apart(values))
   return _pack(out.reshape(*rows.apart.shape, *out.shape[2:]), rows)
-
-
-def start_alone(change: jax.Array, own: jax.Array, rows: Rows | SharedPromptRows) -> jax.Array:
-  """Returns what attention adds to each token, that of a padded start token being its own value.
-
-  Done here rather than on the output of the kernel, where it would be another pass over memory: the
-  compiler joins this with the sum that follows.
-
-  Args:
-    change: `[B, T, D]`, after the output product.
-    own: `[B, D]`, the output product of the values at `rows.start`.
-    rows: of these tokens.
-  """
-  length = change.shape[1]
-  alone = (jnp.arange(length) == rows.start) & ~rows.real
-  # Padded rather than broadcast: the gradient of `own` is then one slice, not a sum over T.
-  placed = jnp.pad(own[:, None], [(0, 0), (rows.start, length - 1 - rows.start), (0, 0)])
-  return jnp.where(alone[..., None], placed, change)
 
 
 def _causal(queries, keys, values):

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignment import sequences
 from alignment.models import attention, transformer
 from sharding import checks
 
@@ -36,8 +37,8 @@ class Samples(NamedTuple):
     tokens: `[B, T]` int32 (`[B K, T]` for K samples of a prompt), `pad_id` after the end.
     mask: `[B, T]` float32, 1 on sampled tokens including EOS.
     logps: `[B, T]` float32, the model's own log-probability of each token in nats (temperature 1,
-      nothing cut off), as `transformer.make_apply_fn` would give it; 0 after the end. Of a mixture,
-      that of the mixture.
+      nothing cut off), as `transformer.make_apply_fn` gives it; 0 after the end. In bfloat16 they
+      come from that pass itself. Of a mixture, that of the mixture, as it was drawn.
   """
 
   tokens: jax.Array
@@ -88,7 +89,8 @@ def generate(
   Args:
     params: of the model, laid out as in `transformer`.
     prompt_tokens: `[B, P]` int ids.
-    prompt_mask: `[B, P]` non-zero on real tokens; padding may be on the left or on the right.
+    prompt_mask: `[B, P]` non-zero on real tokens; padding may be on the left or on the right. A row
+      without any is one start token, `prompt_tokens[b, -1]`.
     key: typed PRNG key.
     config: the shape of the model.
     max_new_tokens: T, at least 1. The loop ends early once every row has met `eos_id`.
@@ -226,24 +228,32 @@ def _generate(
   samples = Samples(jnp.full(shape, pad_id), zeros, zeros)
   samples, token, going = record(0, samples, join(logits), jnp.ones(batch, bool))
   carry = (jnp.int32(1), samples, token, going, caches)
-  return jax.lax.while_loop(
+  samples = jax.lax.while_loop(
     lambda carry: (carry[0] < max_new_tokens) & jnp.any(carry[3]), step, carry
   )[1]
+  if len(models) > 1 or jnp.dtype(config.dtype).itemsize >= 4:
+    return samples
+  # Narrow sums in another order are other numbers: the step loop is 0.04 nats a token off the
+  # training pass (root mean square, SmolLM2 in bfloat16). Losses compare with the latter.
+  rows = sequences.Sequences(samples.tokens, samples.mask, prompt_tokens, prompt_mask)
+  logps = transformer.make_apply_fn(config)(models[0], rows)
+  return samples._replace(logps=jnp.where(samples.mask > 0, logps, 0))
 
 
 class Decoder(NamedTuple):
   """What the steps of one generation share: weights in the layout of the loop, and the prompts.
 
   Attributes:
-    layers: the four matrices of each layer, output features first; norm scales and the 1/sqrt of
-      attention are multiplied in.
+    layers: the four matrices of each layer, output features first, and the scales of its norms.
     embedding: `[V, D]`.
-    head: `[V, D]`, the final norm's scale multiplied in.
+    final_norm: `[D]`, the scale of the last norm.
+    head: `[V, D]`.
     padding: `[B]` number of padded slots before each prompt.
   """
 
   layers: tuple[dict[str, jax.Array], ...]
   embedding: jax.Array
+  final_norm: jax.Array
   head: jax.Array
   padding: jax.Array
 
@@ -267,7 +277,7 @@ def start(
 
   `start` and `decode` are a model as a source of logits; what is made of them is the caller's.
   """
-  tokens, mask = attention.justify_right(prompt_tokens, prompt_mask)
+  tokens, mask = attention.justify_prompts(prompt_tokens, prompt_mask)
   read: Any = transformer.Transformer(config).apply(
     {"params": params}, tokens, mask, method="hidden_states"
   )
@@ -284,11 +294,12 @@ def start(
       for i in layers
     ),
     embedding=params["embed"]["embedding"],
-    head=(head * params["final_norm"]["scale"]).astype(config.dtype),
+    final_norm=params["final_norm"]["scale"],
+    head=head.astype(config.dtype),
     padding=copies(jnp.sum(mask == 0, axis=-1, dtype=jnp.int32), axis=0),
   )
-  logits = jnp.einsum("bd,vd->bv", hidden[:, -1], head.astype(config.dtype))
-  return decoder, copies(logits.astype(jnp.float32), axis=0), caches
+  logits = transformer.output_logits(hidden[:, -1], head)
+  return decoder, copies(logits, axis=0), caches
 
 
 def decode(
@@ -323,29 +334,32 @@ def decode(
   # slower as a whole.
   in_order = jax.lax.optimization_barrier
   for layer, (keys, values) in zip(decoder.layers, caches, strict=True):
-    heads = in_order(layer["attention"] @ _normed(x, config))
+    heads = in_order(layer["attention"] @ _normed(x, layer["attention_norm"], config))
     heads = heads.T.reshape(batch, 1, -1, head_dim)
     rotary, value = jnp.split(heads, [config.num_heads + num_kv_heads], axis=2)
     query, key = jnp.split(attention.rotate(rotary, rope), [config.num_heads], axis=2)
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
     keys, values = write(keys, key.swapaxes(1, 2)), write(values, value.swapaxes(1, 2))
     updated.append((keys, values))
-    query = query.reshape(batch, num_kv_heads, groups, head_dim)
+    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, groups, head_dim)
     scores = jnp.einsum("bkgd,bksd->bkgs", query, keys).astype(jnp.float32) + bias[:, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     out = jnp.einsum("bkgs,bksd->bkgd", weights, values).reshape(batch, -1)
     x = x + layer["output"] @ out.T
-    gate, up = jnp.split(layer["mlp"] @ _normed(x, config), 2, axis=0)
+    gate, up = jnp.split(layer["mlp"] @ _normed(x, layer["mlp_norm"], config), 2, axis=0)
     x = x + layer["down"] @ (jax.nn.silu(gate) * up)
-  logits = in_order(decoder.head @ _normed(x, config))
-  return logits.T.astype(jnp.float32), tuple(updated)
+  normed = _normed(x, decoder.final_norm, config)
+  accumulator = attention.accumulator(dtype)
+  logits = in_order(jnp.dot(decoder.head, normed, preferred_element_type=accumulator))
+  return logits.T, tuple(updated)
 
 
-def _normed(x: jax.Array, config: transformer.TransformerConfig) -> jax.Array:
-  """RMSNorm over the rows of `[D, B]`, without the scale (it is in the next matrix)."""
-  wide = x.astype(jnp.float32)
+def _normed(x: jax.Array, scale: jax.Array, config: transformer.TransformerConfig) -> jax.Array:
+  """RMSNorm over the rows of `[D, B]`, rounded where `transformer.RMSNorm` rounds."""
+  wide = x.astype(attention.accumulator(x.dtype))
   mean_square = jnp.mean(wide * wide, axis=0, keepdims=True)
-  return (wide * jax.lax.rsqrt(mean_square + config.norm_epsilon)).astype(x.dtype)
+  wide *= jax.lax.rsqrt(mean_square + config.norm_epsilon)
+  return (wide * scale[:, None].astype(wide.dtype)).astype(x.dtype)
 
 
 def _decoder_layer(layer: Any, config: transformer.TransformerConfig) -> dict[str, jax.Array]:
@@ -353,15 +367,18 @@ def _decoder_layer(layer: Any, config: transformer.TransformerConfig) -> dict[st
   kernels = {name: value["kernel"] for name, value in layer["attention"].items()}
   query = attention.rotary_columns(kernels["query"], config.num_heads, config.rope_pairing)
   key = attention.rotary_columns(kernels["key"], config.num_kv_heads, config.rope_pairing)
-  joined = jnp.concatenate([query * config.head_dim**-0.5, key, kernels["value"]], axis=1)
+  joined = jnp.concatenate([query, key, kernels["value"]], axis=1)
   mlp = jnp.concatenate([layer["mlp"]["gate"]["kernel"], layer["mlp"]["up"]["kernel"]], axis=1)
   matrices = {
-    "attention": joined * layer["attention_norm"]["scale"][:, None],
+    "attention": joined,
     "output": kernels["output"],
-    "mlp": mlp * layer["mlp_norm"]["scale"][:, None],
+    "mlp": mlp,
     "down": layer["mlp"]["down"]["kernel"],
   }
-  return {name: matrix.T.astype(config.dtype) for name, matrix in matrices.items()}
+  # No scale is multiplied into a matrix: in bfloat16 the product would be rounded a second time,
+  # and the log-probabilities would be off from those of the training pass.
+  scales = {name: layer[name]["scale"] for name in ("attention_norm", "mlp_norm")}
+  return {name: matrix.T.astype(config.dtype) for name, matrix in matrices.items()} | scales
 
 
 def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:

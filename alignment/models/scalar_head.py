@@ -61,8 +61,8 @@ def features(
     config: the shape of the model.
 
   Returns:
-    `[B, D]` float32, after the final norm. For a row without any real token the numbers are finite
-    and mean nothing.
+    `[B, D]` float32, after the final norm. A row without any real token is one start token,
+    `tokens[b, -1]`.
 
   Raises:
     ValueError: if shapes differ or T exceeds `config.max_length`.
@@ -71,7 +71,7 @@ def features(
     raise ValueError(
       f"tokens and mask must both be [B, T], got {list(tokens.shape)} and {list(mask.shape)}"
     )
-  tokens, mask = attention.justify_right(tokens, mask)
+  tokens, mask = attention.justify_prompts(tokens, mask)
   body = {name: value for name, value in params.items() if name != "scalar_head"}
   hidden = transformer.hidden_states(body, tokens, mask, config=config)[:, -1]
   return hidden.astype(jnp.float32)
@@ -96,7 +96,8 @@ def make_apply_fn(
 ) -> Callable[[Any, sequences.Sequences], jax.Array]:
   """Returns `apply_fn(params, Sequences) -> [B]`, read at the last completion token.
 
-  The same config gives the same function object; see `transformer.make_apply_fn`.
+  The same config gives the same function object; see `transformer.make_apply_fn`, also for prompts
+  without tokens.
   """
 
   def apply_fn(params: Any, batch: sequences.Sequences) -> jax.Array:
@@ -108,8 +109,9 @@ def make_apply_fn(
     batch = sequences.repeat_prompts(batch)
     tokens, mask = batch.tokens, jnp.asarray(batch.mask) > 0
     if batch.prompt_tokens is not None:
-      tokens = jnp.concatenate([batch.prompt_tokens, tokens], axis=1)
-      mask = jnp.concatenate([jnp.asarray(batch.prompt_mask) > 0, mask], axis=1)
+      prompt, prompt_mask = attention.justify_prompts(batch.prompt_tokens, batch.prompt_mask)
+      tokens = jnp.concatenate([prompt, tokens], axis=1)
+      mask = jnp.concatenate([prompt_mask > 0, mask], axis=1)
     return scalars(params, tokens, mask, config=config)
 
   return apply_fn

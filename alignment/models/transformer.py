@@ -151,6 +151,7 @@ class Dense(nn.Module):
   features: int
   config: TransformerConfig
   rotary_heads: int = 0  # > 0: the columns are that many heads, about to be rotated
+  wide: bool = False  # the sums are returned as they are, in float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -160,7 +161,8 @@ class Dense(nn.Module):
     kernel = kernel.astype(config.dtype)
     if self.rotary_heads:
       kernel = attention.rotary_columns(kernel, self.rotary_heads, config.rope_pairing)
-    y = x.reshape(-1, x.shape[-1]) @ kernel
+    dtype = attention.accumulator(config.dtype) if self.wide else None
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
     return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -184,12 +186,7 @@ class Attention(nn.Module):
     keys = heads("key", config.num_kv_heads, True).swapaxes(1, 2)
     values = heads("value", config.num_kv_heads, False).swapaxes(1, 2)
     out = attention.attend(queries, keys, values, visible).reshape(batch, length, -1)
-    project = Dense(config.width, config, name="output")
-    change = project(out)
-    if isinstance(visible, fused_attention.Rows | fused_attention.SharedPromptRows):
-      own = jnp.repeat(values[:, :, visible.start], config.num_heads // config.num_kv_heads, axis=1)
-      change = fused_attention.start_alone(change, project(own.reshape(batch, -1)), visible)
-    return change, (keys, values)
+    return Dense(config.width, config, name="output")(out), (keys, values)
 
 
 class Mlp(nn.Module):
@@ -255,18 +252,16 @@ class Transformer(nn.Module):
     )(config)
     self.final_norm = RMSNorm(config)
     if not config.tied_head:
-      self.head = Dense(config.vocab_size, config)
+      self.head = Dense(config.vocab_size, config, wide=True)
 
   def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Logits `[B, T, V]` in float32; see `logits`."""
     hidden, _ = self.hidden_states(tokens, mask)
-    if self.config.tied_head:
-      flat = hidden.reshape(-1, hidden.shape[-1])
-      out = flat @ self.embed.embedding.astype(hidden.dtype).T
-      out = out.reshape(*hidden.shape[:-1], -1)
-    else:
-      out = self.head(hidden)
-    return out.astype(attention.accumulator(out.dtype))
+    if not self.config.tied_head:
+      return self.head(hidden)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    out = output_logits(flat, self.embed.embedding)
+    return out.reshape(*hidden.shape[:-1], -1)
 
   def _has_kernel(self, length: int) -> bool:
     """Whether attention over rows of this length runs through a kernel; one token needs none."""
@@ -293,7 +288,7 @@ class Transformer(nn.Module):
     order = fused_attention.real_first(mask)
     tokens, mask = (fused_attention.reorder(x, order) for x in (tokens, mask))
     rope = self._rope_table(attention.positions_of(mask))
-    x, keys_values = self.layers(self.embed(tokens), rope, fused_attention.Rows(mask > 0))
+    x, keys_values = self.layers(self.embed(tokens), rope, fused_attention.Rows())
     places = order.inverse[None, :, None, :length, None]
     keys_values = jax.tree.map(
       lambda x: jnp.take_along_axis(x, places, axis=3, mode="promise_in_bounds"), keys_values
@@ -395,6 +390,19 @@ def output_embedding(params: Params) -> jax.Array:
   return params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
 
 
+def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+  """Returns logits `[N, V]` of hidden states `[N, D]` by an output embedding `[V, D]`.
+
+  The factors have the dtype of the hidden states, the sums are float32 or wider: what
+  `chunked_likelihood.token_logps` does with slices of the vocabulary.
+  """
+  return jnp.dot(
+    hidden,
+    embedding.astype(hidden.dtype).T,
+    preferred_element_type=attention.accumulator(hidden.dtype),
+  )
+
+
 @functools.cache
 def make_apply_fn(
   config: TransformerConfig, *, logps_chunk: int | None = None
@@ -414,7 +422,7 @@ def make_apply_fn(
     A function of `params` and `sequences.Sequences`. The prompt conditions the completion; its
     padding may be on either side. A prompt of several rows is read once.
     Entries where `mask` is 0 are finite and meaningless. A prompt
-    row without any real token stands for a start token of id `prompt_tokens[b, -1]`.
+    row without any real token is one start token of id `prompt_tokens[b, -1]`.
 
   Raises:
     ValueError: (the returned function) without a prompt, where shapes do not fit, when prompt and
@@ -432,7 +440,7 @@ def make_apply_fn(
     checks.same_shape(prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask)
     for name in ("tokens", "prompt_tokens"):
       checks.token_ids(name, getattr(batch, name), config.vocab_size)
-    prompt, prompt_mask = attention.justify_right(batch.prompt_tokens, batch.prompt_mask)
+    prompt, prompt_mask = attention.justify_prompts(batch.prompt_tokens, batch.prompt_mask)
     prompt_length, length = prompt.shape[1], batch.tokens.shape[1]
     if prompt_length + length > config.max_length:
       raise ValueError(

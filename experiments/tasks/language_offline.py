@@ -99,9 +99,7 @@ class Task:
     """Samples K completions of each prompt.
 
     Returns `tokens` and `mask` `[N, K, T]`, and `logps` `[N, K]`, the model's summed
-    log-probabilities. In float32 these come from the sampler; a separate pass differs only by
-    rounding. In bfloat16 rounding amounts to tenths of a nat, so they come from the same pass as in
-    training.
+    log-probabilities.
     """
     data, tokenizer = self.config.data, self.model.tokenizer
     drawn = []
@@ -126,11 +124,7 @@ class Task:
     tokens, mask, logps = (
       np.concatenate(x).reshape(shape)[: len(prompts)] for x in zip(*drawn, strict=True)
     )
-    if self.network.dtype == "float32":
-      logps = (logps * mask).sum(-1)
-    else:
-      logps = self.logps(params, prompts, tokens, mask)
-    return {"tokens": tokens, "mask": mask, "logps": logps}
+    return {"tokens": tokens, "mask": mask, "logps": (logps * mask).sum(-1)}
 
   def _chunks(self, what: str, *arrays: np.ndarray, num_samples: int | None = None):
     """Yields slices of N prompts and their data, all of one shape, so that they compile once.

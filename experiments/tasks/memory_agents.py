@@ -18,7 +18,7 @@ from experiments.tasks import masked_worlds
 from representation import latent_prediction
 from representation.networks import adapters, recurrent
 from rl_theory import decision_processes, returns
-from sharding import checks
+from sharding import averages, checks
 
 
 class Heads(nn.Module):
@@ -179,7 +179,8 @@ def loss(
   def mean(array: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, array, 0)) / jnp.sum(mask)
 
-  target = apply_fn.latent.agent(learner.target_params, observations, actions)
+  target_params = averages.like(learner.target_params, params.latent.agent)
+  target = apply_fn.latent.agent(target_params, observations, actions)
   forward, backward = latent_prediction.losses(
     params.latent, online, target, actions, mask, apply_fn=apply_fn.latent,
     horizon=config.latent.horizon,
@@ -212,8 +213,8 @@ def update(
   stepped, metrics = sharding.gradient_step(
     loss, learner, episodes, None, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
-  target = optax.incremental_update(
-    stepped.params.latent.agent, learner.target_params, 1 - config.latent.target_decay
+  target = averages.move(
+    learner.target_params, stepped.params.latent.agent, config.latent.target_decay
   )
   metrics["return"] = jnp.mean(jnp.sum(episodes.rewards, axis=1))
   return stepped._replace(target_params=target), metrics

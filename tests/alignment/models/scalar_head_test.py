@@ -115,3 +115,13 @@ def test_bad_input_is_named(params, changes, match):
 def test_the_rules_of_the_decoder_know_the_head(params):
   mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
   sharding.infer_shardings(params, scalar_head.SHARDING_RULES, mesh)
+
+
+def test_an_empty_prompt_is_one_start_token(params):
+  def reward(prompt, real):
+    mask = jnp.array([[0, real]])
+    rows = sequences.Sequences(jnp.array([[3, 2, 0]]), jnp.ones((1, 3)), jnp.array([prompt]), mask)
+    return scalar_head.make_apply_fn(CONFIG)(params, rows)
+
+  np.testing.assert_allclose(reward([6, 7], 0), reward([6, 7], 1), atol=1e-6)
+  assert abs(reward([6, 8], 0) - reward([6, 7], 0)) > 1e-4  # the completion sees it

@@ -144,7 +144,8 @@ def test_bfloat16_samples_are_scored_by_the_training_pass():
   task = language_offline.make_task(_tiny(**{"network.dtype": "bfloat16"}))
   drawn = task.generate(task.model.params, task.train_prompts[:4], jax.random.key(0), 2)
   again = task.logps(task.model.params, task.train_prompts[:4], drawn["tokens"], drawn["mask"])
-  np.testing.assert_array_equal(drawn["logps"], again)
+  # The same pass, summed over other slices of the vocabulary: float32's rounding of 40 nats.
+  np.testing.assert_allclose(drawn["logps"], again, rtol=1e-6)
 
 
 def test_own_preferences_keep_their_soft_labels_and_match_ipo_and_copg(tmp_path):
