@@ -15,7 +15,7 @@ For a vocabulary of 50,000 the logits `[B, T, V]` are usually the largest array 
 `chunked_likelihood` computes them for a slice of the vocabulary at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +95,7 @@ class PreferenceBatch(NamedTuple):
   prompt_mask: Any = None
 
 
-def completion_mask(tokens: jax.Array, eos_id: int) -> jax.Array:
+def completion_mask(tokens: jax.Array, eos_id: int | Sequence[int]) -> jax.Array:
   """Returns the mask of completions that end with their first EOS.
 
   The first EOS counts, and nothing after it does. This is correct even if the padding id equals
@@ -105,7 +105,7 @@ def completion_mask(tokens: jax.Array, eos_id: int) -> jax.Array:
 
   Args:
     tokens: `[..., T]` int completion tokens, right-padded.
-    eos_id: id of the end-of-sequence token.
+    eos_id: id of the end-of-sequence token, or several of them.
 
   Returns:
     `[..., T]` float32, 1 up to and including the first EOS, 0 after it.
@@ -116,7 +116,7 @@ def completion_mask(tokens: jax.Array, eos_id: int) -> jax.Array:
            [1., 0., 0., 0.],
            [1., 1., 1., 1.]], dtype=float32)
   """
-  ends = (jnp.asarray(tokens) == eos_id).astype(jnp.int32)
+  ends = jnp.isin(jnp.asarray(tokens), jnp.asarray(eos_id)).astype(jnp.int32)
   ended_before = jnp.cumsum(ends, axis=-1) - ends
   return (ended_before == 0).astype(jnp.float32)
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers
 
-from alignment.models import layout, transformer
+from alignment.models import config_keys, layout, transformer
 from alignment.models import tokenizer as tokenizer_lib
 
 _Path = str | os.PathLike[str]
@@ -103,7 +103,9 @@ def load(
   tokenizer = _tokenizer(path, metadata)
 
   def read(name: str) -> np.ndarray:
-    return _dequantize(path, name, tensors[name], buffer)
+    tensor = _dequantize(path, name, tensors[name], buffer)
+    layout.check_finite(name, tensor, path)
+    return tensor
 
   return config, layout.stack(config, _NAMES, read, np.float32), tokenizer
 
@@ -235,11 +237,18 @@ def _config(
       raise ValueError(f"{path} lacks the field llama.{name}: convert the model again")
     return metadata[f"llama.{name}"]
 
-  scaling = metadata.get("llama.rope.scaling.type", "none")
+  try:
+    config_keys.check_gguf(metadata)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  # llama.cpp scales linearly where a file has a factor and names no type.
+  factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 0))
+  scaling = metadata.get("llama.rope.scaling.type", "none" if factor in (0, 1) else "linear")
   if scaling != "none" or "rope_freqs.weight" in tensors:
+    kind = f"{scaling}, factor {factor:g}" if scaling != "none" else "rope_freqs.weight"
     raise ValueError(
-      f"{path} scales its rotary frequencies ({scaling}, rope_freqs.weight), which this reader "
-      "does not support: load the model's Hugging Face folder, whose config.json has the scaling"
+      f"{path} scales its rotary frequencies ({kind}), which this reader does not support: load "
+      "the model's Hugging Face folder, whose config.json has the scaling"
     )
   if metadata.get("llama.expert_count", 0):
     raise ValueError(
@@ -254,6 +263,12 @@ def _config(
     raise ValueError(
       f"{path} rotates {rotated} of {head_dim} features of a head, which is not supported: choose "
       "another model"
+    )
+  values = metadata.get("llama.attention.value_length", head_dim)
+  if values != head_dim:
+    raise ValueError(
+      f"{path} has values of {values} and keys of {head_dim} features, which is not supported: "
+      "choose another model"
     )
   embedding = tensors.get(_NAMES["embed/embedding"])
   return transformer.TransformerConfig(
@@ -300,17 +315,20 @@ def _tokenizer(path: pathlib.Path, metadata: dict[str, Any]) -> tokenizer_lib.To
       [tokenizers.AddedToken(token, special=special, normalized=False) for token in added]
     )
   bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-  if bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", False):
-    start = tokens[bos_id]
-    backend.post_processor = processors.TemplateProcessing(
-      single=[start, "$A"], special_tokens=[(start, bos_id)]
-    )
+  # llama.cpp adds a start token to texts of this scheme unless the file says otherwise.
+  adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama-bpe")
+  adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+  around = bos_id if adds_bos else None, eos_id if adds_eos else None
+  if around != (None, None):
+    tokenizer_lib.add_around(backend, *around)
+  ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
   return tokenizer_lib.Tokenizer(
     backend=backend,
     eos_id=eos_id,
     pad_id=metadata.get("tokenizer.ggml.padding_token_id", eos_id),
     bos_id=bos_id,
     chat_template=metadata.get("tokenizer.chat_template"),
+    eos_ids=tuple(index for index in ends if index is not None),
   )
 
 

@@ -3,17 +3,19 @@
 `load` reads a local folder into the parameters of `transformer`; `save` writes one that
 `transformers.AutoModelForCausalLM.from_pretrained` opens. If a checkpoint needs something that the
 decoder does not compute (biases, sliding windows, other rotary scalings, quantised weights), `load`
-raises an error that names it: a model that loads computes the function that its authors trained.
+raises an error that names it (`config_keys` has the table of keys): a model that loads computes the
+function that its authors trained.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -21,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from alignment.models import layout, transformer
+from alignment.models import config_keys, layout, transformer, weight_files
 from alignment.models import tokenizer as tokenizer_lib
 from sharding import checks
 
@@ -53,9 +55,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "sliding_window": 4096,
   },
 }
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # `save` replaces a folder that holds nothing but these.
-_OWN_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+_OWN_FILES = {
+  "config.json",
+  "generation_config.json",
+  "model.safetensors",
+  "tokenizer.json",
+  "tokenizer_config.json",
+}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig:
@@ -81,6 +91,7 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
       f"model_type {model_type!r} is not supported: the decoder reads {', '.join(_DEFAULTS)}; "
       "choose a checkpoint of the Llama family"
     )
+  config_keys.check(fields)
   fields = {**_DEFAULTS[model_type], **fields}
 
   def integer(name: str) -> int:
@@ -89,6 +100,7 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
     return value
 
   num_heads, width = integer("num_attention_heads"), integer("hidden_size")
+  _check_width(width, num_heads)
   length, window = integer("max_position_embeddings"), fields.get("sliding_window")
   for name in ("attention_bias", "mlp_bias", "quantization_config"):
     if fields.get(name):
@@ -100,6 +112,8 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
     raise ValueError(
       f"hidden_act={fields['hidden_act']!r} is not supported: the decoder has 'silu' only"
     )
+  if window is not None:
+    checks.count("sliding_window", window)
   if window is not None and window < length:
     raise ValueError(
       f"sliding_window={window} is not supported: set it to null and max_position_embeddings to "
@@ -121,7 +135,7 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
     max_length=length,
     rope_theta=theta,
     rope_scaling=scaling,
-    norm_epsilon=float(fields.get("rms_norm_eps", 1e-6)),
+    norm_epsilon=_number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
     tied_head=bool(fields.get("tie_word_embeddings", False)),
     param_dtype="bfloat16" if stored == "bfloat16" else "float32",
   )
@@ -130,7 +144,19 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
 def to_config_json(
   config: transformer.TransformerConfig, *, tokenizer: tokenizer_lib.Tokenizer | None = None
 ) -> dict[str, Any]:
-  """Returns the fields of a `config.json` for transformers 4 and 5; ids come from `tokenizer`."""
+  """Returns the fields of a `config.json` for transformers 4 and 5; ids come from `tokenizer`.
+
+  Raises:
+    ValueError: transformers would refuse the file, or an id lies outside `config.vocab_size`.
+  """
+  _check_width(config.width, config.num_heads)
+  if tokenizer is not None:
+    for index in (*tokenizer.eos_ids, tokenizer.pad_id, tokenizer.bos_id or 0):
+      if index >= config.vocab_size:
+        raise ValueError(
+          f"tokenizer has the special id {index}, but the model {config.vocab_size} embeddings: "
+          "they belong to different models"
+        )
   rope: dict[str, Any] = {"rope_type": "default"}
   if config.rope_scaling is not None:
     rope = {
@@ -161,9 +187,7 @@ def to_config_json(
     "tie_word_embeddings": config.tied_head,
     "dtype": config.param_dtype,
     "torch_dtype": config.param_dtype,
-    "bos_token_id": tokenizer.bos_id if tokenizer else None,
-    "eos_token_id": tokenizer.eos_id if tokenizer else None,
-    "pad_token_id": tokenizer.pad_id if tokenizer else None,
+    **(tokenizer.ids() if tokenizer else dict.fromkeys(_TOKEN_IDS)),
   }
 
 
@@ -181,14 +205,19 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     ValueError: the message names the file, the field or the tensor, and says what to do.
   """
   folder = pathlib.Path(folder)
+  if (folder / "adapter_config.json").is_file():
+    raise ValueError(
+      f"{folder} holds an adapter (adapter_config.json), which transformers adds to the weights: "
+      "merge it with peft: model.merge_and_unload().save_pretrained(another folder)"
+    )
   if not (folder / "config.json").is_file():
     raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
   try:
-    config = from_config_json(_read_json(folder / "config.json"))
+    config = from_config_json(weight_files.read_json(folder / "config.json"))
   except ValueError as error:
     raise ValueError(f"{folder / 'config.json'}: {error}") from error
   with contextlib.ExitStack() as stack:
-    tensors = _open(folder, stack)
+    tensors = weight_files.open_tensors(folder, stack)
     # Old releases store these buffers, which follow from the config.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     if config.tied_head and _HEAD in found:
@@ -212,9 +241,11 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     def read(name: str) -> np.ndarray:
       path, file = tensors[name]
       try:
-        return file.get_tensor(name)
+        tensor = file.get_tensor(name)
       except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: cannot read tensor {name}: {error}; copy it again") from error
+      layout.check_finite(name, tensor, path)
+      return tensor
 
     return config, layout.stack(config, _NAMES, read, jax.numpy.dtype(dtype))
 
@@ -281,11 +312,29 @@ def _storage_dtype(params: transformer.Params) -> _Dtype:
       raise ValueError(f"params are {other}: convert them to float32 or bfloat16 before saving")
 
 
+def _check_width(width: int, num_heads: int) -> None:
+  if width % num_heads:
+    raise ValueError(
+      f"hidden_size={width} is not divisible by num_attention_heads={num_heads}, which "
+      "transformers refuses: a Hugging Face folder cannot hold this model"
+    )
+
+
+def _number(name: str, value: Any) -> float:
+  if not (checks.is_integer(value) or isinstance(value, float)) or not 0 < value < math.inf:
+    raise ValueError(f"{name}={value!r} must be a positive number")
+  return float(value)
+
+
 def _rope(fields: Mapping[str, Any]) -> tuple[float, transformer.RopeScaling | None]:
-  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-  theta = float(rope.get("rope_theta", fields.get("rope_theta", 1e4)))
-  partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-  if partial != 1.0:
+  # In the order of transformers: `rope_scaling` hides `rope_parameters` whole.
+  name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+  rope = fields.get(name) or {}
+  if not isinstance(rope, dict):
+    raise ValueError(f"{name}={rope!r} must be an object such as {{'rope_type': 'default'}}")
+  theta = _number("rope_theta", rope.get("rope_theta", fields.get("rope_theta", 1e4)))
+  partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+  if partial not in (None, 1):
     raise ValueError(
       f"partial_rotary_factor={partial} is not supported: every feature of a head is rotated"
     )
@@ -297,68 +346,16 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, transformer.RopeScaling | N
       f"rope_type={kind!r} is not supported: the decoder knows 'default' and 'llama3'; choose "
       "another checkpoint (dropping the field would change the model)"
     )
-  try:
-    return theta, transformer.RopeScaling(
-      factor=float(rope["factor"]),
-      low_frequency_factor=float(rope["low_freq_factor"]),
-      high_frequency_factor=float(rope["high_freq_factor"]),
-      original_max_length=int(rope["original_max_position_embeddings"]),
-    )
-  except KeyError as error:
-    raise ValueError(f"rope_type 'llama3' needs {error} in config.json") from None
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"not JSON ({error}); is it cut short? Copy it again") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"expected a JSON object, found {type(value).__name__}")
-  return value
-
-
-def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[Any, Any]]:
-  """Returns (path, open file) by tensor name; the files close with `stack`."""
-  tensors = {}
-  for path, wanted in _files(folder):
-    try:
-      file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-    except (safetensors.SafetensorError, OSError) as error:
-      raise ValueError(
-        f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}; "
-        "copy it again"
-      ) from error
-    names = set(file.keys())
-    if wanted is not None and not wanted <= names:
-      raise ValueError(f"{path} lacks {sorted(wanted - names)[0]}, which the index places there")
-    tensors.update({name: (path, file) for name in names})
-  return tensors
-
-
-def _files(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, set[str] | None]]:
-  """Yields each weight file with the names that an index promises in it (None without an index)."""
-  single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-  if single.is_file():
-    yield single, None
-    return
-  if not index.is_file():
-    raise ValueError(
-      f"{folder} has neither model.safetensors nor model.safetensors.index.json; write them with "
-      "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
-    )
-  try:
-    places = _read_json(index)["weight_map"].items()
-  except (ValueError, KeyError, AttributeError) as error:
-    raise ValueError(f"{index} has no readable weight_map: {error}; copy it again") from error
-  shards: dict[str, set[str]] = {}
-  for name, shard in places:
-    shards.setdefault(shard, set()).add(name)
-  for shard, names in shards.items():
-    path = folder / shard
-    if pathlib.Path(shard).name != shard or not path.is_file():
-      raise ValueError(f"{index} names the file {shard!r}, which is not in {folder}: copy it again")
-    yield path, names
+  for key in _LLAMA3:
+    if key not in rope:
+      raise ValueError(f"rope_type 'llama3' needs {key!r} in config.json")
+  numbers = {key: _number(f"{name}[{key!r}]", rope[key]) for key in _LLAMA3}
+  return theta, transformer.RopeScaling(
+    factor=numbers["factor"],
+    low_frequency_factor=numbers["low_freq_factor"],
+    high_frequency_factor=numbers["high_freq_factor"],
+    original_max_length=int(numbers["original_max_position_embeddings"]),
+  )
 
 
 def _check_tied(folder: pathlib.Path, tensors: Mapping[str, tuple[Any, Any]]) -> None:

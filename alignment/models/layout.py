@@ -84,6 +84,17 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], wh
     )
 
 
+def check_finite(name: str, tensor: np.ndarray, where: Any) -> None:
+  """Raises `ValueError` if a stored tensor holds NaN or infinity."""
+  finite = np.isfinite(tensor)
+  if not finite.all():
+    raise ValueError(
+      f"{where}: tensor {name} holds {finite.size - np.count_nonzero(finite)} values that are NaN "
+      "or infinite: the model diverged in training, or the file is corrupt; choose another "
+      "checkpoint, or copy it again"
+    )
+
+
 def stack(
   config: transformer.TransformerConfig,
   names: Names,

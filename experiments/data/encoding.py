@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.data import chats
+
 
 def encode_prompts(
   tokenizer: Any,
@@ -18,13 +20,13 @@ def encode_prompts(
   """Tokenises prompts and pads them on the left, so that completions follow without a gap.
 
   Args:
-    tokenizer: an `alignment.models.tokenizer.Tokenizer`, or anything with
-      `encode(text, add_special_tokens=)`, `eos_id`, `pad_id` and `vocab_size`.
-    prompts: N texts.
+    tokenizer: an `alignment.models.tokenizer.Tokenizer`, or anything with its `encode_prompt`,
+      `encode_completion`, `bos_id`, `pad_id` and `vocab_size`.
+    prompts: N texts; a `chats.Chat` is put into the format of the tokenizer's chat template.
     max_length: largest number of tokens of a prompt.
     multiple: the length P is rounded up to a multiple of it, but not beyond `max_length`, so that
       fewer shapes are compiled.
-    truncate: None raises for a longer prompt; "left" drops its beginning.
+    truncate: None raises for a longer prompt; "left" drops its beginning, but not a start token.
     names: N names of the prompts for error messages, such as file and line. By default a name is
       the number and the beginning of the prompt.
 
@@ -34,10 +36,11 @@ def encode_prompts(
   Raises:
     ValueError: a prompt is too long or has no tokens, or a token lies outside the vocabulary.
   """
-  # Prompts begin the sequence, so they get the start token of models that have one.
-  encoded = [list(tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
+  encoded = [
+    list(tokenizer.encode_prompt(chats.prompt_text(tokenizer, prompt))) for prompt in prompts
+  ]
   if truncate == "left":
-    encoded = [row[-max_length:] for row in encoded]
+    encoded = [_without_beginning(row, max_length, tokenizer.bos_id) for row in encoded]
   elif truncate is not None:
     raise ValueError(f"truncate is {truncate!r}; choose None or 'left'")
   return _pad(encoded, "prompt", _names("prompt", prompts, names), tokenizer, max_length, multiple)
@@ -47,24 +50,33 @@ def encode_completions(
   tokenizer: Any,
   texts: Sequence[str],
   *,
+  prompts: Sequence[str] | None = None,
   max_length: int,
   multiple: int = 8,
   truncate: str | None = None,
   names: Sequence[str] | None = None,
   allow_empty: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Tokenises completions, appends EOS and pads them on the right.
+  """Tokenises completions with one end token and pads them on the right.
 
-  Arguments and errors are those of `encode_prompts`, with two differences: `max_length` includes
-  the EOS, and `truncate` is None or "right", which drops the end of a longer completion together
-  with its EOS. With `allow_empty`, a text without tokens becomes EOS alone, as a model can sample
-  it.
+  Arguments and errors are those of `encode_prompts`, with three differences: `prompts` are the N
+  texts before the completions; `max_length` includes the EOS; `truncate` is None or "right", which
+  drops the end of a longer completion together with its EOS. With `allow_empty`, a text without
+  tokens becomes EOS alone, as a model can sample it.
 
   Returns:
     tokens `[N, T]` int32 and mask `[N, T]` float32, which is 1 up to and including EOS.
   """
-  encoded = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+  before = [None] * len(texts) if prompts is None else prompts
   labels = _names("completion", texts, names)
+  encoded = []
+  for label, text, prompt in zip(labels, texts, before, strict=True):
+    try:
+      text = chats.completion_text(tokenizer, prompt, text)
+      prompt = None if prompt is None else chats.prompt_text(tokenizer, prompt)
+    except ValueError as error:
+      raise ValueError(f"{label}: {error}") from error
+    encoded.append(list(tokenizer.encode_completion(text, prompt=prompt)))
   for label, row in zip(labels, encoded, strict=True):
     if len(row) == 1 and not allow_empty:
       raise ValueError(f"{label} has no tokens; remove it")
@@ -73,6 +85,12 @@ def encode_completions(
   elif truncate is not None:
     raise ValueError(f"truncate is {truncate!r}; choose None or 'right'")
   return _pad(encoded, "completion", labels, tokenizer, max_length, multiple)
+
+
+def _without_beginning(row: list[int], max_length: int, bos_id: int | None) -> list[int]:
+  """Returns the end of a row; a start token stays before it."""
+  kept = 1 if row[:1] == [bos_id] else 0
+  return row if len(row) <= max_length else [*row[:kept], *row[kept + len(row) - max_length :]]
 
 
 def _names(what: str, texts: Sequence[str], names: Sequence[str] | None) -> list[str]:

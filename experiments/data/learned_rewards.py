@@ -114,6 +114,7 @@ def encode(
     *encoding.encode_completions(
       tokens_of,
       completions,
+      prompts=prompts,
       max_length=settings.completion_length,
       truncate="right",
       allow_empty=True,

@@ -44,7 +44,12 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _NUM_BYTES = 98_362_432
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_ID = re.compile(r"[^\W_][\w.-]*/[^\W_][\w.-]*(@[\w./-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "generation_config.json",
+  "chat_template.jinja",
+)
 
 
 class FetchError(OSError):
@@ -224,7 +229,13 @@ def _snapshot(name: str) -> pathlib.Path:
   import huggingface_hub  # takes half a second, and most runs do not need it
 
   repository, _, revision = name.partition("@")
-  patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
+  patterns = [
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *_TOKENIZER_FILES,
+  ]
   folder = huggingface_hub.snapshot_download(
     repository, revision=revision or None, allow_patterns=patterns
   )

@@ -27,6 +27,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -103,6 +104,36 @@ def lines(path: _Path) -> Iterator[tuple[str, str]]:
       raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     if string.strip():
       yield where, string.removesuffix("\r")
+
+
+def holds_json(path: _Path) -> bool:
+  """Whether a file of prompts holds JSON lines, by its name or its first line.
+
+  Raises:
+    ValueError: the file cannot be read, or holds a table or a JSON array, whose lines are no
+      prompts.
+  """
+  name = str(path).lower().removesuffix(".gz")
+  if name.endswith((".jsonl", ".json", ".ndjson")):
+    return True
+  first = next((line.strip() for _, line in lines(path)), "")
+  try:
+    if isinstance(json.loads(first), dict):
+      return True
+  except (ValueError, RecursionError):
+    pass
+  cells = {cell.strip().strip('"').lower() for cell in re.split(r"[,;\t]", first)}
+  if name.endswith((".csv", ".tsv")) or "prompt" in cells:
+    raise ValueError(
+      f"{path} is a table (CSV), whose lines are no prompts; make JSON lines of it:\n"
+      "python -c 'import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader("
+      f"sys.stdin)]' < {path} > prompts.jsonl"
+    )
+  if first == "[" or re.match(r'\[\s*[{"]', first):
+    raise ValueError(
+      f"{path} is a JSON array, whose lines are no prompts; write one object on each line"
+    )
+  return False
 
 
 def _json_lines(path: _Path) -> Iterator[tuple[str, _Row]]:

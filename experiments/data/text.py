@@ -12,6 +12,9 @@ fields that are not in the table.
 | preference pairs      | `{"prompt": ..., "chosen": ..., "rejected": ..., "chosen_prob": 0.8}`    |
 | demonstrations        | `{"prompt": ..., "completion": ..., "references": [texts]}`              |
 
+Any of these texts may be a list of messages instead, and a row may hold `messages`: see `chats.py`.
+The model reads them in the format of its chat template.
+
 Two fields are optional. `references` are all good completions of the prompt, by default the
 `completion` alone. `chosen_prob` is the probability that `chosen` wins, by default 1. A completion
 follows its prompt without a separator, so it starts with a space of its own: `" was cold."`.
@@ -30,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data import rows
+from experiments.data import chats, rows
 
 _Path = str | os.PathLike[str]
 
@@ -96,11 +99,8 @@ def load_prompts(path: _Path | None = None) -> list[str]:
     return packaged.read_text(encoding="utf-8").splitlines()
   seen: dict[str, str] = {}
   named = rows.split_name(path)[0] is not None
-  if named or str(path).removesuffix(".gz").endswith((".jsonl", ".json")):
-    found = [
-      (where, rows.text(rows.field(row, "prompt", where), "prompt", where))
-      for where, row in rows.read(path)
-    ]
+  if named or rows.holds_json(path):
+    found = [(where, _prompt(row, where)) for where, row in rows.read(path)]
   else:
     found = [(where, line.strip()) for where, line in rows.lines(path)]
   for where, prompt in found:
@@ -112,6 +112,16 @@ def load_prompts(path: _Path | None = None) -> list[str]:
   if not seen:
     raise ValueError(f"{path} holds no prompts; write one prompt on each line")
   return list(seen)
+
+
+def _prompt(row: dict[str, Any], where: str) -> str:
+  """Returns the prompt of a row: its `prompt`, or the beginning of its `messages`."""
+  if "prompt" in row or "messages" not in row:
+    return chats.read(rows.field(row, "prompt", where), "prompt", where)
+  chat = chats.read(row["messages"], "messages", where)
+  if isinstance(chat, chats.Chat) and chat.messages[-1]["role"] == "assistant":
+    return chats.split(row, ["completion"], where)[0]
+  return chat
 
 
 def split_prompts(
@@ -174,7 +184,7 @@ def load_scored(path: _Path, *, least: int = 1) -> list[Scored]:
   """
   scored: list[Scored] = []
   for where, row in rows.read(path):
-    prompt = rows.text(rows.field(row, "prompt", where), "prompt", where)
+    prompt = chats.read(rows.field(row, "prompt", where), "prompt", where)
     if "completion" in row:
       texts, rewards = [row["completion"]], [_reward(row, where)]
     else:
@@ -193,10 +203,12 @@ def load_scored(path: _Path, *, least: int = 1) -> list[Scored]:
         f"{where}: {len(texts)} completions, but the rows before have "
         f"{len(scored[0].completions)}; a batch is one array, so give all rows the same number"
       )
+    read = [chats.read(text, f"completions[{i}]", where) for i, text in enumerate(texts)]
+    prompt, read = chats.join(prompt, read, where)
     scored.append(
       Scored(
         prompt,
-        tuple(rows.text(text, f"completions[{i}]", where) for i, text in enumerate(texts)),
+        tuple(read),
         tuple(rows.number(reward, f"rewards[{i}]", where) for i, reward in enumerate(rewards)),
         where,
       )
@@ -235,9 +247,7 @@ def load_preferences(
     raise ValueError(f"fields is {fields!r}; name three, such as ('prompt', 'chosen', 'rejected')")
   preferences, identical = [], []
   for where, row in rows.read(path):
-    prompt, chosen, rejected = (
-      rows.text(rows.field(row, name, where), name, where) for name in fields
-    )
+    prompt, (chosen, rejected) = chats.split(row, fields[1:], where, prompt=fields[0])
     chosen_prob = rows.number(row.get("chosen_prob", 1.0), "chosen_prob", where)
     if not 0 <= chosen_prob <= 1:
       raise ValueError(f"{where}: chosen_prob is {chosen_prob}; a probability lies in [0, 1]")
@@ -264,13 +274,11 @@ def load_demonstrations(path: _Path) -> list[Demonstration]:
   """
   found = []
   for where, row in rows.read(path):
-    prompt, completion = (
-      rows.text(rows.field(row, name, where), name, where) for name in ("prompt", "completion")
-    )
+    prompt, (completion,) = chats.split(row, ["completion"], where)
     references = row.get("references", [completion])
     if not isinstance(references, list) or not references:
       raise ValueError(f"{where}: references must be a list of texts, found {references!r:.40}")
-    texts = (rows.text(x, f"references[{i}]", where) for i, x in enumerate(references))
+    texts = (chats.read(x, f"references[{i}]", where) for i, x in enumerate(references))
     found.append(Demonstration(prompt, completion, tuple(texts), where))
   if not found:
     raise ValueError(f"{path} holds no rows of {{prompt, completion}}")

@@ -19,7 +19,7 @@ import tqdm
 
 from alignment import sequences
 from alignment.models import sampling, transformer
-from experiments.data import encoding, pretrained, rewards, sample_cache, templates, text
+from experiments.data import chats, encoding, pretrained, rewards, sample_cache, templates, text
 from sharding import checks
 
 OWN_DATA = ("scored", "preferences", "demonstrations")
@@ -81,7 +81,21 @@ class Task:
     )
 
   def _filled(self, prompts: list[str]) -> list[str]:
-    return [templates.fill(self.config.data.prompt_template, prompt=prompt) for prompt in prompts]
+    """Returns the prompts in `data.prompt_template`, which is for plain texts."""
+    template = self.config.data.prompt_template
+    if template == "{prompt}":
+      return prompts
+    chat = next((prompt for prompt in prompts if isinstance(prompt, chats.Chat)), None)
+    if chat is not None:
+      raise ValueError(
+        f"data.prompt_template={template!r} is for plain prompts, but {chat[:40]!r} is a "
+        "list of messages, which the model's chat template formats: leave prompt_template out"
+      )
+    return [templates.fill(template, prompt=prompt) for prompt in prompts]
+
+  def _texts(self, prompts: list[str]) -> list[str]:
+    """Returns the prompts as the model reads them."""
+    return [chats.prompt_text(self.model.tokenizer, prompt) for prompt in self._filled(prompts)]
 
   def logps(self, params: Any, prompts: list[str], tokens: np.ndarray, mask: np.ndarray):
     """Returns `[N, K]` summed log-probabilities of completions `[N, K, T]` of N prompts."""
@@ -116,7 +130,7 @@ class Task:
         temperature=data.temperature,
         top_k=data.top_k,
         top_p=data.top_p,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
       )
       drawn.append(jax.device_get(samples))
@@ -142,12 +156,22 @@ class Task:
       rows = np.minimum(np.arange(start, start + size), count - 1)
       yield tuple(x[rows] for x in arrays)
 
-  def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Returns the text of each row of `[N, T]`, without special tokens."""
-    tokenizer = self.model.tokenizer
+  def decode(
+    self, tokens: np.ndarray, mask: np.ndarray, prompts: list[str] | None = None
+  ) -> list[str]:
+    """Returns the text of each completion `[N, T]`, without special tokens.
+
+    Args:
+      tokens: `[N, T]`.
+      mask: `[N, T]`.
+      prompts: the N / K prompts that they follow, each before K successive rows.
+    """
+    before: list[str | None] = [None] * len(tokens)
+    if prompts is not None:
+      before = list(np.repeat(np.array(self._texts(prompts), object), len(tokens) // len(prompts)))
     return [
-      tokenizer.decode([int(t) for t, m in zip(row, keep, strict=True) if m])
-      for row, keep in zip(tokens, mask, strict=True)
+      self.model.tokenizer.decode_completion(row, prompt=prompt)
+      for row, prompt in zip(_unpad(tokens, mask), before, strict=True)
     ]
 
   def reference_samples(
@@ -157,7 +181,7 @@ class Task:
     data = self.config.data
     settings = {
       **self._model_settings(),
-      "prompts": self._filled(prompts),
+      "prompts": self._texts(prompts),
       "num_samples": num_samples,
       "seed": seed,
       "temperature": data.temperature,
@@ -175,7 +199,7 @@ class Task:
     """Returns the reference's log-probabilities of completions, `[N, K]`, and caches them."""
     settings = {
       **self._model_settings(),
-      "prompts": self._filled(prompts),
+      "prompts": self._texts(prompts),
       "tokens": hashlib.sha256(tokens.tobytes() + mask.tobytes()).hexdigest(),
     }
 
@@ -206,7 +230,8 @@ class Task:
       return self._own_samples(min_samples)
     drawn = self.reference_samples(self.train_prompts, data.num_samples, self.config.seed)
     tokens, mask = drawn["tokens"], drawn["mask"]
-    completions = self.decode(*(x.reshape(-1, x.shape[-1]) for x in (tokens, mask)))
+    flat = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
+    completions = self.decode(*flat, self.train_prompts)
     repeated = [p for p in self.train_prompts for _ in range(data.num_samples)]
     scores = self.cache.rewards(
       drawn, self.reward_fn.fingerprint, lambda: self.reward_fn(repeated, completions)
@@ -242,6 +267,7 @@ class Task:
     tokens, mask = encoding.encode_completions(
       self.model.tokenizer,
       [completion for group in completions for completion in group],
+      prompts=[prompt for prompt in self._filled(prompts) for _ in labels],
       max_length=data.completion_length,
       multiple=data.completion_length,
       truncate="right" if data.truncate else None,
@@ -282,7 +308,8 @@ class Task:
     ref_logps = self.logps(self.model.params, prompts, drawn["tokens"], drawn["mask"])
     tokens, mask = drawn["tokens"][:, 0], drawn["mask"][:, 0]
     ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]
-    texts, ref_texts = self.decode(tokens, mask), self.decode(ref_tokens, ref_mask)
+    texts = self.decode(tokens, mask, prompts)
+    ref_texts = self.decode(ref_tokens, ref_mask, prompts)
     return Comparison(
       prompts=prompts,
       texts=texts,

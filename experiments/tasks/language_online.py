@@ -81,7 +81,7 @@ class Round:
       max_new_tokens=task.config.data.completion_length,
       num_samples=task.config.data.num_samples,
       temperature=1.0,
-      eos_id=task.model.tokenizer.eos_id,
+      eos_id=task.model.tokenizer.eos_ids,
       pad_id=task.model.tokenizer.pad_id,
       **mixture,
     )
@@ -113,7 +113,8 @@ class Round:
       # Through NumPy at once: computing with JAX inside a callback can block the device.
       places, *numbers = (np.asarray(x) for x in (index, *arrays))
       prompts = [self.task.train_prompts[i] for i in places.repeat(num_rows // len(places))]
-      texts = [self.task.decode(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True)]
+      pairs = zip(numbers[::2], numbers[1::2], strict=True)
+      texts = [self.task.decode(tokens, mask, prompts) for tokens, mask in pairs]
       return judge(prompts, *texts).astype(np.float32)
 
     shape = jax.ShapeDtypeStruct((num_rows,), jnp.float32)

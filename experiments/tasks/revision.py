@@ -5,14 +5,13 @@ rewriting policy. It works on text: an answer is decoded, filled in and encoded 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 from alignment import srpo
-from experiments.data import templates
+from experiments.data import chats, templates
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import language, language_offline, language_report
@@ -29,7 +28,7 @@ class Reviser:
       ValueError: the template lacks a field, or the longest prompt with an answer does not fit into
         `data.revision_length` or the model's context.
     """
-    data, tokenizer = task.config.data, task.model.tokenizer
+    data = task.config.data
     templates.check("data.revision_template", data.revision_template, "prompt", "answer")
     checks.count("data.revision_length", data.revision_length)
     if task.config.eval.num_revisions < 0:
@@ -47,7 +46,6 @@ class Reviser:
     config.data.update(prompt_template="{prompt}", prompt_length=data.revision_length)
     # The same model. Its prompts are filled in already and may be longer.
     self.rewriter = dataclasses.replace(task, config=config)
-    self._encode = functools.partial(tokenizer.encode, add_special_tokens=True)
     needed = data.completion_length + max(
       len(self._encode(self._fill(prompt, ""))) for prompt in task.train_prompts + task.test_prompts
     )
@@ -67,7 +65,13 @@ class Reviser:
     return [self._fitting(p, a.strip()) for p, a in zip(prompts, answers, strict=True)]
 
   def _fill(self, prompt: str, answer: str) -> str:
-    return templates.fill(self.task.config.data.revision_template, prompt=prompt, answer=answer)
+    filled = templates.fill(self.task.config.data.revision_template, prompt=prompt, answer=answer)
+    chat = isinstance(prompt, chats.Chat)
+    return chats.Chat([{"role": "user", "content": filled}]) if chat else filled
+
+  def _encode(self, prompt: str) -> list[int]:
+    tokenizer = self.task.model.tokenizer
+    return tokenizer.encode_prompt(chats.prompt_text(tokenizer, prompt))
 
   def _fitting(self, prompt: str, answer: str) -> str:
     limit = self.task.config.data.revision_length
@@ -94,7 +98,7 @@ class Reviser:
     plain = [samples.prompts[row] for row in rows]
 
     def shown(which):
-      return self.prompts(plain, task.decode(tokens[:, which], mask[:, which]))
+      return self.prompts(plain, task.decode(tokens[:, which], mask[:, which], plain))
 
     given_chosen, given_rejected = shown(0), shown(1)
     conditional = [
@@ -140,7 +144,8 @@ class Reviser:
       drawn = self.rewriter.generate(params, shown, key, 1)
       ref_drawn = self.rewriter.reference_samples(ref_shown, 1, seed + 4 + i)
       texts, ref_texts = (
-        task.decode(x["tokens"][:, 0], x["mask"][:, 0]) for x in (drawn, ref_drawn)
+        self.rewriter.decode(x["tokens"][:, 0], x["mask"][:, 0], before)
+        for x, before in ((drawn, shown), (ref_drawn, ref_shown))
       )
       rewards.append(task.reward_fn(prompts, texts))
       ref_rewards.append(task.reward_fn(prompts, ref_texts))

@@ -116,6 +116,12 @@ def test_tokens_after_the_first_eos_do_not_count():
   np.testing.assert_array_equal(sequences.completion_mask(tokens, 2), [[1, 1, 0, 0]])
 
 
+def test_first_of_several_end_tokens_counts():
+  tokens = jnp.array([[5, 3, 6, 2], [2, 3, 2, 2], [5, 6, 7, 8]])
+  expected = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+  np.testing.assert_array_equal(sequences.completion_mask(tokens, (2, 3)), expected)
+
+
 def test_mask_of_the_enumerated_sequences_is_recovered():
   np.testing.assert_array_equal(sequences.completion_mask(ar.TOKENS, ar.EOS), ar.MASK)
 

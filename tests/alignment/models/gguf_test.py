@@ -189,6 +189,7 @@ def test_other_files_are_refused(tmp_path, tiny, edit, match):
 
 
 _TEXT, _U32 = gguf_package.GGUFWriter.add_string, gguf_package.GGUFWriter.add_uint32
+_F32, _FLAG = gguf_package.GGUFWriter.add_float32, gguf_package.GGUFWriter.add_bool
 _ONE = np.ones(4, np.float32)
 REFUSED = {
   "architecture": ({"changes": {"general.architecture": "qwen2"}}, "architecture 'qwen2'"),
@@ -198,6 +199,12 @@ REFUSED = {
   "no eos": ({"changes": {"tokenizer.ggml.eos_token_id": None}}, "eos_token_id"),
   "eos outside": ({"changes": {"tokenizer.ggml.eos_token_id": (_U32, 9999)}}, "eos_id=9999"),
   "stretched": ({"changes": {"llama.rope.scaling.type": (_TEXT, "yarn")}}, "yarn"),
+  "factor alone": ({"changes": {"llama.rope.scaling.factor": (_F32, 4.0)}}, "linear, factor 4"),
+  "old factor": ({"changes": {"llama.rope.scale_linear": (_F32, 2.0)}}, "linear, factor 2"),
+  "unknown": ({"changes": {"llama.attention.scale": (_F32, 0.1)}}, "llama.attention.scale="),
+  "window": ({"changes": {"llama.attention.sliding_window": (_U32, 8)}}, "sliding_window=8"),
+  "space": ({"changes": {"tokenizer.ggml.add_space_prefix": (_FLAG, True)}}, "add_space_prefix"),
+  "values": ({"changes": {"llama.attention.value_length": (_U32, 4)}}, "values of 4 and keys of 8"),
   "rope table": ({"tensors": {"rope_freqs.weight": _ONE}}, "rope_freqs"),
   "partly rotated": ({"changes": {"llama.rope.dimension_count": (_U32, 4)}}, "4 of 8"),
   "experts": ({"changes": {"llama.expert_count": (_U32, 8)}}, "mixture of experts"),
@@ -215,6 +222,35 @@ def test_unsupported_model_is_refused(tmp_path, tiny, problem):
   with pytest.raises(ValueError, match=match) as info:
     gguf.load(path)
   assert str(path) in str(info.value) or problem == "eos outside"
+
+
+def test_end_tokens_of_the_header_are_a_set(tmp_path, tiny):
+  changes = {
+    "tokenizer.ggml.eot_token_id": (_U32, 0),
+    "tokenizer.ggml.eom_token_id": (_U32, 2),
+    "llama.rope.scaling.factor": (_F32, 1.0),
+    "llama.logit_scale": (_F32, 1.0),
+  }
+  *_, words = gguf.load(_write(tmp_path / "m.gguf", tiny, changes=changes))
+  assert words.eos_id == 2 and words.eos_ids == (2, 0)
+
+
+@pytest.mark.parametrize(
+  ("flags", "around"),
+  [
+    ({}, [1]),
+    ({"add_bos_token": False}, []),
+    ({"add_bos_token": True, "add_eos_token": True}, [1, 2]),
+    ({"add_eos_token": True, "add_bos_token": False}, [2]),
+  ],
+)
+def test_what_goes_around_llama3_texts(tmp_path, tiny, flags, around):
+  changes = {"tokenizer.ggml.pre": (_TEXT, "llama-bpe"), "tokenizer.ggml.add_bos_token": None}
+  changes |= {f"tokenizer.ggml.{name}": (_FLAG, value) for name, value in flags.items()}
+  *_, words = gguf.load(_write(tmp_path / "m.gguf", tiny, changes=changes))
+  assert words.encode("", add_special_tokens=True) == around
+  assert words.encode_prompt("") == [i for i in around if i == 1]
+  assert words.encode_completion("x") == [*words.encode("x"), 2]
 
 
 def test_unreadable_quantisation_is_named(tmp_path, tiny, monkeypatch):

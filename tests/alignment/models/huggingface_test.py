@@ -138,7 +138,7 @@ def test_round_trip_is_bit_equal(tmp_path, dtype, tied):
 def test_round_trip_keeps_odd_bits(tmp_path):
   config = tiny_checkpoints.make_config()
   params = tiny_checkpoints.make_params(config)
-  params["final_norm"]["scale"][:4] = [np.nan, -0.0, np.inf, 1e-42]
+  params["final_norm"]["scale"][:4] = [3.4e38, -0.0, -3.4e38, 1e-42]
   huggingface.save(tmp_path / "model", config, params)
   _assert_bit_equal(params, huggingface.load(tmp_path / "model")[1])
 
@@ -219,6 +219,25 @@ def test_half_precision_is_widened(tmp_path):
     ({"hidden_size": "16"}, "hidden_size must be an integer"),
     ({"num_key_value_heads": 3}, "num_kv_heads"),
     ({"model_type": "mistral", "sliding_window": 16}, "sliding_window=16"),
+    ({"model_type": "mistral", "sliding_window": "no"}, "sliding_window must be an integer"),
+    # What transformers would go by, although a plain `rope_parameters` stands beside it.
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type='yarn'"),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+    ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None must be a positive number"),
+    ({"rms_norm_eps": None}, "rms_norm_eps=None must be a positive number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a positive number"),
+    ({"num_hidden_layers": None}, "num_hidden_layers must be an integer"),
+    ({"num_attention_heads": 3}, "not divisible by num_attention_heads=3"),
+    ({"qk_norm": True}, "qk_norm=True is not supported"),
+    ({"qkv_bias": True}, "qkv_bias=True is not supported"),
+    ({"num_local_experts": 8}, "num_local_experts=8 is not supported"),
+    ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not supported"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+    ({"no_rope_layers": [1, 0]}, "no_rope_layers="),
+    ({"attention_multiplier": 0.1}, "attention_multiplier=0.1 is not known here"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not known here"),
+    ({"clip_qkv": 8}, "clip_qkv=8 is not known here"),
+    ({"auto_map": {"AutoModelForCausalLM": "a.B"}}, "auto_map=.* is not known here"),
   ],
 )
 def test_unsupported_config_is_refused_by_name(tmp_path, changes, match):
@@ -229,6 +248,82 @@ def test_unsupported_config_is_refused_by_name(tmp_path, changes, match):
   with pytest.raises(ValueError, match=match) as info:
     huggingface.load(tmp_path / "model")
   assert str(path) in str(info.value)
+
+
+def test_keys_that_change_nothing_are_read():
+  fields = json.loads((make_golden.FOLDER / "plain" / "config.json").read_text())
+  more = {
+    "use_cache": False,
+    "_attn_implementation_autoset": True,
+    "torchscript": False,
+    "clip_qkv": None,
+    "qk_norm": False,
+    "logits_scaling": 1.0,
+    "layer_types": ["full_attention"] * 2,
+    "rope_interleaved": False,
+  }
+  assert huggingface.from_config_json({**fields, **more}) == huggingface.from_config_json(fields)
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 7e4}])
+def test_scaling_goes_before_parameters_as_in_transformers(tmp_path, theta):
+  transformers = pytest.importorskip("transformers")
+  fields = json.loads((make_golden.FOLDER / "llama3_rope" / "config.json").read_text())
+  scaling = {**fields["rope_parameters"], "factor": 2.0, **theta}
+  if not theta:
+    del scaling["rope_theta"]
+  fields.update(rope_scaling=scaling, rope_theta=3e4)
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+  ours = huggingface.from_config_json(fields)
+  assert ours.rope_scaling.factor == theirs["factor"] == 2
+  assert ours.rope_theta == theirs["rope_theta"] == theta.get("rope_theta", 3e4)
+
+
+def test_width_that_transformers_refuses_is_refused_before_anything_is_written(tmp_path):
+  config = tiny_checkpoints.make_config(width=30)
+  params = tiny_checkpoints.make_params(config)
+  with pytest.raises(ValueError, match="hidden_size=30 is not divisible by num_attention_heads=4"):
+    huggingface.save(tmp_path / "model", config, params)
+  assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_of_a_larger_model_is_refused(tmp_path):
+  config = tiny_checkpoints.make_config(vocab_size=2)
+  words = tiny_checkpoints.make_tokenizer()
+  with pytest.raises(ValueError, match="special id 2, but the model 2 embeddings"):
+    huggingface.to_config_json(config, tokenizer=words)
+
+
+def test_end_tokens_are_written_as_they_were_read(tmp_path):
+  transformers = pytest.importorskip("transformers")
+  config = tiny_checkpoints.make_config()
+  words = dataclasses.replace(
+    tiny_checkpoints.make_tokenizer(), eos_ids=(2, 0), generation={"temperature": 0.6}
+  )
+  params = tiny_checkpoints.make_params(config)
+  for _ in range(2):  # the second replaces the first
+    huggingface.save(tmp_path / "model", config, params, tokenizer=words)
+  assert transformers.AutoConfig.from_pretrained(tmp_path / "model").eos_token_id == [2, 0]
+  generation = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
+  assert generation.eos_token_id == [2, 0] and generation.temperature == 0.6
+  assert tokenizer.load(tmp_path / "model").eos_ids == (2, 0)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+  config = tiny_checkpoints.make_config(param_dtype="bfloat16")
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_checkpoints.make_params(config))
+  params["layers"]["mlp"]["up"]["kernel"][1, 0, 0] = np.nan
+  huggingface.save(tmp_path / "model", config, params)
+  with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight holds 1 values that are NaN"):
+    huggingface.load(tmp_path / "model")
+
+
+def test_adapter_is_refused(tmp_path):
+  shutil.copytree(make_golden.FOLDER / "plain", tmp_path / "model")
+  (tmp_path / "model" / "adapter_config.json").write_text("{}")
+  with pytest.raises(ValueError, match="merge_and_unload"):
+    huggingface.load(tmp_path / "model")
 
 
 # --- damaged folders ------------------------------------------------------------------------------

@@ -139,6 +139,16 @@ def test_eos_counts_and_padding_follows(params, prompts):
   assert samples.mask[0].sum() < LENGTH
 
 
+def test_any_of_several_end_tokens_ends(params, prompts):
+  free = generate(params, prompts)
+  ends = (int(free.tokens[0, 2]), int(free.tokens[1, 1]), -1)
+  samples = generate(params, prompts, eos_id=ends, pad_id=0)
+  mask = sequences.completion_mask(free.tokens, ends)
+  np.testing.assert_array_equal(samples.mask, mask)
+  np.testing.assert_array_equal(samples.tokens, jnp.where(mask > 0, free.tokens, 0))
+  assert mask[0].sum() <= 3 and mask[1].sum() <= 2
+
+
 def test_eos_may_be_the_padding_id(params, prompts):
   eos_id = int(generate(params, prompts).tokens[0, 2])
   samples = generate(params, prompts, eos_id=eos_id, pad_id=eos_id)
@@ -296,6 +306,7 @@ def test_an_empty_prompt_conditions_as_a_start_token_does(params, prompts):
     ({"top_p": 0.0}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
     ({"eos_id": 29}, "eos_id"),
+    ({"eos_id": [1, 29]}, r"eos_id \(1, 29\)"),
     ({"pad_id": -1}, "pad_id"),
   ],
 )

@@ -1,7 +1,5 @@
 """Token arrays of `experiments.data.encoding`: padding, masks, truncation, errors."""
 
-import types
-
 import numpy as np
 import pytest
 
@@ -12,12 +10,14 @@ class _Letters:
   """Tokens 1..26 are the letters, 0 pads and 27 ends; anything else has no token."""
 
   eos_id, pad_id, vocab_size = 27, 0, 28
+  bos_id: int | None = None
 
-  start: tuple[int, ...] = ()
-
-  def encode(self, string, add_special_tokens=False):
+  def encode_prompt(self, string):
     letters = [ord(c) - 96 for c in string if "a" <= c <= "z"]
-    return [*self.start, *letters] if add_special_tokens else letters
+    return letters if self.bos_id is None else [self.bos_id, *letters]
+
+  def encode_completion(self, string, prompt=None):
+    return [*(ord(c) - 96 for c in string if "a" <= c <= "z"), self.eos_id]
 
 
 def test_encode_prompts_pads_on_the_left():
@@ -62,7 +62,8 @@ def test_truncation_is_explicit():
 
 
 def test_bad_tokens():
-  small = types.SimpleNamespace(encode=_Letters().encode, vocab_size=10, eos_id=9, pad_id=0)
+  small = _Letters()
+  small.vocab_size, small.eos_id = 10, 9
   with pytest.raises(ValueError, match=r"prompt 1 .* has token 11, outside the vocabulary of 10"):
     encoding.encode_prompts(small, ["a", "bk"], max_length=4)
   with pytest.raises(ValueError, match=r"prompt 0 .* has no tokens"):
@@ -77,8 +78,19 @@ def test_bad_tokens():
 
 def test_start_token_goes_before_prompts_and_never_before_completions():
   tokenizer = _Letters()
-  tokenizer.start = (26,)
+  tokenizer.bos_id = 26
   tokens, _ = encoding.encode_prompts(tokenizer, ["ab"], max_length=3, multiple=1)
   np.testing.assert_array_equal(tokens, [[26, 1, 2]])
   tokens, _ = encoding.encode_completions(tokenizer, ["ab"], max_length=3, multiple=1)
   np.testing.assert_array_equal(tokens, [[1, 2, 27]])
+
+
+def test_truncation_keeps_the_start_token():
+  tokenizer = _Letters()
+  tokenizer.bos_id = 26
+  for limit, expected in ((3, [26, 5, 6]), (1, [26]), (7, [26, 1, 2, 3, 4, 5, 6])):
+    tokens, mask = encoding.encode_prompts(
+      tokenizer, ["abcdef"], max_length=limit, multiple=1, truncate="left"
+    )
+    np.testing.assert_array_equal(tokens, [expected])
+    assert mask.all()

@@ -271,3 +271,34 @@ def test_bad_pairs():
     text.reward_pairs(np.zeros((2, 2)), pairs="best")
   with pytest.raises(ValueError, match=r"\[N, K\]"):
     text.reward_pairs(np.zeros((2, 1)))
+
+
+@pytest.mark.parametrize("name", ["prompts", "prompts.txt", "prompts.ndjson", "prompts.JSONL"])
+def test_json_lines_are_read_as_such_under_any_name(tmp_path, name):
+  path = tmp_path / name
+  path.write_text('{"prompt": "The soup was"}\n{"prompt": "The sea"}\n')
+  assert text.load_prompts(path) == ["The soup was", "The sea"]
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "match"),
+  [
+    ("prompts.txt", "id,prompt\n1,The soup was\n", r"is a table \(CSV\)(.|\n)*DictReader"),
+    ("prompts.txt", '"prompt"\tanswer\nThe soup\twas\n', "is a table"),
+    ("prompts.csv", "The soup was\n", "is a table"),
+    ("prompts.TSV", "a\tb\n", "is a table"),
+    ("prompts.txt", '[\n{"prompt": "The soup was"}\n]\n', "is a JSON array"),
+    ("prompts.txt", '["The soup was", "The sea"]\n', "is a JSON array"),
+  ],
+)
+def test_other_formats_are_not_read_as_lines(tmp_path, name, content, match):
+  path = tmp_path / name
+  path.write_text(content)
+  with pytest.raises(ValueError, match=match):
+    text.load_prompts(path)
+
+
+def test_lines_that_look_alike_are_prompts(tmp_path):
+  path = tmp_path / "prompts.txt"
+  path.write_text("[sighs] The soup, prompt as ever, was\n{braces}\n42\n")
+  assert len(text.load_prompts(path)) == 3
