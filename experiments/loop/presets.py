@@ -187,6 +187,8 @@ def check(config: Any) -> None:
         raise ValueError(f"{name} must be below 1, got {value}: a mean that never moves")
     elif last == "warmup_steps":
       checks.count(name, value, 0)
+    elif last == "warmup_from":
+      checks.choice(name, value, (0, 1))
 
 
 def as_arguments(config: ml_collections.ConfigDict) -> str:
