@@ -98,6 +98,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def copg_loss(log_ratios: jax.Array, rewards: jax.Array, *, beta: Any) -> jax.Array:
   """Returns the CoPG loss of each prompt.
 

@@ -117,6 +117,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def dro_loss(
   log_ratios: jax.Array, rewards: jax.Array, values: jax.Array, *, tau: Any
 ) -> jax.Array:
@@ -147,6 +148,7 @@ def dro_loss(
   return residuals**2 / 2
 
 
+@checks.array_arguments
 def dro_v_losses(
   log_ratios: jax.Array,
   rewards: jax.Array,
@@ -179,6 +181,7 @@ def dro_v_losses(
     (Array([0.], dtype=float32), Array([0.5], dtype=float32))
   """
   checks.positive("tau", tau)
+  checks.finite("rewards", rewards)
   checks.same_shape(log_ratios=log_ratios, rewards=rewards, values=values)
   log_ratios, values = jnp.asarray(log_ratios), jnp.asarray(values)
   advantages = jax.lax.stop_gradient(rewards - values)
@@ -188,6 +191,7 @@ def dro_v_losses(
   return policy_losses, dro_loss(jax.lax.stop_gradient(log_ratios), rewards, values, tau=tau)
 
 
+@checks.array_arguments
 def dro_p_loss(log_ratios: jax.Array, rewards: jax.Array, *, tau: Any) -> jax.Array:
   """Returns the policy-only loss of each group: half the variance of r - tau log-ratio.
 

@@ -93,6 +93,7 @@ def logit(probs: jax.Array) -> jax.Array:
   return jnp.log(probs) - jnp.log1p(-probs)
 
 
+@checks.array_arguments
 def psi_po_target(
   preferences: jax.Array,
   behaviour_probs: jax.Array,
@@ -123,7 +124,7 @@ def psi_po_target(
   Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, section 4.
   """
   checks.preference_matrix(preferences, behaviour_probs=behaviour_probs)
-  checks.probabilities("behaviour_probs", behaviour_probs)
+  checks.distribution("behaviour_probs", behaviour_probs)
   if not callable(psi):
     raise ValueError(f"psi must be a function, such as ipo.identity or ipo.logit, got {psi!r}")
   opponents, preferences = jnp.asarray(behaviour_probs)[..., None, :], jnp.asarray(preferences)
@@ -145,6 +146,7 @@ _times.defvjp(
 )
 
 
+@checks.array_arguments
 def ipo_loss(
   chosen_log_ratios: jax.Array,
   rejected_log_ratios: jax.Array,
@@ -188,6 +190,7 @@ def ipo_loss(
   return (margins - (2 * chosen_probs - 1) / (2 * tau)) ** 2
 
 
+@checks.array_arguments
 def psi_po_loss(
   first_log_ratios: jax.Array,
   second_log_ratios: jax.Array,
@@ -232,6 +235,7 @@ def psi_po_loss(
   return (margins - (jnp.asarray(first_targets) - jnp.asarray(second_targets)) / tau) ** 2
 
 
+@checks.array_arguments
 def ipo_label_loss(
   first_log_ratios: jax.Array, second_log_ratios: jax.Array, labels: jax.Array, *, tau: Any
 ) -> jax.Array:

@@ -122,6 +122,7 @@ def step_size(step: Any, *, tau: Any) -> Any:
   return 2 / (tau * (step + 2))
 
 
+@checks.array_arguments
 def nash_md_step(
   logps: jax.Array,
   preferences: jax.Array,
@@ -169,6 +170,7 @@ def nash_md_step(
   return jax.nn.log_softmax(mixture + eta * wins)
 
 
+@checks.array_arguments
 def best_response(
   opponent_logps: jax.Array, preferences: jax.Array, ref_logps: jax.Array, *, tau: Any
 ) -> jax.Array:
@@ -183,6 +185,7 @@ def best_response(
   return jax.nn.log_softmax(jnp.asarray(ref_logps) + wins / tau)
 
 
+@checks.array_arguments
 def fictitious_play_step(
   logps: jax.Array, preferences: jax.Array, ref_logps: jax.Array, *, tau: Any, count: Any
 ) -> jax.Array:
@@ -217,6 +220,7 @@ def fictitious_play_step(
   return jnp.logaddexp(stay, response - jnp.log1p(count))
 
 
+@checks.array_arguments
 def geometric_mixture_logits(
   policy_logits: jax.Array, ref_logits: jax.Array, *, beta: Any
 ) -> jax.Array:
@@ -263,6 +267,7 @@ def _check_game(preferences: Any, logps: Any, ref_logps: Any) -> None:
 # --- the policy gradient ---
 
 
+@checks.array_arguments
 def nash_md_pg_loss(
   token_logps: jax.Array,
   ref_token_logps: jax.Array,

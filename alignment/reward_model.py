@@ -113,6 +113,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def preference_loss(logits: jax.Array, *, chosen_probs: Any = 1.0) -> jax.Array:
   """Returns the cross-entropy -q log sigmoid(z) - (1 - q) log sigmoid(-z) of each pair.
 

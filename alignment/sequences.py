@@ -121,6 +121,7 @@ def completion_mask(tokens: jax.Array, eos_id: int | Sequence[int]) -> jax.Array
   return (ended_before == 0).astype(jnp.float32)
 
 
+@checks.array_arguments
 def token_logps(
   logits: jax.Array, tokens: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
@@ -154,6 +155,7 @@ def token_logps(
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+@checks.array_arguments
 def sequence_logps(token_logps: jax.Array, mask: jax.Array, *, reduction: str) -> jax.Array:
   """Returns one log-probability for each sequence.
 
@@ -185,6 +187,7 @@ def sequence_logps(token_logps: jax.Array, mask: jax.Array, *, reduction: str) -
   return total if reduction == "sum" else total / _num_tokens(mask, total.dtype)
 
 
+@checks.array_arguments
 def log_ratios(
   token_logps: jax.Array, mask: jax.Array, ref_logps: jax.Array, *, reduction: str
 ) -> jax.Array:

@@ -131,6 +131,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def srpo_improvement_loss(
   chosen_given_rejected: jax.Array,
   rejected_given_rejected: jax.Array,
@@ -180,6 +181,7 @@ def srpo_improvement_loss(
   return (target - beta * improving) ** 2 + (target - beta * keeping) ** 2
 
 
+@checks.array_arguments
 def srpo_generative_loss(
   chosen: jax.Array,
   rejected: jax.Array,
@@ -225,6 +227,7 @@ def srpo_generative_loss(
   return (2 * jnp.asarray(chosen_probs) - 1 - beta * margin) ** 2
 
 
+@checks.array_arguments
 def srpo_loss(
   chosen: jax.Array,
   rejected: jax.Array,

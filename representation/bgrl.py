@@ -115,6 +115,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def bgrl_loss(online_predictions: jax.Array, target_embeddings: jax.Array) -> jax.Array:
   """Returns 1 - cos of each node's prediction and target.
 

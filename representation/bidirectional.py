@@ -31,7 +31,7 @@ import optax
 
 import sharding
 from representation import chains, collapse, self_predictive
-from sharding import averages
+from sharding import averages, checks
 
 Metrics = dict[str, jax.Array]
 Config = self_predictive.Config  # the options apply to both directions
@@ -84,6 +84,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def bidirectional_loss(
   forward_predictions: jax.Array,
   backward_embeddings: jax.Array,

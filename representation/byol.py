@@ -179,6 +179,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def byol_loss(online_predictions: jax.Array, target_projections: jax.Array) -> jax.Array:
   """Returns the squared distance of each prediction and target after normalisation, 2 - 2 cos.
 

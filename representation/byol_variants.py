@@ -12,6 +12,7 @@ from representation import chains, moving_targets
 from sharding import checks
 
 
+@checks.array_arguments
 def negatives_loss(
   online_predictions: jax.Array,
   same_view_targets: jax.Array,
@@ -37,6 +38,7 @@ def negatives_loss(
   Raises:
     ValueError: if the shapes differ.
   """
+  checks.positive("temperature", temperature)
   checks.same_shape(
     online_predictions=online_predictions,
     same_view_targets=same_view_targets,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sharding import checks
 
 
+@checks.array_arguments
 @functools.partial(jax.jit, static_argnames="spectrum")
 def metrics(
   embeddings: jax.Array, *, mask: jax.Array | None = None, spectrum: bool = False
@@ -60,6 +61,7 @@ def metrics(
   return numbers
 
 
+@checks.array_arguments
 @jax.jit
 def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Returns the mean cosine of two different rows of `embeddings` `[N, D]`.
@@ -88,6 +90,7 @@ def mean_cosine(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.
   return jnp.where(num_rows == 1, 1, pairs)
 
 
+@checks.array_arguments
 @jax.jit
 def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Returns the root mean squared distance of two different rows of `embeddings` `[N, D]`.
@@ -117,6 +120,7 @@ def spread(embeddings: jax.Array, *, mask: jax.Array | None = None) -> jax.Array
   return largest * _sqrt(2 * squares / jnp.maximum(num_rows - 1, 1))
 
 
+@checks.array_arguments
 @jax.jit
 def rank(embeddings: jax.Array) -> jax.Array:
   """Returns the numerical rank of `embeddings` `[N, D]`, an integer.
@@ -137,6 +141,7 @@ def rank(embeddings: jax.Array) -> jax.Array:
   return _rank(singular_values(embeddings))
 
 
+@checks.array_arguments
 @jax.jit
 def effective_rank(embeddings: jax.Array) -> jax.Array:
   """Returns the effective rank of `embeddings` `[N, D]`.
@@ -157,6 +162,7 @@ def effective_rank(embeddings: jax.Array) -> jax.Array:
   return _effective_rank(singular_values(embeddings))
 
 
+@checks.array_arguments
 @jax.jit
 def singular_values(embeddings: jax.Array) -> jax.Array:
   """Returns the singular values of `embeddings` `[N, D]`, the largest first: `[min(N, D)]`.
@@ -183,6 +189,7 @@ def singular_values(embeddings: jax.Array) -> jax.Array:
   return largest * values[::-1]
 
 
+@checks.array_arguments
 @jax.jit
 def column_cosine(embeddings: jax.Array) -> jax.Array:
   """Returns the mean |cosine| of two different columns of `embeddings` `[N, D]`, in [0, 1].
@@ -207,6 +214,7 @@ def column_cosine(embeddings: jax.Array) -> jax.Array:
   return pairs / max(num_columns * (num_columns - 1), 1)
 
 
+@checks.array_arguments
 @jax.jit
 def subspace_angles(first: jax.Array, second: jax.Array) -> jax.Array:
   """Returns the principal angles between the spans of the columns of two matrices.

@@ -153,6 +153,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def prediction_loss(predictions: jax.Array, targets: jax.Array) -> jax.Array:
   """Returns the squared distance of normalised vectors, 2 - 2 cos.
 

@@ -159,6 +159,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def self_predictive_loss(
   predictions: jax.Array, targets: jax.Array, *, stop_gradient: bool = True
 ) -> jax.Array:

@@ -186,6 +186,7 @@ class State(NamedTuple):
 # --- losses on arrays ---
 
 
+@checks.array_arguments
 def tree_backup_loss(
   action_values: jax.Array,
   policies: jax.Array,
@@ -233,6 +234,7 @@ def final_rewards(utilities: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(last[..., None], utilities[:, None], 0)
 
 
+@checks.array_arguments
 def regret_loss(regrets: jax.Array, targets: jax.Array, *, legal: jax.Array) -> jax.Array:
   """Returns the squared error of the mean regrets, summed over legal actions.
 
@@ -252,6 +254,7 @@ def regret_loss(regrets: jax.Array, targets: jax.Array, *, legal: jax.Array) -> 
   return jnp.sum(error**2, axis=-1)
 
 
+@checks.array_arguments
 def mean_policy_loss(logits: jax.Array, policies: jax.Array, *, legal: jax.Array) -> jax.Array:
   """Returns KL(past policy || mean policy), the cross-entropy minus the past policy's entropy.
 

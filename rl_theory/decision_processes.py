@@ -49,6 +49,38 @@ class DecisionProcess:
   initial: Any
   observations: Any
 
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      if isinstance(value, list | tuple):
+        object.__setattr__(self, name, np.asarray(value))
+    # JAX rebuilds the class around shapes and other placeholders, which pass.
+    if not all(isinstance(value, np.ndarray | jax.Array) for value in vars(self).values()):
+      return
+    if np.ndim(self.legal) != 2:
+      return  # under vmap there is one process for each leading entry
+    states, actions = np.shape(self.legal)
+    checks.not_empty(legal=self.legal)
+    outcomes = np.shape(self.probs)[-1:]
+    for name in ("next_states", "probs", "rewards"):
+      checks.shape(name, getattr(self, name), (states, actions, *outcomes), "[S, A, K]")
+    for name in ("terminal", "initial"):
+      checks.shape(name, getattr(self, name), (states,), "[S]")
+    if np.ndim(self.observations) != 2 or len(self.observations) != states:
+      raise ValueError(
+        f"observations must have shape [S, D] with S = {states}, got "
+        f"{list(np.shape(self.observations))}"
+      )
+    checks.distribution("probs", self.probs)
+    checks.distribution("initial", self.initial)
+    checks.finite("rewards", self.rewards)
+    checks.row_numbers("next_states", self.next_states, states, 3)
+    legal = self.legal
+    if isinstance(legal, np.ndarray) and not legal.any(axis=1).all():
+      raise ValueError(
+        f"legal must have at least one action in each state, got none in state "
+        f"{int(np.argmin(legal.any(axis=1)))}: a terminal state has all of them"
+      )
+
   @property
   def num_states(self) -> int:
     """S."""

@@ -109,6 +109,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def quantile_huber_loss(theta: jax.Array, targets: jax.Array, *, kappa: Any = 1.0) -> jax.Array:
   """Returns the quantile Huber loss: a sum over quantiles, a mean over targets.
 

@@ -291,6 +291,7 @@ def quantile_td_error(
   return levels - below.astype(quantiles.dtype) / targets.shape[-1]
 
 
+@checks.array_arguments
 def pinball_loss(quantiles: jax.Array, targets: jax.Array, *, method: str = "auto") -> jax.Array:
   """Returns the pinball loss of each quantile, averaged over targets.
 

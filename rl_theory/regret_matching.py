@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from sharding import checks
 
 
+@checks.array_arguments
 def regret_matching(regrets: jax.Array, legal: jax.Array) -> jax.Array:
   """Returns the policy that plays legal actions in proportion to their positive regrets.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from sharding import checks
 
 
+@checks.array_arguments
 def tree_backup_targets(
   action_values: jax.Array,
   policies: jax.Array,

@@ -10,13 +10,17 @@ on the host: Python numbers, lists of them and NumPy arrays. Three kinds of valu
   or shapes in place of its numbers, and runs the dataclass's checks on them.
 """
 
+import functools
+import inspect
 import numbers
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_integer(value: Any) -> bool:
@@ -178,6 +182,64 @@ def row_mask(mask: Any, num_rows: int) -> None:
     )
 
 
+# --- all arguments of a function ---
+
+
+def array_arguments(function: Function) -> Function:
+  """Decorates a function on arrays: lists become NumPy arrays before its own checks see them.
+
+  Refused with the name of the argument: None where there must be a value, a list of strings or of
+  rows of unequal length, an array without entries, and a number for each row (such as `tau`) whose
+  shape does not fit the first argument. Tracers and JAX arrays pass unchanged.
+
+  Example:
+    >>> @array_arguments
+    ... def scaled(rewards, *, tau):
+    ...   return rewards / tau
+    >>> print(scaled([1, 2], tau=0.5))
+    [2. 4.]
+    >>> scaled([1, 2], tau=None)
+    Traceback (most recent call last):
+      ...
+    ValueError: tau must be given to scaled, got None
+  """
+  signature = inspect.signature(function)
+
+  @functools.wraps(function)
+  def checked(*args: Any, **kwargs: Any) -> Any:
+    bound = signature.bind(*args, **kwargs)
+    first = None
+    for name, value in bound.arguments.items():
+      parameter = signature.parameters[name]
+      if value is None and parameter.default is not None:
+        raise ValueError(f"{name} must be given to {function.__name__}, got None")
+      if isinstance(value, list | tuple):
+        array = _numbers(name, value, fetch=False)
+        bound.arguments[name] = value = jnp.asarray(value) if array is None else _narrow(array)
+      if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        continue
+      if 0 in value.shape:
+        raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
+      if first is None:
+        first = name, value.shape
+      elif (
+        parameter.kind is parameter.KEYWORD_ONLY
+        and value.ndim
+        and jnp.issubdtype(value.dtype, np.floating)
+        and name != "mask"
+      ):
+        try:
+          np.broadcast_shapes(first[1], value.shape)
+        except ValueError as error:
+          raise ValueError(
+            f"{name} {list(value.shape)} must fit {first[0]} {list(first[1])}: give one number, "
+            "or one for each row"
+          ) from error
+    return function(*bound.args, **bound.kwargs)
+
+  return checked  # type: ignore[return-value]
+
+
 # --- indices and labels ---------------------------------------------------------------------------
 
 
@@ -321,6 +383,11 @@ def _on_host(value: Any, fetch: bool) -> np.ndarray | None:
     except OverflowError:  # an integer beyond the largest float
       return np.asarray(np.inf)
   return array
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+  """Returns an array that was a list in the dtype that JAX gives lists."""
+  return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 def _dtype(array: Any) -> Any:

@@ -79,6 +79,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def dpo_loss(
   chosen_log_ratios: jax.Array,
   rejected_log_ratios: jax.Array,

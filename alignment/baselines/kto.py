@@ -116,6 +116,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def kto_loss(
   log_ratios: jax.Array,
   labels: jax.Array,

@@ -105,6 +105,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def online_ipo_loss(
   first_log_ratios: jax.Array,
   second_log_ratios: jax.Array,

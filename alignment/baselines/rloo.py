@@ -81,6 +81,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def rloo_loss(
   logps: jax.Array,
   ref_logps: jax.Array,

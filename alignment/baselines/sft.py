@@ -81,6 +81,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def sft_loss(token_logps: jax.Array, mask: jax.Array, *, reduction: str = "sum") -> jax.Array:
   """Returns -log pi(y | x) of each completion.
 

@@ -92,7 +92,13 @@ def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collectio
       "binarise": False,
       "features": "file",  # or, for a graph without any: "identity", "degree"
     },
-    optimizer={"learning_rate": 5e-4, "warmup_steps": 1000, "weight_decay": 1e-5},
+    optimizer={
+      "learning_rate": 5e-4,
+      "warmup_steps": 1000,
+      "warmup_from": 1,  # 0: the first update has a learning rate of 0
+      "weight_decay": 1e-5,
+      "decay_all": False,  # True: also scales of norms and biases
+    },
     sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
     train={"num_steps": 10_000, "log_every": 10},
     eval={"every": 0, "num_splits": 20, "split_seed": 0},
@@ -215,11 +221,13 @@ def language_model(
     optimizer={
       "learning_rate": 8e-5,
       "warmup_steps": 5,
+      "warmup_from": 1,  # 0: the first update has a learning rate of 0
       "final_scale": 0.0,  # the cosine decays to learning_rate * final_scale
       "clip_norm": 1.0,
       "b1": 0.9,
       "b2": 0.999,
       "weight_decay": 0.0,
+      "decay_all": False,  # True: also scales of norms and biases
     },
     sharding={"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
     train={"num_steps": 40, "batch_size": 8, "log_every": 1},

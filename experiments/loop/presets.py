@@ -22,6 +22,10 @@ import ml_collections
 from experiments import configs, files
 from experiments.loop import run_folder
 
+# Fields that are True or False in every section that has them.
+_SWITCHES = (
+  "binarise", "decay_all", "double", "remat", "rescale", "standardise_weights", "truncate",
+)  # fmt: skip
 # The least value of the integer fields that the loop reads. An interval of 0 steps means never.
 _LEAST = {
   "train.num_steps": 1,
@@ -187,6 +191,11 @@ def check(config: Any) -> None:
         raise ValueError(f"{name} must be below 1, got {value}: a mean that never moves")
     elif last == "warmup_steps":
       checks.count(name, value, 0)
+    elif last in _SWITCHES and not isinstance(value, bool):
+      # A config file may give any type, and "false" is as true as every text.
+      raise ValueError(f"{name} must be True or False, got {value!r}")
+    elif last == "warmup_from":
+      checks.choice(name, value, (0, 1))
 
 
 def as_arguments(config: ml_collections.ConfigDict) -> str:

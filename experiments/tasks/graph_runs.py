@@ -19,7 +19,7 @@ from experiments.data import batching, csbm
 from experiments.data import graphs as graph_data
 from experiments.loop import memory, training
 from experiments.report import plots, results
-from experiments.tasks import bandits, node_classification
+from experiments.tasks import bandits, node_classification, optimizers
 from representation import collapse, graphs, neighbour_sampling
 from representation.networks import adapters, gcn
 from sharding import checks
@@ -249,11 +249,10 @@ def make_encoder(config: Any) -> adapters.Encoder:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-  """Returns AdamW with a linear warm-up from 0 and a cosine decay to 0."""
+  """Returns AdamW with a linear warm-up and a cosine decay to 0."""
   section, num_steps = config.optimizer, config.train.num_steps
   warmup = min(section.warmup_steps, num_steps - 1)
-  schedule = optax.warmup_cosine_decay_schedule(0.0, section.learning_rate, warmup, num_steps)
-  return optax.adamw(schedule, weight_decay=section.weight_decay)
+  return optimizers.adamw(section, optimizers.schedule(section, num_steps, warmup_steps=warmup))
 
 
 def _collapse_figure(history: Any) -> results.Figure:

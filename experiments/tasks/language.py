@@ -21,7 +21,7 @@ from alignment.models import huggingface, transformer
 from experiments.data import batching, text
 from experiments.loop import training
 from experiments.report import results
-from experiments.tasks import language_offline, language_report
+from experiments.tasks import language_offline, language_report, optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +119,9 @@ def single_rows(samples: language_offline.Samples) -> sequences.Sequences:
 
 def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
   """Returns AdamW with global-norm clipping, linear warm-up and cosine decay to `final_scale`."""
-  schedule = optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=max(num_steps, config.warmup_steps + 1),
-    end_value=config.learning_rate * config.final_scale,
-  )
-  adam = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+  warmup = config.warmup_steps
+  rates = optimizers.schedule(config, max(num_steps, warmup + 1), warmup_steps=warmup)
+  adam = optimizers.adamw(config, rates, b1=config.b1, b2=config.b2)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
 
 

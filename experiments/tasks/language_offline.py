@@ -108,9 +108,9 @@ class Task:
     return flat.reshape(-1, tokens.shape[1])[: len(tokens)]
 
   def generate(
-    self, params: Any, prompts: list[str], key: jax.Array, num_samples: int
+    self, params: Any, prompts: list[str], key: jax.Array, num_samples: int, *, plain: bool = False
   ) -> dict[str, np.ndarray]:
-    """Samples K completions of each prompt.
+    """Samples K completions of each prompt, with `plain` from the model itself: at temperature 1.
 
     Returns `tokens` and `mask` `[N, K, T]`, and `logps` `[N, K]`, the model's summed
     log-probabilities.
@@ -127,9 +127,9 @@ class Task:
         config=self.network,
         max_new_tokens=data.completion_length,
         num_samples=num_samples,
-        temperature=data.temperature,
-        top_k=data.top_k,
-        top_p=data.top_p,
+        temperature=1.0 if plain else data.temperature,
+        top_k=0 if plain else data.top_k,
+        top_p=1.0 if plain else data.top_p,
         eos_id=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
       )
@@ -305,7 +305,13 @@ class Task:
     prompts, seed = self.test_prompts, self.config.seed
     reference = self.reference_samples(prompts, 1, seed + 1)
     drawn = self.generate(params, prompts, jax.random.key(seed + 2), 1)
-    ref_logps = self.logps(self.model.params, prompts, drawn["tokens"], drawn["mask"])
+    data = self.config.data
+    # Log-ratios estimate KL(pi || ref) only on samples of pi: other samples give no policy's KL.
+    plain = (data.temperature, data.top_k, data.top_p) == (1, 0, 1)
+    own = (
+      drawn if plain else self.generate(params, prompts, jax.random.key(seed + 3), 1, plain=True)
+    )
+    ref_logps = self.logps(self.model.params, prompts, own["tokens"], own["mask"])
     tokens, mask = drawn["tokens"][:, 0], drawn["mask"][:, 0]
     ref_tokens, ref_mask = reference["tokens"][:, 0], reference["mask"][:, 0]
     texts = self.decode(tokens, mask, prompts)
@@ -316,7 +322,7 @@ class Task:
       ref_texts=ref_texts,
       rewards=self.reward_fn(prompts, texts),
       ref_rewards=self.reward_fn(prompts, ref_texts),
-      log_ratios=(drawn["logps"] - ref_logps)[:, 0],
+      log_ratios=(own["logps"] - ref_logps)[:, 0],
       ids=_unpad(tokens, mask),
       ref_ids=_unpad(ref_tokens, ref_mask),
     )
@@ -326,7 +332,8 @@ class Comparison(NamedTuple):
   """N held-out completions each from the policy and from the reference.
 
   prompts, texts, ref_texts: N strings.  rewards, ref_rewards: `[N]`.
-  log_ratios: `[N]` log pi - log ref of the policy's samples, in nats.  ids, ref_ids: token lists.
+  log_ratios: `[N]` log pi - log ref, in nats, of samples of the policy at temperature 1 (other ones
+  than `texts` if those were drawn otherwise).  ids, ref_ids: token lists.
   """
 
   prompts: list[str]

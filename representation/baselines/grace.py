@@ -105,6 +105,7 @@ class State(NamedTuple):
   step: jax.Array
 
 
+@checks.array_arguments
 def grace_loss(
   first_embeddings: jax.Array,
   second_embeddings: jax.Array,

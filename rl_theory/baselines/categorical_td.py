@@ -96,6 +96,7 @@ def atoms(low: Any, high: Any, num_atoms: int) -> jax.Array:
   return low + (high - low) * jnp.linspace(0, 1, num_atoms)
 
 
+@checks.array_arguments
 def categorical_target(
   next_probs: jax.Array, rewards: jax.Array, *, discount: Any, low: Any, high: Any
 ) -> jax.Array:

@@ -67,6 +67,7 @@ class Config:
     checks.count("num_microbatches", self.num_microbatches)
 
 
+@checks.array_arguments
 def huber_loss(values: jax.Array, targets: jax.Array, *, kappa: Any = 1.0) -> jax.Array:
   """Returns the Huber loss of each value, `[...]`.
 
@@ -79,6 +80,7 @@ def huber_loss(values: jax.Array, targets: jax.Array, *, kappa: Any = 1.0) -> ja
     >>> print(huber_loss(jnp.array([0.0, 0.0]), jnp.array([0.5, -3.0])))
     [0.125 2.5  ]
   """
+  checks.positive("kappa", kappa)
   checks.same_shape(values=values, targets=targets)
   errors = jnp.abs(jax.lax.stop_gradient(targets) - values)
   # Not kappa * (errors - inner): its gradient cancels kappa, and a large one leaves only rounding.

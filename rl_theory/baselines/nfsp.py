@@ -189,6 +189,7 @@ class State(NamedTuple):
 # --- losses and policies on arrays ---
 
 
+@checks.array_arguments
 def best_response_loss(
   values: jax.Array,
   actions: jax.Array,
@@ -221,6 +222,7 @@ def best_response_loss(
   return (taken - jax.lax.stop_gradient(rewards + best)) ** 2
 
 
+@checks.array_arguments
 def average_policy_loss(logits: jax.Array, actions: jax.Array, *, legal: jax.Array) -> jax.Array:
   """Returns the negative log-probability of the played action under the average policy.
 

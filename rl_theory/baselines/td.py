@@ -87,6 +87,7 @@ class State(NamedTuple):
   traces: Any
 
 
+@checks.array_arguments
 def td_error(
   values: jax.Array, rewards: jax.Array, next_values: jax.Array, *, discount: Any
 ) -> Any:

@@ -210,3 +210,30 @@ def test_bad_arguments_name_themselves():
     decision_processes.return_distribution(process, policy, 1.0, num_steps=1)
   with pytest.raises(ValueError, match="max_atoms must be at least"):
     decision_processes.return_distribution(process, policy, 1.0, max_atoms=1)
+
+
+_HAND_MADE = {
+  "next_states": [[[0], [1]], [[1], [1]]], "probs": [[[1.0], [1.0]], [[1.0], [1.0]]],
+  "rewards": [[[0.0], [1.0]], [[0.0], [0.0]]], "legal": [[True, True], [True, True]],
+  "terminal": [False, True], "initial": [1.0, 0.0], "observations": [[1.0, 0.0], [0.0, 1.0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"next_states": [[[0], [2]], [[1], [1]]]}, r"next_states must lie in \[0, 2\)"),
+    ({"probs": [[[0.5], [1.0]], [[1.0], [1.0]]]}, "probs must sum to 1"),
+    ({"rewards": [[[0.0], [np.nan]], [[0.0], [0.0]]]}, "rewards must be finite"),
+    ({"rewards": [[0.0, 1.0], [0.0, 0.0]]}, r"rewards must have shape \[S, A, K\]"),
+    ({"initial": [1.0, 1.0]}, "initial must sum to 1"),
+    ({"terminal": [False]}, r"terminal must have shape \[S\]"),
+    ({"observations": [[1.0]]}, r"observations must have shape \[S, D\]"),
+    ({"legal": [[False, False], [True, True]]}, "at least one action in each state, got none in"),
+  ],
+)
+def test_a_process_made_by_hand_is_checked(changes, message):
+  good = decision_processes.DecisionProcess(**_HAND_MADE)
+  assert good.num_states == good.num_actions == 2
+  with pytest.raises(ValueError, match=message):
+    decision_processes.DecisionProcess(**_HAND_MADE | changes)

@@ -308,3 +308,40 @@ def test_numbers_that_no_float_holds_and_keys_are_refused():
     checks.finite("x", 10**400)
   with pytest.raises(ValueError, match="x must hold real numbers, got a PRNG key"):
     checks.positive("x", jax.random.key(0), fetch=True)
+
+
+# --- all arguments of a function ---
+
+
+def _scaled(rewards, mask=None, *, tau):
+  checks.finite("rewards", rewards)
+  return jnp.asarray(rewards) / tau
+
+
+@pytest.mark.parametrize(
+  ("rewards", "settings", "message"),
+  [
+    ([1.0, np.nan], {"tau": 1.0}, "rewards must be finite, got nan at position 1"),
+    (None, {"tau": 1.0}, "rewards must be given to _scaled, got None"),
+    ([1.0], {"tau": None}, "tau must be given to _scaled, got None"),
+    ([[1.0], [1.0, 2.0]], {"tau": 1.0}, "rows of equal length"),
+    (["a"], {"tau": 1.0}, "rewards must hold real numbers"),
+    ([], {"tau": 1.0}, r"rewards must not be empty, got shape \[0\]"),
+    (np.zeros((0, 2)), {"tau": 1.0}, r"rewards must not be empty, got shape \[0, 2\]"),
+    ([1.0, 2.0], {"tau": [1.0, 2.0, 3.0]}, r"tau \[3\] must fit rewards \[2\]: give one number"),
+  ],
+)
+def test_arguments_of_a_function_are_converted_then_checked(rewards, settings, message):
+  with pytest.raises(ValueError, match=message):
+    checks.array_arguments(_scaled)(rewards, **settings)
+
+
+def test_good_arguments_pass_and_lists_are_arrays_of_jax_dtypes():
+  scaled = checks.array_arguments(_scaled)
+  for good in ([1, 2], (1.0, 2.0), np.array([1, 2]), jnp.array([1, 2]), [jnp.float32(1), 2.0]):
+    result = scaled(good, tau=[1.0, 2.0])
+    np.testing.assert_array_equal(result, [1, 1])
+    assert result.dtype == jnp.float32
+  np.testing.assert_array_equal(jax.jit(scaled)(jnp.ones(2), tau=0.5), [2, 2])
+  with pytest.raises(ValueError, match="must not be empty"):
+    jax.jit(scaled)(jnp.ones(0), tau=0.5)

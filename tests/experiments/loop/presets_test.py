@@ -87,6 +87,14 @@ def test_an_override_without_a_value_is_an_error():
     presets.split_overrides(["--config.seed"])
 
 
+@pytest.mark.parametrize("value", ["false", 0, 1.0, None])
+def test_a_switch_of_a_config_file_is_true_or_false(value):
+  config = presets.resolve("copg:tiny").to_dict()
+  config["data"]["truncate"] = value
+  with pytest.raises(ValueError, match=r"config.data.truncate must be True or False, got"):
+    presets.check(ml_collections.ConfigDict(config))
+
+
 def test_every_listed_preset_exists_and_is_complete():
   listed = presets.listing()
   for paper, module in presets.papers().items():

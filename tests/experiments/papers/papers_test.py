@@ -470,3 +470,19 @@ def _run_loop(experiment, num_steps):
   for step in range(num_steps):
     state, metrics = update(state, (), jax.random.key(step))
   return {name: float(value) for name, value in metrics.items()}
+
+
+def test_the_kl_is_that_of_samples_at_temperature_1():
+  """With other settings the texts change, and the KL of policy and reference does not."""
+  plain = language_offline.make_task(_tiny())
+  moved = jax.tree.map(lambda leaf: leaf + 0.05, plain.model.params)
+  cold = language_offline.make_task(_tiny(**{"data.temperature": "0.2", "data.top_p": "0.5"}))
+  assert np.all(cold.compare(cold.model.params).log_ratios == 0)  # of the reference to itself
+  want, got = plain.compare(moved), cold.compare(moved)
+  assert got.texts != want.texts
+  # Two means of other draws of one distribution: five standard errors of their difference.
+  error = np.hypot(*(np.std(x.log_ratios) / len(x.log_ratios) ** 0.5 for x in (want, got)))
+  assert abs(got.log_ratios.mean() - want.log_ratios.mean()) < 5 * error
+  # The texts themselves are far more probable than samples are.
+  ids = [sum(map(len, x.ids)) for x in (want, got)]
+  assert all(ids)
