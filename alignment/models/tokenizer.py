@@ -221,7 +221,9 @@ class Tokenizer:
 
   def _named_tokens(self) -> dict[str, str]:
     ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-    tokens = {name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
+    tokens: dict[str, Any] = {
+      name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
+    }
     return {**self.special_tokens, **tokens}
 
 
@@ -274,7 +276,8 @@ def load(folder: _Path) -> Tokenizer:
             f"{folder / file}: {name}_token_id={value!r} must be a whole number, or a list of them"
           )
         # -1 stands for "none" in some files.
-        found += [index] if index is not None and index >= 0 else []
+        if index is not None and index >= 0:
+          found.append(index)
     return found
 
   eos_ids = special("eos")

@@ -230,8 +230,8 @@ class Task:
       return self._own_samples(min_samples)
     drawn = self.reference_samples(self.train_prompts, data.num_samples, self.config.seed)
     tokens, mask = drawn["tokens"], drawn["mask"]
-    flat = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
-    completions = self.decode(*flat, self.train_prompts)
+    rows, keep = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
+    completions = self.decode(rows, keep, self.train_prompts)
     repeated = [p for p in self.train_prompts for _ in range(data.num_samples)]
     scores = self.cache.rewards(
       drawn, self.reward_fn.fingerprint, lambda: self.reward_fn(repeated, completions)

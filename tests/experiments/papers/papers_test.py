@@ -42,7 +42,8 @@ def test_every_preset_has_every_section(paper):
     config = module.get_config(preset)
     assert (config.paper, config.preset) == (paper, preset)
     presets.module_of(config)
-    if paper not in ("frontier", "image_comparison", "solvers") and "runner" not in config:  # runs of runs
+    runs_of_runs = ("frontier", "image_comparison", "solvers")
+    if paper not in runs_of_runs and "runner" not in config:
       assert set(sections) <= set(config.to_dict())
       assert ("data" in config) != ("environment" in config)
 
