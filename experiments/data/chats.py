@@ -61,7 +61,7 @@ def read(value: Any, name: str, where: str) -> str:
 
 
 def split(
-  row: Mapping[str, Any], names: Sequence[str], where: str, *, prompt: str = "prompt"
+  row: dict[str, Any], names: Sequence[str], where: str, *, prompt: str = "prompt"
 ) -> tuple[str, list[str]]:
   """Returns the prompt of a row and its completions, in the forms of the module's table.
 
