@@ -221,10 +221,8 @@ class Tokenizer:
 
   def _named_tokens(self) -> dict[str, str]:
     ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-    tokens: dict[str, Any] = {
-      name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
-    }
-    return {**self.special_tokens, **tokens}
+    tokens = {n: self.backend.id_to_token(i) for n, i in ids.items() if i is not None}
+    return {**self.special_tokens, **{n: token for n, token in tokens.items() if token}}
 
 
 def load(folder: _Path) -> Tokenizer:
@@ -261,13 +259,14 @@ def load(folder: _Path) -> Tokenizer:
 
   def special(name: str) -> list[int]:
     token = _content(settings.get(f"{name}_token"))
-    found = []
+    found: list[int] = []
     if token is not None:
-      found.append(backend.token_to_id(token))
-      if found[0] is None:
+      index = backend.token_to_id(token)
+      if index is None:
         raise ValueError(
           f"{folder}: {name}_token {token!r} of tokenizer_config.json is not in tokenizer.json"
         )
+      found.append(index)
     for file, fields in (("config.json", model), ("generation_config.json", generation)):
       value = fields.get(f"{name}_token_id")
       for index in value if isinstance(value, list) else [value]:
@@ -276,8 +275,7 @@ def load(folder: _Path) -> Tokenizer:
             f"{folder / file}: {name}_token_id={value!r} must be a whole number, or a list of them"
           )
         # -1 stands for "none" in some files.
-        if index is not None and index >= 0:
-          found.append(index)
+        found += [index] if index is not None and index >= 0 else []
     return found
 
   eos_ids = special("eos")
