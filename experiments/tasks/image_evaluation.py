@@ -78,7 +78,9 @@ class Evaluator:
       digits=1,
     )
     notes = [[name.replace("_", " "), value] for name, value in data.notes.items()]
-    queries = np.random.default_rng(0).choice(len(test), min(NUM_QUERIES, len(test)), replace=False)
+    # Files are often sorted by class, so what is drawn is chosen at random.
+    shuffled = np.random.default_rng(0).permutation(len(test))
+    points, queries = shuffled[:NUM_POINTS], shuffled[:NUM_QUERIES]
     neighbours, _ = image_probes.neighbour_rows(
       train, test[queries], num_neighbours=min(NUM_SHOWN, len(train))
     )
@@ -86,8 +88,8 @@ class Evaluator:
       metrics=metrics,
       tables=[table, results.Table("Data", ["what", "value"], notes)],
       arrays={
-        "points": _main_directions(test[:NUM_POINTS], 2),
-        "point_labels": data.test_labels[:NUM_POINTS],
+        "points": _main_directions(test[points], 2),
+        "point_labels": data.test_labels[points],
         "queries": queries,
         "neighbours": np.asarray(neighbours),
       },

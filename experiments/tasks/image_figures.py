@@ -64,7 +64,8 @@ def _training(history: Any) -> results.Figure:
 
 def views(config: Any, data: image_data.Images) -> results.Figure:
   """Draws images beside random views of both kinds, as a step sees them."""
-  images = data.images[:NUM_IMAGES]
+  rows = np.linspace(0, len(data.images) - 1, NUM_IMAGES).astype(int)
+  images = data.images[rows]
   both = image_runs.make_views(config)
   columns: list[Any] = [images]
   for view, augmentation in enumerate((both.first, both.second)):
@@ -76,7 +77,7 @@ def views(config: Any, data: image_data.Images) -> results.Figure:
   titles = ["image"] + [f"{view} {k + 1}" for view in ("first", "second") for k in range(NUM_VIEWS)]
   grid = [[column[row] for column in columns] for row in range(len(images))]
   caption = (
-    "The first images of the training set, and random views of each. BYOL predicts the target's "
+    "Images of the training set, and random views of each. BYOL predicts the target's "
     "projection of a second view from a first view, and the other way round."
   )
   return results.Figure("views", caption, _grid(grid, titles))
