@@ -70,7 +70,7 @@ def get_config(preset: str = "cifar10_cpu") -> ml_collections.ConfigDict:
     config.train.update({"num_steps": 30 * 10_000 // 256, "batch_size": 256})
     config.eval.update({"probes": ("knn", "linear"), "baselines": False})
   if preset == "cifar10":
-    # The learning rate and decay of lightly's benchmark, whose loss is a quarter of this one. It has
+    # Learning rate and decay of lightly's benchmark, whose loss is a quarter of this one. It has
     # no blur either, which at this size removes the object.
     config.views.first.blur_prob = config.views.second.blur_prob = 0.0
     config.optimizer.update(
