@@ -232,8 +232,8 @@ def array_arguments(function: Function) -> Function:
           np.broadcast_shapes(first[1], value.shape)
         except ValueError as error:
           raise ValueError(
-            f"{name} {list(value.shape)} must fit {first[0]} {list(first[1])}: give one number, "
-            "or one for each row"
+            f"{name} must have shape [], or one that fits {first[0]} {list(first[1])}, got "
+            f"{list(value.shape)}"
           ) from error
     return function(*bound.args, **bound.kwargs)
 

@@ -328,7 +328,11 @@ def _scaled(rewards, mask=None, *, tau):
     (["a"], {"tau": 1.0}, "rewards must hold real numbers"),
     ([], {"tau": 1.0}, r"rewards must not be empty, got shape \[0\]"),
     (np.zeros((0, 2)), {"tau": 1.0}, r"rewards must not be empty, got shape \[0, 2\]"),
-    ([1.0, 2.0], {"tau": [1.0, 2.0, 3.0]}, r"tau \[3\] must fit rewards \[2\]: give one number"),
+    (
+      [1.0, 2.0],
+      {"tau": [1.0, 2.0, 3.0]},
+      r"tau must have shape \[\], or one that fits rewards \[2\], got \[3\]",
+    ),
   ],
 )
 def test_arguments_of_a_function_are_converted_then_checked(rewards, settings, message):
