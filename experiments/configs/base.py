@@ -92,13 +92,8 @@ def graph(paper: str, preset: str, *, algorithm: dict[str, Any]) -> ml_collectio
       "binarise": False,
       "features": "file",  # or, for a graph without any: "identity", "degree"
     },
-    optimizer={
-      "learning_rate": 5e-4,
-      "warmup_steps": 1000,
-      "warmup_from": 1,  # 0: the first update has a learning rate of 0
-      "weight_decay": 1e-5,
-      "decay_all": False,  # True: also scales of norms and biases
-    },
+    # As the authors of BGRL: the warm-up starts at 0, and all parameters decay.
+    optimizer={"learning_rate": 5e-4, "warmup_steps": 1000, "weight_decay": 1e-5},
     sharding={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
     train={"num_steps": 10_000, "log_every": 10},
     eval={"every": 0, "num_splits": 20, "split_seed": 0},

@@ -24,7 +24,8 @@ from experiments.loop import run_folder
 
 # Fields that are True or False in every section that has them.
 _SWITCHES = (
-  "binarise", "decay_all", "double", "remat", "rescale", "standardise_weights", "truncate",
+  "antialias", "baselines", "binarise", "decay_all", "double", "from_files", "frozen", "remat",
+  "rescale", "standardise_weights", "truncate", "validate", "zero_scale",
 )  # fmt: skip
 # The least value of the integer fields that the loop reads. An interval of 0 steps means never.
 _LEAST = {

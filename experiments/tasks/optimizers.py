@@ -44,7 +44,7 @@ def decayed(params: Any) -> Any:
 def adamw(section: Any, rates: optax.Schedule, **settings: Any) -> optax.GradientTransformation:
   """Returns AdamW with `section.weight_decay`; `section.decay_all` decays scales and biases too.
 
-  Configs without that field are of runs that did.
+  Without that field all parameters decay, as in the code of BGRL.
   """
   mask = None if section.get("decay_all", True) else decayed
   return optax.adamw(rates, weight_decay=section.weight_decay, mask=mask, **settings)
