@@ -444,7 +444,9 @@ def test_optimizer_warms_up_and_decays_to_its_final_scale():
   for _ in range(61):
     updates, state = optimizer.update(jnp.array([1.0, -1.0]), state, params)
     sizes.append(float(jnp.abs(updates).max()))
-  assert sizes[0] == 0 and np.argmax(sizes) == config.warmup_steps
+  share = 1 / (config.warmup_steps + 1)  # the first update counts: its rate is not 0
+  assert abs(sizes[0] - share * config.learning_rate) < 1e-3 * config.learning_rate
+  assert np.argmax(sizes) == config.warmup_steps
   # Adam's update of a constant gradient is the learning rate, but for its epsilon.
   assert abs(max(sizes) - config.learning_rate) < 1e-3 * config.learning_rate
   assert sizes[-1] < 1e-3 * config.learning_rate
@@ -478,7 +480,8 @@ def test_the_kl_is_that_of_samples_at_temperature_1():
   plain = language_offline.make_task(_tiny())
   moved = jax.tree.map(lambda leaf: leaf + 0.05, plain.model.params)
   cold = language_offline.make_task(_tiny(**{"data.temperature": "0.2", "data.top_p": "0.5"}))
-  assert np.all(cold.compare(cold.model.params).log_ratios == 0)  # of the reference to itself
+  # Of the reference to itself: rounding of sums of about 30 nats in two programs.
+  np.testing.assert_allclose(cold.compare(cold.model.params).log_ratios, 0, atol=1e-4)
   want, got = plain.compare(moved), cold.compare(moved)
   assert got.texts != want.texts
   # Two means of other draws of one distribution: five standard errors of their difference.
