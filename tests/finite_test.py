@@ -236,6 +236,7 @@ def _settings(count):
   )  # fmt: skip
 
 
+@pytest.mark.slow  # each dtype compiles its own program: 15 seconds; the worst numbers run always
 @pytest.mark.parametrize("dtype", DTYPES)
 @_settings(60)
 @hypothesis.given(*INPUTS)

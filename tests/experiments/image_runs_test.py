@@ -143,6 +143,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
     image_runs.make_batches(config, image_runs.load(config))
 
 
+@pytest.mark.slow  # compiles two updates
 def test_predictor_rate_multiplies_the_steps_of_the_predictor_alone():
   params = {}
   for rate in (1.0, 10.0):

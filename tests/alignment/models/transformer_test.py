@@ -267,7 +267,7 @@ def test_logits_of_all_positions_never_exist():
   assert max(sizes(jaxpr.jaxpr)) < batch.tokens.size * config.vocab_size / 2
 
 
-@pytest.mark.parametrize("rows_per_prompt", [1, 2])
+@pytest.mark.parametrize("rows_per_prompt", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sharded_equals_one_device(rows_per_prompt):
   config = dataclasses.replace(CONFIG, vocab_size=40, head_dim=8, mlp_width=24, tied_head=False)
   params, batch = make_params(config), batch_of(config, batch=16)

@@ -51,10 +51,10 @@ def test_every_preset_has_every_section(paper):
 @pytest.mark.parametrize(
   "paper",
   # One run of each kind of wiring; the other papers share it.
-  ["copg", "srpo", "nash_md"]
+  ["copg", "nash_md"]
   + [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("ipo", "dpo", "dro", "kto", "rloo", "online_ipo")
+    for name in ("ipo", "dpo", "dro", "kto", "srpo", "rloo", "online_ipo")
   ],
 )
 def test_tiny_run_leaves_a_report_a_model_and_answers_eval_and_sample(paper, tmp_path, capsys):

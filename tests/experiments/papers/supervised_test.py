@@ -19,6 +19,10 @@ pytestmark = pytest.mark.xdist_group("supervised_run")
 DATA = image_data.load("digits")
 
 
+# In one process: its tests share the run and the study.
+pytestmark = pytest.mark.xdist_group("supervised_runs")
+
+
 def _config(preset="tiny", **fields):
   config = presets.resolve(f"supervised:{preset}")
   config.network.encoder = "resnet4"  # the smallest: tests wait for its compilation

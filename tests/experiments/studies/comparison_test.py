@@ -157,6 +157,7 @@ def test_the_tiny_comparison_runs_and_resumes(tmp_path, capsys):
   np.testing.assert_array_equal(found.arrays["revised"], saved.arrays["revised"])
 
 
+@pytest.mark.slow  # two compilations of a scan
 def test_a_part_that_scans_over_several_steps_resumes_where_it_stopped(tmp_path):
   config = presets.resolve("comparison:tiny")
   config.train.inner_steps = 2
