@@ -15,12 +15,9 @@ from experiments.papers import supervised
 from experiments.report import results
 from experiments.studies import fine_tuning
 
+# In one process: its tests share the run and the study.
 pytestmark = pytest.mark.xdist_group("supervised_run")
 DATA = image_data.load("digits")
-
-
-# In one process: its tests share the run and the study.
-pytestmark = pytest.mark.xdist_group("supervised_runs")
 
 
 def _config(preset="tiny", **fields):
