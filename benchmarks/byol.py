@@ -73,7 +73,7 @@ def make_jax_side(args):
   inputs = (jnp.zeros((1, args.size, args.size, 3)), jnp.zeros((1, features)),
             jnp.zeros((1, args.outputs)))  # fmt: skip
   keys = jax.random.split(key, 3)
-  made = [net.init(*pair) for net, *pair in zip(networks, keys, inputs, strict=True)]
+  made = [jax.jit(net.init)(*pair) for net, *pair in zip(networks, keys, inputs, strict=True)]
   params, states = (byol.Parts(*column) for column in zip(*made, strict=True))
   optimizer = lars.lars(
     LEARNING_RATE, weight_decay=WEIGHT_DECAY, trust_coefficient=TRUST, momentum=MOMENTUM
