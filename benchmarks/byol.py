@@ -12,6 +12,9 @@ images a second. The sides take turns.
   python benchmarks/byol.py step --batch 8 --dtype float64        # shows that the rest is rounding
   python benchmarks/byol.py augment --batch 64 --size 224 --source 256
 
+On a machine with other work, set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0. Otherwise threads of
+torch spin for cores that they do not get, and torch looks several times slower than it is.
+
 `docs/performance.md` holds the results.
 """
 
