@@ -15,8 +15,12 @@ import ml_collections
 from experiments.configs import base
 
 PRESETS = {
-  "tiny": base.Preset("handwritten digits of 8x8 pixels, 60 steps", "30 seconds", "smoke test"),
-  "cifar10_cpu": base.Preset("10,000 images of CIFAR-10, a narrow ResNet", "30 minutes", "not run"),
+  "tiny": base.Preset("handwritten digits of 8x8 pixels, 60 steps", "1 minute", "smoke test"),
+  "cifar10_cpu": base.Preset(
+    "10,000 images of CIFAR-10, a narrow ResNet",
+    "1 hour",
+    "linear accuracy 0.508, one seed (untrained 0.323, pixels 0.395)",
+  ),
   "ablation": base.Preset("the same, shorter and at 16 pixels", "2 minutes", "not run"),
   "cifar10": base.Preset("CIFAR-10, ResNet-18, 200 epochs, one GPU", "not measured", "not run"),
   "imagenette": base.Preset(
