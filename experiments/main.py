@@ -202,6 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: list[str]) -> int:
+  from experiments import files
   from experiments.loop import presets
 
   if os.getcwd() not in sys.path:
@@ -224,7 +225,8 @@ def _run(argv: list[str]) -> int:
       config = presets.override(presets.from_workdir(args.workdir), overrides)
     print(presets.as_arguments(config))
     return 0
-  workdir = pathlib.Path(args.workdir or f"runs/{config.paper}-{config.get('preset') or 'custom'}")
+  default = f"runs/{config.paper}-{config.get('preset') or 'custom'}" if config else ""
+  workdir = files.local_path("--workdir", args.workdir or default)
   return _start(args, config, workdir, overrides)
 
 

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import tokenizers
 
 from alignment.models import gguf, huggingface, tokenizer, transformer
+from experiments import files
 
 _Path = str | os.PathLike[str]
 
@@ -205,7 +206,7 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
   """Returns the local folder or file of a model; downloads it if it is absent."""
   if name == SMOLLM2:
     return fetch_smollm2(cache)
-  path = pathlib.Path(name).expanduser()
+  path = files.local_path("config.network.model", name)
   if name and path.exists():
     return path
   if name.endswith(".gguf") or path.is_absolute() or not _HUB_ID.fullmatch(name):
@@ -245,7 +246,7 @@ def _snapshot(name: str) -> pathlib.Path:
 def _smollm2_path(cache: _Path | None) -> pathlib.Path:
   if cache is None:
     cache = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path("~/.cache/bootstrax")
-  return pathlib.Path(cache).expanduser() / SMOLLM2 / _FILE
+  return files.local_path("BOOTSTRAX_CACHE", cache) / SMOLLM2 / _FILE
 
 
 def _is_complete(path: pathlib.Path) -> bool:

@@ -32,6 +32,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from experiments import files
 from sharding import checks
 
 _Path = str | os.PathLike[str]
@@ -87,7 +88,7 @@ def lines(path: _Path) -> Iterator[tuple[str, str]]:
     ValueError: the file cannot be read, is damaged, or is not UTF-8.
   """
   try:
-    data = pathlib.Path(path).read_bytes()
+    data = files.local_path("data source", path).read_bytes()
   except OSError as error:
     raise ValueError(f"cannot read {path}: {error.strerror}; give an existing file") from error
   if str(path).endswith(".gz"):
@@ -174,6 +175,8 @@ def _huggingface(source: str, name: str) -> Iterator[tuple[str, _Row]]:
     ) from error
   name, _, split = name.partition("#")
   parts = name.split("/")
+  if name.startswith("~"):
+    parts = [str(files.local_path("data source", name))]
   config = parts.pop() if len(parts) == 3 and not pathlib.Path(name).exists() else None
   try:
     name = "/".join(parts)
