@@ -41,7 +41,8 @@ class Experiment:
     init: `init(key, *init_args) -> State`, pure. `State` has a field `step` that counts its steps.
     update: `update(state, batch, key) -> (State, Metrics)`, pure, with all other arguments bound.
     batches: returns a new data iterator. `__next__` returns (ids `[B]`, batch of NumPy arrays),
-      `get_state()` a JSON value or bytes, and `set_state()` accepts that value.
+      `get_state()` a JSON value or bytes, and `set_state()` accepts that value. Each process of a
+      run over several hosts gets the whole batch; only its `sharding.local_rows` are read.
     headline: the main metric. The progress bar shows it, the report puts it first, and it decides
       which checkpoint is best.
     maximise: whether a higher headline is better.
@@ -253,6 +254,8 @@ class _Run:
       self._evaluate_if_due(state, step, history)
       while step < num_steps and not signals.stop(step):
         ids, batch = self._next_batch(step)
+        # Each process has the whole batch and places the rows of its own devices.
+        batch = sharding.shard_batch(batch, self.mesh, whole=True)
         state, step_metrics = step_fn(state, batch, self.key)
         if pending is not None:
           self._log(pending, history)

@@ -8,7 +8,6 @@ reference are in `language_offline.Task`. Methods that draw completions while th
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -229,7 +228,7 @@ def check_batch_size(config: Any, num_microbatches: int) -> None:
       "choose a divisor"
     )
   mesh = training.make_mesh(config.sharding.mesh)
-  shards = math.prod(mesh.shape.get(axis, 1) for axis in sharding.DATA_AXES)
+  shards = sharding.num_shards(mesh)
   if size % shards:
     raise ValueError(
       f"train.batch_size={size} must be a multiple of the {shards} data shards of sharding.mesh "
