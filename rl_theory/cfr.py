@@ -157,6 +157,7 @@ def update(
     once it bounds the `nash_conv` of the average policy in two-player zero-sum games.
   """
   del key
+  checks.given(config)
   constants = _constants(game)
   running = _iterate(_start(game, state, constants), game, constants, config)
   state = _stop(game, running)
@@ -198,6 +199,7 @@ def solve(
 
 @functools.partial(jax.jit, static_argnames="num_iterations")
 def _solve(game: games.Game, config: Config, num_iterations: int) -> Solution:
+  checks.given(config)
   constants = _constants(game)
 
   def body(running: _Running, _: None) -> tuple[_Running, None]:

@@ -48,8 +48,8 @@ def local_rows(
   _check_rows({"rows": np.empty(num_rows, bool)}, 0, (num_rows,), axes, mesh.shape)
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes))
   held = np.zeros(num_rows, bool)
-  for (rows,) in split.addressable_devices_indices_map((num_rows,)).values():
-    held[rows] = True
+  for index in split.addressable_devices_indices_map((num_rows,)).values():
+    held[index] = True
   return np.flatnonzero(held)
 
 
