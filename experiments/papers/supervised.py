@@ -15,7 +15,7 @@ from experiments.data import images as image_data
 from experiments.loop import checkpointing, run_folder, training
 from experiments.report import results, statistics
 from experiments.tasks import image_runs
-from representation import image_augmentations, lars
+from representation import image_augmentations
 from representation.baselines import supervised
 from representation.networks import adapters, mlp
 from sharding import checks
@@ -145,7 +145,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
   section = config.optimizer
   checks.fractions("config.optimizer.momentum", section.momentum)
   return optax.chain(
-    optax.add_decayed_weights(section.weight_decay, mask=lars.is_adapted),
+    optax.add_decayed_weights(section.weight_decay, mask=sharding.decay_mask),
     optax.sgd(
       optax.cosine_decay_schedule(section.learning_rate, config.train.num_steps),
       momentum=section.momentum,

@@ -127,10 +127,10 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
   if section.name == "lars":
     return lars.lars(schedule, weight_decay=section.weight_decay)
   # Biases and scales are not decayed either, so that the three differ in the step alone.
-  decay = optax.add_decayed_weights(section.weight_decay, mask=lars.is_adapted)
+  decay = optax.add_decayed_weights(section.weight_decay, mask=sharding.decay_mask)
   if section.name == "sgd":
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
-  return optax.adamw(schedule, weight_decay=section.weight_decay, mask=lars.is_adapted)
+  return optax.adamw(schedule, weight_decay=section.weight_decay, mask=sharding.decay_mask)
 
 
 def make_batches(
