@@ -266,7 +266,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     print(f"report: {workdir / 'report.html'}")
     return 0
   # Overrides may change the mesh or take fewer prompts. Nothing is trained with them.
-  saved = presets.override(run_folder.read_config(workdir), overrides)
+  saved = presets.override(presets.completed(run_folder.read_config(workdir)), overrides)
   if config is not None:
     run_folder.claim(config, workdir)  # raises if the folder belongs to another run
     saved = config

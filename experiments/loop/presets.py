@@ -14,6 +14,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -116,6 +117,33 @@ def _load_file(path: pathlib.Path) -> Any:
 def from_workdir(folder: str) -> ml_collections.ConfigDict:
   """Returns the config of the run in `folder`; errors are those of `run_folder.read_config`."""
   return run_folder.read_config(files.local_path("--workdir", folder))
+
+
+def completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns the config of an old run with the fields that its preset has got since, for evaluation.
+
+  They are named on stderr. A config whose preset is not known is returned as it is.
+  """
+  try:
+    full = files.flatten(resolve(f"{config.paper}:{config.get('preset')}").to_dict())
+  except ValueError:
+    return config
+  saved = files.flatten(config.to_dict())
+  missing = {
+    name: run_folder.ADDED.get(name, value) for name, value in full.items() if name not in saved
+  }
+  if not missing:
+    return config
+  listed = ", ".join(f"{name}={value}" for name, value in missing.items())
+  print(f"the run is older than these fields of its preset: {listed}", file=sys.stderr)
+  data = config.to_dict()
+  for name, value in missing.items():
+    *sections, last = name.split(".")
+    section = data
+    for part in sections:
+      section = section.setdefault(part, {})
+    section[last] = value
+  return ml_collections.ConfigDict(data)
 
 
 def module_of(config: Any) -> Any:
