@@ -126,6 +126,13 @@ def train(
     run.report(history, done[1])
     return Outcome("finished", done[0], history, done[1])
   files.write_json(workdir / "environment.json", run_folder.environment())
+  warmup, num_steps = config.get("optimizer", {}).get("warmup_steps", 0), config.train.num_steps
+  if warmup >= num_steps and run.primary:
+    print(
+      f"config.optimizer.warmup_steps={warmup} is not shorter than the run of {num_steps} steps: "
+      "the learning rate rises to its end",
+      file=sys.stderr,
+    )
   try:
     return run.train(wandb)
   except RunError as error:

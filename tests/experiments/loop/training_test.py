@@ -420,6 +420,13 @@ def test_tensorboard_events_are_written(uninterrupted):
     assert found == np.float32(record[name])  # TensorBoard keeps single precision
 
 
+def test_a_warm_up_as_long_as_the_run_is_noted(tmp_path, capsys):
+  for warmup in (1, 2):
+    _train(tmp_path / f"{warmup}", _config(train__num_steps=2, optimizer__warmup_steps=warmup))
+    noted = "warmup_steps=2 is not shorter than the run of 2 steps" in capsys.readouterr().err
+    assert noted == (warmup == 2)
+
+
 def test_a_full_disk_ends_the_event_file_with_a_message(tmp_path):
   """A limit on file size stands for the full disk. No thread is left that could print or wait."""
   threads = threading.active_count()
