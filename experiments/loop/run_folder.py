@@ -33,6 +33,9 @@ _PLACEMENT = ("sharding.",)
 # Fields that were added later, with the value that does what runs without the field did.
 ADDED: dict[str, Any] = {
   "data.features": "file",
+  "eval.num_fewshot": 0,
+  "eval.task_limit": 0,
+  "eval.tasks": "",
   "optimizer.decay_all": True,
   "optimizer.warmup_from": 0,
 }
