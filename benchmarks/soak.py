@@ -15,6 +15,7 @@ that differ are kept and named.
 
 import argparse
 import json
+import logging
 import pathlib
 import random
 import shutil
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 
 # Fields of records that measure the machine.
 _TIMES = ("second", "time", "memory", "peak")
@@ -76,14 +76,16 @@ def checkpoint(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
   """Returns the arrays of the last checkpoint as bytes, by path."""
   import jax
   import numpy as np
-  import orbax.checkpoint
+  import orbax.checkpoint as ocp
 
   steps = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
-  last = max(steps, key=lambda path: int(path.name))
-  with warnings.catch_warnings():
-    # Orbax warns for each array that it restores to this machine as it was saved.
-    warnings.simplefilter("ignore")
-    tree = orbax.checkpoint.PyTreeCheckpointer().restore(last / "state")
+  last = max(steps, key=lambda path: int(path.name)) / "state"
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax misses a file that nobody needs
+  reader = ocp.PyTreeCheckpointer()
+  shapes = reader.metadata(last).item_metadata.tree
+  # As NumPy arrays, so that the devices of the run need not be here.
+  wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+  tree = reader.restore(last, restore_args=wanted)
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
   return {name: (f"{x.dtype}{x.shape}", x.tobytes()) for name, x in arrays.items()}
