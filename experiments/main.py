@@ -253,6 +253,10 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
     first = jax.process_index() == 0
     with run_folder.hold(config, workdir) if first else contextlib.nullcontext():
+      if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("the folder is claimed")
       study = getattr(presets.module_of(config), "run", None)  # a study of several runs
       if study is not None:
         outcome = study(config, workdir)

@@ -15,6 +15,7 @@ import pathlib
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -413,8 +414,12 @@ class _Run:
   def _finish(self, state: Any, step: int, history: records.History) -> results.Result:
     self.progress.close()
     result = self._evaluate(state, step, history)
-    if self.experiment.export is not None:
+    if self.experiment.export is not None and self.primary:
       self.experiment.export(state, self.folder / "model")
+    elif self.experiment.export is not None:
+      # What it computes needs all processes, what it writes only one.
+      with tempfile.TemporaryDirectory() as scratch:
+        self.experiment.export(state, pathlib.Path(scratch) / "model")
     # `results.json` marks the run as finished, so it is written last: the figures of an evaluation
     # cannot be drawn without the evaluation.
     self.report(history, result)
