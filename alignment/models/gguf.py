@@ -23,20 +23,22 @@ from alignment.models import tokenizer as tokenizer_lib
 
 _Path = str | os.PathLike[str]
 
-_NAMES = {
-  "embed/embedding": "token_embd.weight",
-  "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
-  "layers/attention/query/kernel": "blk.{}.attn_q.weight",
-  "layers/attention/key/kernel": "blk.{}.attn_k.weight",
-  "layers/attention/value/kernel": "blk.{}.attn_v.weight",
-  "layers/attention/output/kernel": "blk.{}.attn_output.weight",
-  "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-  "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
-  "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
-  "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
-  "final_norm/scale": "output_norm.weight",
-  "head/kernel": "output.weight",
-}
+_TENSORS = layout.Tensors(
+  {
+    "embed/embedding": "token_embd.weight",
+    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
+    "layers/attention/query/kernel": "blk.{}.attn_q.weight",
+    "layers/attention/key/kernel": "blk.{}.attn_k.weight",
+    "layers/attention/value/kernel": "blk.{}.attn_v.weight",
+    "layers/attention/output/kernel": "blk.{}.attn_output.weight",
+    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
+    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
+    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
+    "final_norm/scale": "output_norm.weight",
+    "head/kernel": "output.weight",
+  }
+)
 
 # Codes of the format's value types.
 _SCALARS = {
@@ -97,8 +99,8 @@ def load(
     buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   metadata, tensors = _read_header(path, buffer)
   config = _config(path, metadata, tensors)
-  layout.check_names(config, _NAMES, set(tensors), path)
-  for name, shape in layout.stored_shapes(config, _NAMES).items():
+  layout.check_names(config, _TENSORS, set(tensors), path)
+  for name, shape in layout.stored_shapes(config, _TENSORS).items():
     layout.check_shape(name, tensors[name].shape, shape, path)
   tokenizer = _tokenizer(path, metadata)
 
@@ -107,7 +109,7 @@ def load(
     layout.check_finite(name, tensor, path)
     return tensor
 
-  return config, layout.stack(config, _NAMES, read, np.float32), tokenizer
+  return config, layout.stack(config, _TENSORS, read, np.float32), tokenizer
 
 
 def _dequantize(path: pathlib.Path, name: str, tensor: _Tensor, buffer: mmap.mmap) -> np.ndarray:
@@ -270,7 +272,7 @@ def _config(
       f"{path} has values of {values} and keys of {head_dim} features, which is not supported: "
       "choose another model"
     )
-  embedding = tensors.get(_NAMES["embed/embedding"])
+  embedding = tensors.get(_TENSORS.names["embed/embedding"])
   return transformer.TransformerConfig(
     vocab_size=embedding.shape[0] if embedding else get("vocab_size"),
     num_layers=get("block_count"),
@@ -283,7 +285,7 @@ def _config(
     rope_theta=float(metadata.get("llama.rope.freq_base", 1e4)),
     rope_pairing="adjacent",
     norm_epsilon=_shortest(get("attention.layer_norm_rms_epsilon")),
-    tied_head=_NAMES["head/kernel"] not in tensors,
+    tied_head=_TENSORS.names["head/kernel"] not in tensors,
   )
 
 
