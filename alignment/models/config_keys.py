@@ -83,7 +83,8 @@ NEUTRAL: dict[str, Any] = {
 
 
 # The same for the header of a GGUF file: what `gguf` reads of an architecture and its tokenizer,
-# and what changes no number. llama.cpp reads no key outside these two groups.
+# and what changes no number. llama.cpp reads no key outside these two groups. Keys of other
+# architectures begin with their name in place of "llama".
 GGUF_HONOURED = frozenset(
   """
   llama.block_count llama.context_length llama.embedding_length llama.feed_forward_length
@@ -169,17 +170,19 @@ def check(
     )
 
 
-def check_gguf(metadata: Mapping[str, Any]) -> None:
+def check_gguf(metadata: Mapping[str, Any], architecture: str = "llama") -> None:
   """The same for the header of a GGUF file.
 
   Example:
     >>> check_gguf({"llama.block_count": 2, "general.name": "Tiny", "llama.logit_scale": 1.0})
   """
   for name, value in metadata.items():
-    known = name in GGUF_HONOURED | GGUF_INERT or name.startswith("tokenizer.chat_template.")
-    if known or not name.startswith(("llama.", "tokenizer.")):
+    own = name.startswith(f"{architecture}.")
+    key = f"llama.{name.removeprefix(f'{architecture}.')}" if own else name
+    known = key in GGUF_HONOURED | GGUF_INERT or name.startswith("tokenizer.chat_template.")
+    if known or not (own or name.startswith("tokenizer.")):
       continue
-    if name not in GGUF_NEUTRAL or value != GGUF_NEUTRAL[name]:
+    if key not in GGUF_NEUTRAL or value != GGUF_NEUTRAL[key]:
       raise ValueError(
         f"{name}={_short(value)} is not supported: load the model's Hugging Face folder, or choose "
         "another model"

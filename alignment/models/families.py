@@ -12,6 +12,7 @@ from typing import Any
 from alignment.models import family_parts, layout, rope_parts
 from alignment.models.decoder_config import TransformerConfig
 from alignment.models.family_parts import Fields, Part
+from sharding import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,23 +82,6 @@ _RMS_DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
 # --- tensors --------------------------------------------------------------------------------------
 
 
-def _names(layer: Mapping[str, str], prefix: str, **others: str) -> dict[str, str]:
-  """Stored names of all parameters, by path.
-
-  Args:
-    layer: what each part of a layer is called.
-    prefix: before the names of a layer.
-    others: the same for parts outside of the layers.
-  """
-  stems = {f"layers/{part}": prefix + name for part, name in layer.items()} | others
-  names: dict[str, str] = {}
-  for part, stem in stems.items():
-    kind = "scale" if part.endswith("norm") else "kernel"
-    kind = "embedding" if part in ("embed", "positions") else kind
-    names |= {f"{part}/{kind}": f"{stem}.weight", f"{part}/bias": f"{stem}.bias"}
-  return names
-
-
 _LLAMA_LAYER = {
   "attention_norm": "input_layernorm",
   "attention/query": "self_attn.q_proj",
@@ -115,16 +99,27 @@ def _like_llama(changes: Mapping[str, str] | None = None) -> layout.Tensors:
   """Llama's names of tensors, with changes or additions in a layer."""
   layer = {**_LLAMA_LAYER, **(changes or {})}
   others = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-  return layout.Tensors(_names(layer, "model.layers.{}.", **others))
+  return layout.Tensors(layout.names(layer, "model.layers.{}.", **others))
 
 
 # --- families -------------------------------------------------------------------------------------
 
 
 _BIASES = family_parts.flags(attention_bias="qkv_bias output_bias")
-_LAST_LAYERS = family_parts.typed_window(  # Qwen's windows
-  lambda fields, i: i >= fields["max_window_layers"], "max_window_layers", switch=True
-)
+
+
+def _above_first(fields: Fields, layer: int) -> bool:
+  checks.count("max_window_layers", fields["max_window_layers"], least=0)
+  return layer >= fields["max_window_layers"]
+
+
+def _all_but_every(fields: Fields, layer: int) -> bool:
+  pattern = fields["sliding_window_pattern"]
+  checks.count("sliding_window_pattern", pattern)
+  return (layer + 1) % pattern != 0
+
+
+_LAST_LAYERS = family_parts.typed_window(_above_first, "max_window_layers", switch=True)
 _QWEN_DEFAULTS = {
   **_RMS_DEFAULTS,
   "max_position_embeddings": 32768,
@@ -212,9 +207,7 @@ FAMILIES: dict[str, Family] = {
     parts=(
       *_GEMMA,
       rope_parts.two_ropes(1e6, 1e4),
-      family_parts.typed_window(
-        lambda fields, i: (i + 1) % fields["sliding_window_pattern"] != 0, "sliding_window_pattern"
-      ),
+      family_parts.typed_window(_all_but_every, "sliding_window_pattern"),
     ),
     tensors=_like_llama({**_GEMMA_LAYER, **_HEAD_NORMS}),
     inert=frozenset({"_sliding_window_pattern"}),  # transformers 5 writes `layer_types` beside it
@@ -271,7 +264,7 @@ FAMILIES: dict[str, Family] = {
       family_parts.DTYPE,
     ),
     tensors=layout.Tensors(
-      _names(
+      layout.names(
         {
           "attention_norm": "ln_1",
           **{f"attention/{name}": "attn.c_attn" for name in ("query", "key", "value")},
@@ -311,7 +304,7 @@ FAMILIES: dict[str, Family] = {
       family_parts.parallel_residual(),
     ),
     tensors=layout.Tensors(
-      _names(
+      layout.names(
         {
           "attention_norm": "input_layernorm",
           **{

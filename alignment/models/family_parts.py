@@ -186,9 +186,8 @@ def typed_window(default: Callable[[Fields, int], bool], *keys: str, switch: boo
       checks.count("sliding_window", window)
     if switch and not fields.get("use_sliding_window", False):
       window = None
-    if types is None:
-      layers = tuple(bool(default(fields, i)) for i in range(num_layers))
-    else:
+    layers = tuple(default(fields, i) for i in range(num_layers))
+    if types is not None:
       layers = tuple(kind == "sliding_attention" for kind in types)
     return {"sliding_window": window, "window_layers": layers}
 

@@ -201,7 +201,7 @@ def attend(
   return _pack(out.reshape(*rows.apart.shape, *out.shape[2:]), rows)
 
 
-def _causal(queries, keys, values, *, scale, softcap=None, window=None):
+def _causal(queries, keys, values, *, scale=None, softcap=None, window=None):
   """Attention of `[B, T, H, head_dim]` on `[B, T, KV, head_dim]`, real tokens first."""
   if kernel_for(queries.dtype, queries.shape[-1]) == "splash":
     return splash(queries, keys, values, scale=scale, softcap=softcap, window=window)

@@ -36,6 +36,23 @@ class Tensors:
   optional_prefix: str = ""
 
 
+def names(layer: Mapping[str, str], prefix: str, **others: str) -> dict[str, str]:
+  """Returns the stored names of all parameters by path, for a format that calls them regularly.
+
+  Args:
+    layer: what each part of a layer is called.
+    prefix: before the names of a layer.
+    others: the same for parts outside of the layers.
+  """
+  stems = {f"layers/{part}": prefix + name for part, name in layer.items()} | others
+  result: dict[str, str] = {}
+  for part, stem in stems.items():
+    kind = "scale" if part.endswith("norm") else "kernel"
+    kind = "embedding" if part in ("embed", "positions") else kind
+    result |= {f"{part}/{kind}": f"{stem}.weight", f"{part}/bias": f"{stem}.bias"}
+  return result
+
+
 @functools.cache
 def shapes(config: transformer.TransformerConfig) -> dict[str, tuple[int, ...]]:
   """Returns the shape of every parameter of a config by its path; the layers are axis 0.

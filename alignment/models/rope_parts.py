@@ -225,9 +225,9 @@ def rotary_layers() -> Part:
 
 def rotates(fields: Fields) -> tuple[bool, ...]:
   layers, num_layers = fields.get("no_rope_layers"), fields["num_hidden_layers"]
+  interval = fields["no_rope_layer_interval"]
+  checks.count("no_rope_layer_interval", interval)
   if layers is None:
-    interval = fields["no_rope_layer_interval"]
-    checks.count("no_rope_layer_interval", interval)
     return tuple((i + 1) % interval != 0 for i in range(num_layers))
   if not isinstance(layers, list) or len(layers) != num_layers or not set(layers) <= {0, 1}:
     raise ValueError(
