@@ -200,7 +200,8 @@ FAMILIES: dict[str, Family] = {
       "attn_logit_softcapping": 50.0,
     },
     fixed=_GEMMA_FIXED,
-    inert=frozenset({"hidden_act"}),  # the model reads `hidden_activation`
+    # The model reads `hidden_activation` and `sliding_window`.
+    inert=frozenset({"hidden_act", "sliding_window_size"}),
   ),
   "gemma3_text": Family(
     "Gemma3ForCausalLM",

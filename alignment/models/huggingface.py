@@ -197,8 +197,7 @@ def save(
   dtype = _storage_dtype(params)
   fields = to_config_json(dataclasses.replace(config, param_dtype=dtype), tokenizer=tokenizer)
   layout.check_params(config, params)
-  if config.rope_pairing == "adjacent":
-    params = layout.adjacent_to_half(config, params)
+  params = layout.with_half_pairs(config, params)
   stored = families.FAMILIES[fields["model_type"]].tensors
   tensors = {
     name: tensor.astype(jax.numpy.dtype(dtype), copy=False)

@@ -44,7 +44,7 @@ def names(layer: Mapping[str, str], prefix: str, **others: str) -> dict[str, str
     prefix: before the names of a layer.
     others: the same for parts outside of the layers.
   """
-  stems = {f"layers/{part}": prefix + name for part, name in layer.items()} | others
+  stems = others | {f"layers/{part}": prefix + name for part, name in layer.items()}
   result: dict[str, str] = {}
   for part, stem in stems.items():
     kind = "scale" if part.endswith("norm") else "kernel"
@@ -89,7 +89,7 @@ def stored_shapes(
   result: dict[str, tuple[int, ...]] = {}
   for name, paths in _groups(config, tensors).items():
     parts = [shapes(config)[path] for path in paths]
-    layers = range(config.num_layers) if paths[0].startswith("layers/") else ()
+    layers = range(parts[0][0]) if _in_layers(paths) else ()
     shape = parts[0][1:] if layers else parts[0]
     if len(parts) > 1:
       shape = (*shape[:-1], sum(part[-1] for part in parts))
@@ -152,8 +152,8 @@ def stack(
   """
   arrays = {path: np.empty(shape, dtype) for path, shape in shapes(config).items()}
   for name, paths in _groups(config, tensors).items():
-    in_layers = paths[0].startswith("layers/")
-    for layer in range(config.num_layers if in_layers else 1):
+    in_layers = _in_layers(paths)
+    for layer in range(len(arrays[paths[0]]) if in_layers else 1):
       places = [arrays[path][layer] if in_layers else arrays[path] for path in paths]
       tensor = read(name.format(layer))
       tensor = tensor.T if _is_transposed(tensors, paths) else tensor
@@ -217,8 +217,8 @@ def unstack(
   stored = {}
   for name, paths in _groups(config, tensors).items():
     arrays = [np.asarray(leaves[path]) for path in paths]
-    in_layers = paths[0].startswith("layers/")
-    for layer in range(config.num_layers if in_layers else 1):
+    in_layers = _in_layers(paths)
+    for layer in range(len(arrays[0]) if in_layers else 1):
       tensor = _join([x[layer] if in_layers else x for x in arrays], config, tensors)
       tensor = tensor.T if _is_transposed(tensors, paths) else tensor
       stored[name.format(layer)] = np.ascontiguousarray(tensor)
@@ -230,23 +230,42 @@ def common_dtype(params: transformer.Params) -> np.dtype:
   return np.dtype(jnp.result_type(*(leaf.dtype for leaf in _flatten(params).values())))
 
 
-def adjacent_to_half(
+def adjacent_to_half(kernel: np.ndarray, head_dim: int) -> np.ndarray:
+  """Reorders query or key columns from rotary pairs (2i, 2i + 1) to (i, i + head_dim / 2).
+
+  Args:
+    kernel: `[..., heads * head_dim]`.
+    head_dim: even.
+
+  Returns:
+    The same shape. With "half" pairing it gives the attention that `kernel` gives with "adjacent".
+
+  Example:
+    >>> adjacent_to_half(np.arange(8), head_dim=4)
+    array([0, 2, 1, 3, 4, 6, 5, 7])
+  """
+  pairs = kernel.reshape(*kernel.shape[:-1], -1, head_dim // 2, 2)
+  return pairs.swapaxes(-1, -2).reshape(kernel.shape)
+
+
+def with_half_pairs(
   config: transformer.TransformerConfig, params: transformer.Params
 ) -> transformer.Params:
-  """Returns parameters for "half" rotary pairs (i, i + head_dim / 2) from "adjacent" ones.
+  """Returns parameters of the same function with "half" rotary pairs; unchanged leaves are shared.
 
-  The model stays the same function with `rope_pairing="half"`. Other leaves are shared, not copied.
+  Queries, keys, their biases and the scales of their norms are reordered if they are "adjacent".
   """
-
-  def reorder(weights, heads):
-    pairs = np.asarray(weights).reshape(*weights.shape[:-1], heads, config.head_dim // 2, 2)
-    return pairs.swapaxes(-1, -2).reshape(weights.shape)
-
-  heads = {"query": config.num_heads, "key": config.num_kv_heads, "query_norm": 1, "key_norm": 1}
+  if config.rope_pairing == "half":
+    return params
   parts = dict(params["layers"]["attention"])
-  for name in heads.keys() & parts.keys():
-    parts[name] = {kind: reorder(x, heads[name]) for kind, x in parts[name].items()}
+  for name in {"query", "key", "query_norm", "key_norm"} & parts.keys():
+    leaves = parts[name].items()
+    parts[name] = {kind: adjacent_to_half(np.asarray(x), config.head_dim) for kind, x in leaves}
   return {**params, "layers": {**params["layers"], "attention": parts}}
+
+
+def _in_layers(paths: list[str]) -> bool:
+  return "layers/" in paths[0]
 
 
 def _is_transposed(tensors: Tensors, paths: list[str]) -> bool:

@@ -35,9 +35,16 @@ _SPEC.loader.exec_module(make_golden)
 # Measured differences are below 3e-5 at logits of 1 to 7.
 TOLERANCE = 1e-4
 CASES = list(make_golden.FAMILY_CASES)
-# One of each kind of layer; the others run with the slow tests.
-_QUICK = ("mistral", "gemma2", "gemma3", "smollm3", "gpt2", "pythia")
-ALL = [case if case in _QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
+def _slow_but(*quick):
+  return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
+# One case of each family, and one of each kind of layer; the others run with the slow tests.
+_VARIANTS = {"linear_rope", "biases", "qwen2_windows", "pythia_serial"}
+FAMILIES = _slow_but(*(set(CASES) - _VARIANTS))
+LAYERS = _slow_but("gemma2", "gemma3", "gpt2")
 TOKENS = np.asarray(make_golden.TOKENS, np.int32)
 
 
@@ -56,13 +63,14 @@ def _fields(case):
 # --- the function ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_logits_equal_the_golden_ones_of_transformers(case):
   got = _logits(*_load(case))
   want = np.load(make_golden.FOLDER / case / "logits.npy")
   np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("case", "changes"),
   [
@@ -89,7 +97,7 @@ def test_goldens_notice_a_wrong_setting(case, changes):
   assert np.abs(wrong - want).max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", LAYERS)
 def test_cached_generation_equals_teacher_forcing(case):
   """Also where completions share their prompt, and with padding on either side."""
   config, params = _load(case)
@@ -132,6 +140,7 @@ def test_a_window_as_long_as_the_row_costs_nothing():
   assert program(wide) == program(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gemma3", "pythia"])
 def test_rematerialised_layers_and_copies_change_no_number(case):
   config, params = _load(case)
@@ -149,7 +158,7 @@ def test_rematerialised_layers_and_copies_change_no_number(case):
 # --- files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_a_saved_folder_has_the_tensors_and_the_settings_that_were_read(case, tmp_path):
   config, params = _load(case)
   huggingface.save(tmp_path / "one", config, params)
@@ -330,6 +339,54 @@ def test_what_a_family_does_not_compute_is_refused_by_name(case, changes, match)
 def test_keys_that_change_nothing_are_read(case, more):
   fields = _fields(case)
   assert huggingface.from_config_json({**fields, **more}) == huggingface.from_config_json(fields)
+
+
+# What three files of the hub say, without bookkeeping.
+PUBLISHED = {
+  "google/gemma-2-9b": {
+    "model_type": "gemma2", "attention_bias": False, "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
+    "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "sliding_window": 4096, "sliding_window_size": 4096, "torch_dtype": "float32",
+    "vocab_size": 256000,
+  },
+  "microsoft/Phi-3-mini-4k-instruct": {
+    "model_type": "phi3", "attention_dropout": 0.0,
+    "auto_map": {
+      "AutoConfig": "configuration_phi3.Phi3Config",
+      "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "embd_pdrop": 0.0, "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 8192,
+    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "original_max_position_embeddings": 4096, "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "attention_bias": False,
+    "vocab_size": 32064,
+  },
+  "openai-community/gpt2": {
+    "model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1,
+    "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+    "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+    "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+    "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True}},
+    "vocab_size": 50257,
+  },
+}  # fmt: skip
+
+
+def test_published_files_are_read():
+  read = {name: huggingface.from_config_json(fields) for name, fields in PUBLISHED.items()}
+  gemma2, phi3, gpt2 = read.values()
+  assert gemma2.layer_windows(8192)[:3] == (4096, None, 4096) and gemma2.attention_scale is None
+  assert gemma2.tied_head and gemma2.embedding_scale == np.sqrt(3584)
+  assert phi3.layer_windows(4096) == (2047,) * 32 and phi3.rotary_dims is None
+  assert (gpt2.mlp_width, gpt2.head_dim, gpt2.activation) == (3072, 64, "gelu_tanh")
+  for config in read.values():
+    written = huggingface.to_config_json(config)
+    assert huggingface.from_config_json(written) == config
 
 
 def _without(fields, *keys):
