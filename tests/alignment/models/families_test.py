@@ -44,7 +44,7 @@ def _slow_but(*quick):
 # One case of each family, and one of each kind of layer; the others run with the slow tests.
 _VARIANTS = {"linear_rope", "biases", "qwen2_windows", "pythia_serial"}
 FAMILIES = _slow_but(*(set(CASES) - _VARIANTS))
-LAYERS = _slow_but("gemma2", "gemma3", "gpt2")
+LAYERS = _slow_but("gemma2", "gpt2")
 TOKENS = np.asarray(make_golden.TOKENS, np.int32)
 
 
