@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment import sequences
-from alignment.models import attention, transformer
+from alignment.models import attention, lora, transformer
 from sharding import checks
 
 
@@ -278,6 +278,7 @@ def start(
 
   `start` and `decode` are a model as a source of logits; what is made of them is the caller's.
   """
+  params = lora.merge(params)
   tokens, mask = attention.justify_prompts(prompt_tokens, prompt_mask)
   read: Any = transformer.Transformer(config).apply(
     {"params": params}, tokens, mask, method="hidden_states"

@@ -163,6 +163,12 @@ class Dense(nn.Module):
       kernel = attention.rotary_columns(kernel, self.rotary_heads, config.rope_pairing)
     dtype = attention.accumulator(config.dtype) if self.wide else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    if self.has_variable("params", "lora_b"):  # see `lora`
+      a, b = (self.get_variable("params", n).astype(config.dtype) for n in ("lora_a", "lora_b"))
+      if self.rotary_heads:
+        b = attention.rotary_columns(b, self.rotary_heads, config.rope_pairing)
+      # As one batch, so that the policy of `remat` keeps the thin product and not the wide one.
+      y += jax.lax.batch_matmul((x.reshape(-1, x.shape[-1]) @ a)[None], b[None])[0]
     return y.reshape(*x.shape[:-1], self.features)
 
 
