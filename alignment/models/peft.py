@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -22,22 +21,11 @@ import safetensors
 import safetensors.numpy
 
 import sharding
-from alignment.models import layout, lora, transformer, weight_files
+from alignment.models import huggingface, layout, lora, transformer, weight_files
 from sharding import checks
 
 CONFIG_FILE, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MODULES = {
-  "attention/query": "self_attn.q_proj",
-  "attention/key": "self_attn.k_proj",
-  "attention/value": "self_attn.v_proj",
-  "attention/output": "self_attn.o_proj",
-  "mlp/gate": "mlp.gate_proj",
-  "mlp/up": "mlp.up_proj",
-  "mlp/down": "mlp.down_proj",
-}
-_PATHS = {stored: path for path, stored in _MODULES.items()}
-_STORED_NAME = "base_model.model.model.layers.{}.{}.lora_{}.weight"
-_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
+_LETTERS = {lora.A: "A", lora.B: "B"}
 # Keys of `adapter_config.json` that are read. The tensors say which layers are adapted.
 _READ = {"lora_alpha", "peft_type", "r", "target_modules", "use_rslora"}
 # Keys that change nothing once the adapters are trained. Any other key must be empty or False.
@@ -71,23 +59,21 @@ def save(
     ValueError: the adapters are not those of a decoder of this shape.
     OSError: the disk is full or read-only.
   """
-  found = {}
+  stems, found = _stems(config), {}
   for path, leaf in zip(sharding.tree_paths(adapters), jax.tree.leaves(adapters), strict=True):
-    module, _, factor = path.removeprefix("layers/").rpartition("/")
-    if module not in _MODULES:
-      raise ValueError(
-        f"adapters has {path}, which this layout does not hold: export merged weights"
-      )
+    module, _, factor = path.rpartition("/")
+    if module not in stems:
+      raise ValueError(f"PEFT's layout of this base has no place for {path}: use merged weights")
     found[module, factor] = np.asarray(leaf, np.float32)
+  modules = sorted({module for module, _ in found})
   tensors = {}
-  for module, factor, shape in _factors(config, adapter_config.rank, {path for path, _ in found}):
+  for module, factor, shape in _factors(config, adapter_config.rank, modules):
     array = found[module, factor]
-    layout.check_shape(f"layers/{module}/{factor}", array.shape, shape, "adapters")
+    layout.check_shape(f"{module}/{factor}", array.shape, shape, "adapters")
     if _is_reordered(config, module, factor):
       array = layout.adjacent_to_half(array, config.head_dim)
     for layer in range(config.num_layers):
-      name = _STORED_NAME.format(layer, _MODULES[module], factor[-1].upper())
-      tensors[name] = np.ascontiguousarray(array[layer].T)
+      tensors[_name(stems[module], layer, factor)] = np.ascontiguousarray(array[layer].T)
   fields = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -95,7 +81,7 @@ def save(
     "r": adapter_config.rank,
     "lora_alpha": adapter_config.alpha,
     "lora_dropout": 0.0,
-    "target_modules": sorted({_MODULES[module].partition(".")[2] for module, _ in found}),
+    "target_modules": sorted(stems[module].rpartition(".")[2] for module in modules),
     "bias": "none",
     "fan_in_fan_out": False,
     "inference_mode": True,
@@ -150,20 +136,25 @@ def load(
       f"{folder} is an adapter of another base: its weights had the fingerprint "
       f"{trained_on[:12]}, and these have {fingerprint[:12]}"
     )
-  modules = set()
-  for name in tensors:
-    match = _NAME.fullmatch(name)
-    if match is None or match[2] not in _PATHS or int(match[1]) >= config.num_layers:
-      raise ValueError(
-        f"{path} has the tensor {name}, which a Llama of {config.num_layers} layers does not take: "
-        "it is an adapter of another base, or of a kind that is not supported"
-      )
-    modules.add(_PATHS[match[2]])
-  adapters: dict[str, Any] = {"layers": {}}
+  stems, layers = _stems(config), range(config.num_layers)
+  module_of = {
+    _name(stem, layer, factor): module
+    for module, stem in stems.items()
+    for factor in _LETTERS
+    for layer in layers
+  }
+  unknown = sorted(tensors.keys() - module_of.keys())
+  if unknown:
+    raise ValueError(
+      f"{path} has the tensor {unknown[0]}, which this base of {config.num_layers} layers does not "
+      "take: it is an adapter of another base, or of a kind that is not supported"
+    )
+  modules = sorted({module_of[name] for name in tensors})
+  adapters: dict[str, Any] = {}
   for module, factor, shape in _factors(config, rank, modules):
     array = np.empty(shape, np.float32)
-    for layer in range(config.num_layers):
-      name = _STORED_NAME.format(layer, _MODULES[module], factor[-1].upper())
+    for layer in layers:
+      name = _name(stems[module], layer, factor)
       if name not in tensors:
         raise ValueError(f"{path} lacks {name}: each layer needs its own, so it is incomplete")
       layout.check_shape(name, tensors[name].shape, shape[:0:-1], path)
@@ -172,9 +163,11 @@ def load(
     if _is_reordered(config, module, factor):
       order = layout.adjacent_to_half(np.arange(shape[-1]), config.head_dim)
       array = array[..., np.argsort(order)]
-    block, name = module.split("/")
-    adapters["layers"].setdefault(block, {}).setdefault(name, {})[factor] = array
-  targets = tuple(sorted(module.partition("/")[2] for module in modules))
+    place = adapters
+    for part in module.split("/"):
+      place = place.setdefault(part, {})
+    place[factor] = array
+  targets = tuple(sorted({module.rpartition("/")[2] for module in modules}))
   return lora.Config(rank=rank, alpha=alpha, targets=targets), adapters
 
 
@@ -201,7 +194,8 @@ def _read_config(folder: pathlib.Path) -> tuple[int, float]:
         plain = value in (True, False, "gaussian")
       if not plain and key not in _READ | _INERT:
         raise ValueError(f"{key}={value!r} is not supported: merge the adapter with peft")
-    rank, alpha = fields.get("r"), fields.get("lora_alpha", 8)  # PEFT's default
+    rank: Any = fields.get("r")
+    alpha = fields.get("lora_alpha", 8)  # PEFT's default
     checks.count("r", rank)
     checks.positive("lora_alpha", alpha)
   except ValueError as error:
@@ -209,11 +203,27 @@ def _read_config(folder: pathlib.Path) -> tuple[int, float]:
   return rank, float(alpha) * (math.sqrt(rank) if fields.get("use_rslora") else 1.0)
 
 
-def _factors(config: transformer.TransformerConfig, rank: int, modules: set[str]) -> list[Any]:
+def _stems(config: transformer.TransformerConfig) -> dict[str, str]:
+  """Returns what the matrices of the layers are called in a checkpoint, by our name."""
+  del config
+  return {
+    path.removesuffix("/kernel"): name.removesuffix(".weight")
+    for path, name in huggingface._NAMES.items()
+    if path.startswith("layers/") and path.endswith("/kernel")
+  }
+
+
+def _name(stem: str, layer: int, factor: str) -> str:
+  return f"base_model.model.{stem.format(layer)}.lora_{_LETTERS[factor]}.weight"
+
+
+def _factors(
+  config: transformer.TransformerConfig, rank: int, modules: list[str]
+) -> list[tuple[str, str, tuple[int, ...]]]:
   """Returns (module, factor, shape) of all factors of the modules."""
-  shapes, found = layout.shapes(config), []
-  for module in sorted(modules):
-    layers, rows, columns = shapes[f"layers/{module}/kernel"]
+  found: list[tuple[str, str, tuple[int, ...]]] = []
+  for module in modules:
+    layers, rows, columns = layout.shapes(config)[f"{module}/kernel"]
     found.append((module, lora.A, (layers, rows, rank)))
     found.append((module, lora.B, (layers, rank, columns)))
   return found
@@ -221,5 +231,5 @@ def _factors(config: transformer.TransformerConfig, rank: int, modules: set[str]
 
 def _is_reordered(config: transformer.TransformerConfig, module: str, factor: str) -> bool:
   """Whether the columns of a factor are those of rotated heads in another order than stored."""
-  rotated = module in ("attention/query", "attention/key") and factor == lora.B
+  rotated = module.endswith(("attention/query", "attention/key")) and factor == lora.B
   return rotated and config.rope_pairing == "adjacent"

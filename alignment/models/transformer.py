@@ -164,7 +164,8 @@ class Dense(nn.Module):
     dtype = attention.accumulator(config.dtype) if self.wide else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
     if self.has_variable("params", "lora_b"):  # see `lora`
-      a, b = (self.get_variable("params", n).astype(config.dtype) for n in ("lora_a", "lora_b"))
+      factors: Any = self.variables["params"]
+      a, b = (factors[name].astype(config.dtype) for name in ("lora_a", "lora_b"))
       if self.rotary_heads:
         b = attention.rotary_columns(b, self.rotary_heads, config.rope_pairing)
       # As one batch, so that the policy of `remat` keeps the thin product and not the wide one.

@@ -308,7 +308,9 @@ def experiment(
   def export(state, folder):
     merged = lora.merge(policy_of(state))
     huggingface.save(folder, task.network, merged, tokenizer=task.model.tokenizer)
-    if network.adapters is not None:
+    if network.adapters is None:
+      return
+    try:
       peft.save(
         folder.parent / "adapter",
         task.network,
@@ -317,6 +319,8 @@ def experiment(
         base=config.network.model,
         fingerprint=task.model.fingerprint,
       )
+    except ValueError as error:  # the merged weights are written
+      print(f"no folder of adapters: {error}", flush=True)
 
   return training.Experiment(
     init=init,

@@ -59,7 +59,7 @@ class Round:
     if beta:
       mixture = {"mixture_fn": nash_md.geometric_mixture_logits, "beta": beta}
       mixture["ref_params"] = self.ref_params
-    generate = functools.partial(
+    generate: sequences.SampleFn = functools.partial(
       sampling.generate,
       config=task.network,
       max_new_tokens=task.config.data.completion_length,
