@@ -431,15 +431,7 @@ def make_apply_fn(
   """
 
   def apply_fn(params: Params, batch: sequences.Sequences) -> jax.Array:
-    if batch.prompt_tokens is None or batch.prompt_mask is None or not batch.prompt_tokens.shape[1]:
-      raise ValueError(
-        "prompt_tokens is missing: a decoder predicts a token from those before it, so give at "
-        "least one prompt token (the start or end-of-text id will do) with its prompt_mask"
-      )
-    checks.same_shape(tokens=batch.tokens, mask=batch.mask)
-    checks.same_shape(prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask)
-    for name in ("tokens", "prompt_tokens"):
-      checks.token_ids(name, getattr(batch, name), config.vocab_size)
+    check_sequences(batch, config.vocab_size)
     prompt, prompt_mask = attention.justify_prompts(batch.prompt_tokens, batch.prompt_mask)
     prompt_length, length = prompt.shape[1], batch.tokens.shape[1]
     if prompt_length + length > config.max_length:
@@ -464,6 +456,19 @@ def make_apply_fn(
     return chunked_likelihood.token_logps(hidden, embedding, batch.tokens, chunk_size=logps_chunk)
 
   return apply_fn
+
+
+def check_sequences(batch: sequences.Sequences, vocab_size: int) -> None:
+  """Raises `ValueError` for a batch without prompts, of unequal shapes, or with unknown ids."""
+  if batch.prompt_tokens is None or batch.prompt_mask is None or not batch.prompt_tokens.shape[1]:
+    raise ValueError(
+      "prompt_tokens is missing: a language model predicts a token from those before it, so give "
+      "at least one prompt token (the start or end-of-text id will do) with its prompt_mask"
+    )
+  checks.same_shape(tokens=batch.tokens, mask=batch.mask)
+  checks.same_shape(prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask)
+  for name in ("tokens", "prompt_tokens"):
+    checks.token_ids(name, getattr(batch, name), vocab_size)
 
 
 def _check_length(tokens: jax.Array, mask: jax.Array, config: TransformerConfig) -> None:
