@@ -126,7 +126,12 @@ GGUF_NEUTRAL = {
 }
 
 
-def check(fields: Mapping[str, Any]) -> None:
+def check(
+  fields: Mapping[str, Any],
+  *,
+  honoured: frozenset[str] = HONOURED,
+  inert: frozenset[str] = INERT,
+) -> None:
   """Raises `ValueError` for the first key that is neither honoured nor inert, with its value.
 
   `null` says nothing, so it is never refused. The keys of a fork, such as `clip_qkv`,
@@ -141,7 +146,7 @@ def check(fields: Mapping[str, Any]) -> None:
     ValueError: qk_norm=True is not supported: ...
   """
   for name, value in fields.items():
-    if name in HONOURED or name in INERT or value is None:
+    if name in honoured or name in inert or value is None:
       continue
     if name in NEUTRAL:
       neutral = NEUTRAL[name]

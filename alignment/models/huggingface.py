@@ -1,10 +1,10 @@
-"""Reads and writes Llama checkpoints as Hugging Face folders: `config.json` and safetensors.
+"""Reads and writes Llama and T5 checkpoints as Hugging Face folders: `config.json` and safetensors.
 
-`load` reads a local folder into the parameters of `transformer`; `save` writes one that
-`transformers.AutoModelForCausalLM.from_pretrained` opens. If a checkpoint needs something that the
-decoder does not compute (biases, sliding windows, other rotary scalings, quantised weights), `load`
-raises an error that names it (`config_keys` has the table of keys): a model that loads computes the
-function that its authors trained.
+`load` reads a local folder into the parameters of `transformer` or `t5`; `save` writes one that
+`transformers.AutoModelForCausalLM.from_pretrained` opens (for T5 `AutoModelForSeq2SeqLM`). If a
+checkpoint needs something that the model here does not compute (biases, sliding windows, other
+rotary scalings, quantised weights), `load` raises an error that names it (`config_keys` has the
+table of keys): a model that loads computes the function that its authors trained.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from alignment.models import config_keys, layout, transformer, weight_files
+from alignment.models import config_keys, layout, t5, t5_files, transformer, weight_files
 from alignment.models import tokenizer as tokenizer_lib
 from sharding import checks
 
@@ -44,7 +44,6 @@ _NAMES = {
   "final_norm/scale": "model.norm.weight",
   "head/kernel": "lm_head.weight",
 }
-_HEAD, _EMBEDDING = _NAMES["head/kernel"], _NAMES["embed/embedding"]
 
 # Defaults of transformers for fields that a config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -68,8 +67,8 @@ _OWN_FILES = {
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig:
-  """Returns the config of a decoder from the fields of a `config.json`.
+def from_config_json(fields: Mapping[str, Any]) -> layout.Config:
+  """Returns the config of a model from the fields of a `config.json`.
 
   Args:
     fields: in the format of transformers 4 (`rope_theta`, `rope_scaling`) or 5
@@ -86,10 +85,12 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
     500000.0
   """
   model_type = fields.get("model_type")
+  if model_type == t5_files.MODEL_TYPE:
+    return t5_files.from_config_json(fields)
   if model_type not in _DEFAULTS:
     raise ValueError(
-      f"model_type {model_type!r} is not supported: the decoder reads {', '.join(_DEFAULTS)}; "
-      "choose a checkpoint of the Llama family"
+      f"model_type {model_type!r} is not supported: choose a checkpoint of one of "
+      f"{', '.join((*_DEFAULTS, t5_files.MODEL_TYPE))}"
     )
   config_keys.check(fields)
   fields = {**_DEFAULTS[model_type], **fields}
@@ -142,14 +143,15 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
 
 
 def to_config_json(
-  config: transformer.TransformerConfig, *, tokenizer: tokenizer_lib.Tokenizer | None = None
+  config: layout.Config, *, tokenizer: tokenizer_lib.Tokenizer | None = None
 ) -> dict[str, Any]:
   """Returns the fields of a `config.json` for transformers 4 and 5; ids come from `tokenizer`.
 
   Raises:
     ValueError: transformers would refuse the file, or an id lies outside `config.vocab_size`.
   """
-  _check_width(config.width, config.num_heads)
+  if isinstance(config, transformer.TransformerConfig):
+    _check_width(config.width, config.num_heads)
   if tokenizer is not None:
     for index in (*tokenizer.eos_ids, tokenizer.pad_id, tokenizer.bos_id or 0):
       if index >= config.vocab_size:
@@ -157,6 +159,9 @@ def to_config_json(
           f"tokenizer has the special id {index}, but the model {config.vocab_size} embeddings: "
           "they belong to different models"
         )
+  ids = tokenizer.ids() if tokenizer else dict.fromkeys(_TOKEN_IDS)
+  if isinstance(config, t5.T5Config):
+    return t5_files.to_config_json(config) | ids
   rope: dict[str, Any] = {"rope_type": "default"}
   if config.rope_scaling is not None:
     rope = {
@@ -187,11 +192,11 @@ def to_config_json(
     "tie_word_embeddings": config.tied_head,
     "dtype": config.param_dtype,
     "torch_dtype": config.param_dtype,
-    **(tokenizer.ids() if tokenizer else dict.fromkeys(_TOKEN_IDS)),
+    **ids,
   }
 
 
-def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Params]:
+def load(folder: _Path) -> tuple[layout.Config, transformer.Params]:
   """Reads a folder of `config.json` and `model.safetensors` (or shards with their index).
 
   Args:
@@ -220,12 +225,11 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     tensors = weight_files.open_tensors(folder, stack)
     # Old releases store these buffers, which follow from the config.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    if config.tied_head and _HEAD in found:
-      _check_tied(folder, tensors)
-      found.remove(_HEAD)
-    layout.check_names(config, _NAMES, found, folder)
+    found -= _copies(config, folder, tensors)
+    names = _names(config)
+    layout.check_names(config, names, found, folder)
     kinds = set()
-    for name, shape in layout.stored_shapes(config, _NAMES).items():
+    for name, shape in layout.stored_shapes(config, names).items():
       path, file = tensors[name]
       view = file.get_slice(name)
       layout.check_shape(name, tuple(view.get_shape()), shape, path)
@@ -247,17 +251,17 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
       layout.check_finite(name, tensor, path)
       return tensor
 
-    return config, layout.stack(config, _NAMES, read, jax.numpy.dtype(dtype))
+    return config, layout.stack(config, names, read, jax.numpy.dtype(dtype))
 
 
 def save(
   folder: _Path,
-  config: transformer.TransformerConfig,
+  config: layout.Config,
   params: transformer.Params,
   *,
   tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> None:
-  """Writes a folder that `load` and transformers' `AutoModelForCausalLM` read.
+  """Writes a folder that `load` and transformers read.
 
   All files are written to a folder beside it first and moved into place at the end, so that an
   interrupted or failed save leaves the earlier checkpoint. Parameters with "adjacent" rotary pairs
@@ -276,9 +280,10 @@ def save(
   folder = pathlib.Path(folder).absolute()
   _check_replaceable(folder)
   dtype = _storage_dtype(params)
-  tensors = layout.unstack(config, _NAMES, params)
+  tensors = layout.unstack(config, _names(config), params)
   for name, tensor in tensors.items():
-    if config.rope_pairing == "adjacent" and name.endswith(("q_proj.weight", "k_proj.weight")):
+    adjacent = getattr(config, "rope_pairing", None) == "adjacent"
+    if adjacent and name.endswith(("q_proj.weight", "k_proj.weight")):
       tensor = np.ascontiguousarray(layout.adjacent_to_half(tensor.T, config.head_dim).T)
     tensors[name] = tensor.astype(jax.numpy.dtype(dtype), copy=False)
   fields = to_config_json(dataclasses.replace(config, param_dtype=dtype), tokenizer=tokenizer)
@@ -358,14 +363,27 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, transformer.RopeScaling | N
   )
 
 
-def _check_tied(folder: pathlib.Path, tensors: Mapping[str, tuple[Any, Any]]) -> None:
-  if _EMBEDDING in tensors:
-    head, embedding = (tensors[name][1].get_tensor(name) for name in (_HEAD, _EMBEDDING))
-    if not np.array_equal(head, embedding):
+def _names(config: layout.Config) -> layout.Names:
+  return t5_files.names(config) if isinstance(config, t5.T5Config) else _NAMES
+
+
+def _copies(
+  config: layout.Config, folder: pathlib.Path, tensors: Mapping[str, tuple[Any, Any]]
+) -> set[str]:
+  """Returns the stored tensors that are not read, such as copies of the embedding."""
+  names = _names(config)
+  embedding = names["embed/embedding"]
+  copies = {names["head/kernel"]} if config.tied_head else set()
+  is_t5 = isinstance(config, t5.T5Config)
+  copies.update(t5_files.EMBEDDING_COPIES if is_t5 else ())
+  for name in copies & tensors.keys() if embedding in tensors else ():
+    copy, original = (tensors[x][1].get_tensor(x) for x in (name, embedding))
+    if not np.array_equal(copy, original):
       raise ValueError(
-        f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it: set "
-        "tie_word_embeddings to false if the head is meant"
+        f"{folder}: config.json makes {name} a copy of {embedding}, from which it differs: if it "
+        "is meant, set tie_word_embeddings to false"
       )
+  return copies.union(t5_files.UNUSED if is_t5 else ())
 
 
 def _check_replaceable(folder: pathlib.Path) -> None:

@@ -1,22 +1,24 @@
 """Conversion between the parameter tree of `transformer` and the flat tensors of a checkpoint.
 
-Checkpoints store one matrix `[out, in]` for each layer. `transformer` stacks the layers on axis 0
-and multiplies from the right, `[L, in, out]`. A file format adds a table from the paths below to
-its own names, with `{}` in place of the layer's number.
+Checkpoints store one matrix `[out, in]` for each layer. `transformer` and `t5` stack the layers on
+axis 0 and multiply from the right, `[L, in, out]`. A file format adds a table from the paths below
+to its own names, with `{}` in place of the layer's number.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment.models import transformer
+from alignment.models import t5, transformer
+from alignment.models.architectures import Config
 
 Names = Mapping[str, str]  # "layers/mlp/up/kernel" -> "model.layers.{}.mlp.up_proj.weight"
 
 
-def shapes(config: transformer.TransformerConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
   """Returns the shape of every parameter of a config by its path; the layers are axis 0.
 
   Example:
@@ -27,6 +29,9 @@ def shapes(config: transformer.TransformerConfig) -> dict[str, tuple[int, ...]]:
     >>> shapes(tiny)["layers/attention/key/kernel"]
     (2, 8, 4)
   """
+  if isinstance(config, t5.T5Config):
+    tree = jax.eval_shape(lambda key: t5.init_params(config, key), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in _flatten(tree).items()}
   depth, width, mlp = config.num_layers, config.width, config.mlp_width
   queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
   result: dict[str, tuple[int, ...]] = {
@@ -47,29 +52,26 @@ def shapes(config: transformer.TransformerConfig) -> dict[str, tuple[int, ...]]:
   return result
 
 
-def stored_shapes(
-  config: transformer.TransformerConfig, names: Names
-) -> dict[str, tuple[int, ...]]:
+def stored_shapes(config: Config, names: Names) -> dict[str, tuple[int, ...]]:
   """Returns the shape of every tensor of a checkpoint by its stored name."""
   result = {}
   for path, shape in shapes(config).items():
-    if path.startswith("layers/"):
-      for layer in range(config.num_layers):
+    if "layers/" in path:
+      for layer in range(shape[0]):
         result[names[path].format(layer)] = _stored(path, shape[1:])
     else:
       result[names[path]] = _stored(path, shape)
   return result
 
 
-def check_names(
-  config: transformer.TransformerConfig, names: Names, found: set[str], where: Any
-) -> None:
+def check_names(config: Config, names: Names, found: set[str], where: Any) -> None:
   """Raises `ValueError`, which names `where` and the tensors, if any is missing or unknown."""
   wanted = stored_shapes(config, names).keys()
+  family = "T5" if isinstance(config, t5.T5Config) else "Llama"
   for problem, those in (("lacks", wanted - found), ("has unknown", found - wanted)):
     if those:
       raise ValueError(
-        f"{where} {problem} {len(those)} tensor(s): {_some(sorted(those))}; a Llama of "
+        f"{where} {problem} {len(those)} tensor(s): {_some(sorted(those))}; a {family} of "
         f"{config.num_layers} layers with {'a tied' if config.tied_head else 'its own'} head has "
         f"{len(wanted)} tensors and no biases: is the file complete, and of this architecture?"
       )
@@ -96,7 +98,7 @@ def check_finite(name: str, tensor: np.ndarray, where: Any) -> None:
 
 
 def stack(
-  config: transformer.TransformerConfig,
+  config: Config,
   names: Names,
   read: Callable[[str], np.ndarray],
   dtype: Any,
@@ -110,13 +112,13 @@ def stack(
     dtype: of the result.
 
   Returns:
-    The tree of `transformer`. Memory holds one copy of the model and one tensor at a time.
+    The tree of `transformer` or `t5`. Memory holds one copy of the model and one tensor at a time.
   """
   params: transformer.Params = {}
   for path, shape in shapes(config).items():
     array = np.empty(shape, dtype)
-    if path.startswith("layers/"):
-      for layer in range(config.num_layers):
+    if "layers/" in path:
+      for layer in range(shape[0]):
         array[layer] = _stored_view(path, read(names[path].format(layer)))
     else:
       array[...] = _stored_view(path, read(names[path]))
@@ -124,9 +126,7 @@ def stack(
   return params
 
 
-def unstack(
-  config: transformer.TransformerConfig, names: Names, params: transformer.Params
-) -> dict[str, np.ndarray]:
+def unstack(config: Config, names: Names, params: transformer.Params) -> dict[str, np.ndarray]:
   """Returns contiguous tensors by stored name: the inverse of `stack`.
 
   Raises:
@@ -147,8 +147,8 @@ def unstack(
         f"{list(expected[path])}: pass the config that the params were made with"
       )
     array = np.asarray(leaf)
-    if path.startswith("layers/"):
-      for layer in range(config.num_layers):
+    if "layers/" in path:
+      for layer in range(len(array)):
         view = _stored_view(path, array[layer])
         tensors[names[path].format(layer)] = np.ascontiguousarray(view)
     else:
