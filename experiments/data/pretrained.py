@@ -3,9 +3,9 @@
 | name                              | model                                                       |
 |-----------------------------------|-------------------------------------------------------------|
 | `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), downloaded once by pip  |
-| `path/to/folder`                  | a Hugging Face folder of the Llama family                   |
+| `path/to/folder`                  | a Hugging Face folder of the Llama family, or a T5          |
 | `path/to/model.gguf`              | a GGUF file of the Llama family                             |
-| `organisation/model[@revision]`   | a Llama model of the Hugging Face hub; needs internet       |
+| `organisation/model[@revision]`   | a Llama or T5 of the Hugging Face hub; needs internet       |
 | `tiny-random`                     | two random layers over characters; for tests, no download   |
 
 `python -m experiments.data.pretrained [name]` downloads a model ahead of time, SmolLM2 by default.
@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
-from alignment.models import gguf, huggingface, tokenizer, transformer
+from alignment.models import architectures, gguf, huggingface, tokenizer, transformer
 
 _Path = str | os.PathLike[str]
 
@@ -62,12 +62,12 @@ class Pretrained:
 
   Attributes:
     config: its config.
-    params: its parameters as JAX arrays, in the layout of `transformer`.
+    params: its parameters as JAX arrays, in the layout of `transformer` or `t5`.
     tokenizer: its tokenizer.
     fingerprint: SHA-256 of the files of its weights and config.
   """
 
-  config: transformer.TransformerConfig
+  config: architectures.Config
   params: transformer.Params
   tokenizer: tokenizer.Tokenizer
   fingerprint: str
@@ -94,6 +94,7 @@ def load(
     return _tiny_random(param_dtype)
   path = _fetch(name, cache)
   fingerprint = _SHA256 if name == SMOLLM2 else _fingerprint(path)  # `_fetch` has checked it
+  config: architectures.Config
   if path.is_file():
     config, params, words = gguf.load(path)
   else:
