@@ -1,8 +1,9 @@
 """Reads and writes checkpoints as Hugging Face folders: `config.json` and safetensors.
 
-`load` reads a local folder into the parameters of `transformer`; `save` writes one that
-`transformers.AutoModelForCausalLM.from_pretrained` opens. `families` has the families that they
-know. If a checkpoint needs something that the decoder does not compute (experts, quantised weights,
+`load` reads a local folder into the parameters of `transformer` or `t5`; `save` writes one that
+`transformers.AutoModelForCausalLM.from_pretrained` opens (for T5 `AutoModelForSeq2SeqLM`).
+`families` and `t5_files` have the families that they know. If a checkpoint needs something that the
+model here does not compute (experts, quantised weights,
 other rotary scalings), `load` raises an error that names it (`config_keys` has the table of keys):
 a model that loads computes the function that its authors trained.
 """
@@ -22,7 +23,15 @@ import jax
 import numpy as np
 import safetensors
 
-from alignment.models import config_keys, families, layout, transformer, weight_files
+from alignment.models import (
+  config_keys,
+  families,
+  layout,
+  t5,
+  t5_files,
+  transformer,
+  weight_files,
+)
 from alignment.models import tokenizer as tokenizer_lib
 
 _Path = str | os.PathLike[str]
@@ -42,8 +51,8 @@ _OWN_FILES = {
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig:
-  """Returns the config of a decoder from the fields of a `config.json`.
+def from_config_json(fields: Mapping[str, Any]) -> layout.Config:
+  """Returns the config of a model from the fields of a `config.json`.
 
   Args:
     fields: in the format of transformers 4 (`rope_theta`, `rope_scaling`) or 5
@@ -60,10 +69,12 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
     500000.0
   """
   name = fields.get("model_type")
+  if name == t5_files.MODEL_TYPE:
+    return t5_files.from_config_json(fields)
   if not isinstance(name, str) or name not in families.FAMILIES:
     raise ValueError(
-      f"model_type {name!r} is not supported: the decoder reads {', '.join(families.FAMILIES)}; "
-      "choose a checkpoint of one of these families"
+      f"model_type {name!r} is not supported: choose a checkpoint of one of "
+      f"{', '.join((*families.FAMILIES, t5_files.MODEL_TYPE))}"
     )
   family = families.FAMILIES[name]
   config_keys.check(fields, honoured=family.keys, inert=family.inert, neutral=family.neutral)
@@ -76,15 +87,19 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
 
 
 def to_config_json(
-  config: transformer.TransformerConfig, *, tokenizer: tokenizer_lib.Tokenizer | None = None
+  config: layout.Config, *, tokenizer: tokenizer_lib.Tokenizer | None = None
 ) -> dict[str, Any]:
   """Returns the fields of a `config.json` for transformers 4 and 5; ids come from `tokenizer`.
 
   Raises:
     ValueError: no family of models has these choices, or an id lies outside `config.vocab_size`.
   """
-  name = families.family_of(config)
-  family = families.FAMILIES[name]
+  if isinstance(config, t5.T5Config):
+    written = t5_files.to_config_json(config)
+  else:
+    name = families.family_of(config)
+    family = families.FAMILIES[name]
+    written = {"architectures": [family.architecture], "model_type": name, **family.write(config)}
   if tokenizer is not None:
     for index in (*tokenizer.eos_ids, tokenizer.pad_id, tokenizer.bos_id or 0):
       if index >= config.vocab_size:
@@ -92,15 +107,10 @@ def to_config_json(
           f"tokenizer has the special id {index}, but the model {config.vocab_size} embeddings: "
           "they belong to different models"
         )
-  return {
-    "architectures": [family.architecture],
-    "model_type": name,
-    **family.write(config),
-    **(tokenizer.ids() if tokenizer else dict.fromkeys(_TOKEN_IDS)),
-  }
+  return written | (tokenizer.ids() if tokenizer else dict.fromkeys(_TOKEN_IDS))
 
 
-def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Params]:
+def load(folder: _Path) -> tuple[layout.Config, transformer.Params]:
   """Reads a folder of `config.json` and `model.safetensors` (or shards with their index).
 
   Args:
@@ -126,7 +136,7 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     config = from_config_json(fields)
   except ValueError as error:
     raise ValueError(f"{folder / 'config.json'}: {error}") from error
-  stored = families.FAMILIES[fields["model_type"]].tensors
+  stored = _tensors(config, fields)
   with contextlib.ExitStack() as stack:
     tensors = weight_files.open_tensors(folder, stack)
     # Old releases store these buffers, which follow from the config.
@@ -135,11 +145,8 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     if any(name.startswith(prefix) for name in tensors):
       prefix = ""
     tensors = {prefix + name: place for name, place in tensors.items()}
-    head, embedding = stored.names["head/kernel"], stored.names["embed/embedding"]
-    if config.tied_head and head in tensors:
-      _check_tied(folder, tensors, head, embedding)
-      del tensors[head]
-    layout.check_names(config, stored, set(tensors), folder)
+    found = set(tensors) - _copies(config, stored, folder, tensors)
+    layout.check_names(config, stored, found, folder)
     kinds = set()
     for name, shape in layout.stored_shapes(config, stored).items():
       path, file = tensors[name]
@@ -168,13 +175,13 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
 
 def save(
   folder: _Path,
-  config: transformer.TransformerConfig,
+  config: layout.Config,
   params: transformer.Params,
   *,
   tokenizer: tokenizer_lib.Tokenizer | None = None,
   shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a folder that `load` and transformers' `AutoModelForCausalLM` read.
+  """Writes a folder that `load` and transformers read.
 
   All files are written to a folder beside it first and moved into place at the end, so that an
   interrupted or failed save leaves the earlier checkpoint. Parameters with "adjacent" rotary pairs
@@ -197,8 +204,9 @@ def save(
   dtype = _storage_dtype(params)
   fields = to_config_json(dataclasses.replace(config, param_dtype=dtype), tokenizer=tokenizer)
   layout.check_params(config, params)
-  params = layout.with_half_pairs(config, params)
-  stored = families.FAMILIES[fields["model_type"]].tensors
+  if isinstance(config, transformer.TransformerConfig):
+    params = layout.with_half_pairs(config, params)
+  stored = _tensors(config, fields)
   tensors = {
     name: tensor.astype(jax.numpy.dtype(dtype), copy=False)
     for name, tensor in layout.unstack(config, stored, params).items()
@@ -233,16 +241,31 @@ def _storage_dtype(params: transformer.Params) -> _Dtype:
       raise ValueError(f"params are {other}: convert them to float32 or bfloat16 before saving")
 
 
-def _check_tied(
-  folder: pathlib.Path, tensors: Mapping[str, tuple[Any, Any]], head: str, embedding: str
-) -> None:
-  if embedding in tensors:
-    first, second = (tensors[name][1].get_tensor(name) for name in (head, embedding))
-    if not np.array_equal(first, second):
+def _tensors(config: layout.Config, fields: Mapping[str, Any]) -> layout.Tensors:
+  if isinstance(config, t5.T5Config):
+    return layout.Tensors(t5_files.names(config))
+  return families.FAMILIES[fields["model_type"]].tensors
+
+
+def _copies(
+  config: layout.Config,
+  stored: layout.Tensors,
+  folder: pathlib.Path,
+  tensors: Mapping[str, tuple[Any, Any]],
+) -> set[str]:
+  """Returns the stored tensors that are not read, such as copies of the embedding."""
+  embedding = stored.names["embed/embedding"]
+  copies = {stored.names["head/kernel"]} if config.tied_head else set()
+  is_t5 = isinstance(config, t5.T5Config)
+  copies.update(t5_files.EMBEDDING_COPIES if is_t5 else ())
+  for name in copies & tensors.keys() if embedding in tensors else ():
+    copy, original = (tensors[x][1].get_tensor(x) for x in (name, embedding))
+    if not np.array_equal(copy, original):
       raise ValueError(
-        f"{folder}: config.json ties the head to the embedding, but {head} differs from it: set "
-        "tie_word_embeddings to false if the head is meant"
+        f"{folder}: config.json makes {name} a copy of {embedding}, from which it differs: if it "
+        "is meant, set tie_word_embeddings to false"
       )
+  return copies.union(t5_files.UNUSED if is_t5 else ())
 
 
 def _check_replaceable(folder: pathlib.Path) -> None:

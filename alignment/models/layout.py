@@ -1,8 +1,8 @@
 """Conversion between the parameter tree of `transformer` and the flat tensors of a checkpoint.
 
-Checkpoints store one matrix `[out, in]` for each layer. `transformer` stacks the layers on axis 0
-and multiplies from the right, `[L, in, out]`. A file format adds a table from the paths below to
-its own names.
+Checkpoints store one matrix `[out, in]` for each layer. `transformer` and `t5` stack the layers on
+axis 0 and multiply from the right, `[L, in, out]`. A file format adds a table from the paths below
+to its own names.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment.models import transformer
+from alignment.models import t5, transformer
+from alignment.models.architectures import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def names(layer: Mapping[str, str], prefix: str, **others: str) -> dict[str, str
 
 
 @functools.cache
-def shapes(config: transformer.TransformerConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
   """Returns the shape of every parameter of a config by its path; the layers are axis 0.
 
   Example:
@@ -65,12 +66,12 @@ def shapes(config: transformer.TransformerConfig) -> dict[str, tuple[int, ...]]:
     >>> shapes(tiny)["layers/attention/key/kernel"]
     (2, 8, 4)
   """
-  init = functools.partial(transformer.init_params, config)
-  leaves = _flatten(jax.eval_shape(init, jax.random.key(0)))
+  init: Any = t5.init_params if isinstance(config, t5.T5Config) else transformer.init_params
+  leaves = _flatten(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
   return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 
-def _groups(config: transformer.TransformerConfig, tensors: Tensors) -> dict[str, list[str]]:
+def _groups(config: Config, tensors: Tensors) -> dict[str, list[str]]:
   """Returns the paths that each stored tensor holds, by its name with `{}` for the layer."""
   has, groups = shapes(config), dict[str, list[str]]()
   if not has.keys() <= tensors.names.keys():
@@ -82,9 +83,7 @@ def _groups(config: transformer.TransformerConfig, tensors: Tensors) -> dict[str
   return groups
 
 
-def stored_shapes(
-  config: transformer.TransformerConfig, tensors: Tensors
-) -> dict[str, tuple[int, ...]]:
+def stored_shapes(config: Config, tensors: Tensors) -> dict[str, tuple[int, ...]]:
   """Returns the shape of every tensor of a checkpoint by its stored name."""
   result: dict[str, tuple[int, ...]] = {}
   for name, paths in _groups(config, tensors).items():
@@ -99,9 +98,7 @@ def stored_shapes(
   return result
 
 
-def check_names(
-  config: transformer.TransformerConfig, tensors: Tensors, found: set[str], where: Any
-) -> None:
+def check_names(config: Config, tensors: Tensors, found: set[str], where: Any) -> None:
   """Raises `ValueError`, which names `where` and the tensors, if any is missing or unknown."""
   wanted = stored_shapes(config, tensors).keys()
   for problem, those in (("lacks", wanted - found), ("has unknown", found - wanted)):
@@ -134,7 +131,7 @@ def check_finite(name: str, tensor: np.ndarray, where: Any) -> None:
 
 
 def stack(
-  config: transformer.TransformerConfig,
+  config: Config,
   tensors: Tensors,
   read: Callable[[str], np.ndarray],
   dtype: Any,
@@ -148,7 +145,7 @@ def stack(
     dtype: of the result.
 
   Returns:
-    The tree of `transformer`. Memory holds one copy of the model and one tensor at a time.
+    The tree of `transformer` or `t5`. Memory holds one copy of the model and one tensor at a time.
   """
   arrays = {path: np.empty(shape, dtype) for path, shape in shapes(config).items()}
   for name, paths in _groups(config, tensors).items():
@@ -187,7 +184,7 @@ def _join(parts, config, tensors) -> np.ndarray:
   return np.stack([x.reshape(shape) for x in parts], axis=-2).reshape(*shape[:-2], -1)
 
 
-def check_params(config: transformer.TransformerConfig, params: transformer.Params) -> None:
+def check_params(config: Config, params: transformer.Params) -> None:
   """Raises `ValueError`, which names the path, unless `params` is the tree of `config`."""
   expected, leaves = shapes(config), _flatten(params)
   if leaves.keys() != expected.keys():
@@ -204,9 +201,7 @@ def check_params(config: transformer.TransformerConfig, params: transformer.Para
       )
 
 
-def unstack(
-  config: transformer.TransformerConfig, tensors: Tensors, params: transformer.Params
-) -> dict[str, np.ndarray]:
+def unstack(config: Config, tensors: Tensors, params: transformer.Params) -> dict[str, np.ndarray]:
   """Returns contiguous tensors by stored name: the inverse of `stack`.
 
   Raises:

@@ -1,4 +1,6 @@
-"""Sampling completions from a `transformer`: prefill, then one token at a time with a cache.
+"""Sampling completions: a language model reads the prompts, then writes token by token.
+
+This is for `transformer`; `t5_decoding` has the `start` and `decode` of an encoder-decoder.
 
 The whole of it is one compiled program per shape `(B, P, max_new_tokens, num_samples)`;
 temperature, top-k, top-p and the ids are ordinary arguments, so a new value compiles nothing (only
@@ -26,7 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment import sequences
-from alignment.models import attention, decoder_layers, lora, rotary, transformer
+from alignment.models import (
+  architectures,
+  attention,
+  decoder_layers,
+  lora,
+  rotary,
+  t5,
+  t5_decoding,
+  transformer,
+)
 from sharding import checks
 
 
@@ -37,7 +48,7 @@ class Samples(NamedTuple):
     tokens: `[B, T]` int32 (`[B K, T]` for K samples of a prompt), `pad_id` after the end.
     mask: `[B, T]` float32, 1 on sampled tokens including EOS.
     logps: `[B, T]` float32, the model's own log-probability of each token in nats (temperature 1,
-      nothing cut off), as `transformer.make_apply_fn` gives it; 0 after the end. In bfloat16 they
+      nothing cut off), as the model's `make_apply_fn` gives it; 0 after the end. In bfloat16 they
       come from that pass itself. Of a mixture, that of the mixture, as it was drawn.
   """
 
@@ -64,7 +75,7 @@ def generate(
   prompt_mask: jax.Array,
   key: jax.Array,
   *,
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   max_new_tokens: int,
   temperature: float = 1.0,
   top_k: int = 0,
@@ -87,7 +98,7 @@ def generate(
   rows.
 
   Args:
-    params: of the model, laid out as in `transformer`.
+    params: of the model, laid out as in `transformer` or `t5`.
     prompt_tokens: `[B, P]` int ids.
     prompt_mask: `[B, P]` non-zero on real tokens; padding may be on the left or on the right. A row
       without any is one start token, `prompt_tokens[b, -1]`.
@@ -171,8 +182,10 @@ def _generate(
   use_top_k,
   use_top_p,
 ):
+  steps: Any = (t5_decoding.start, t5_decoding.decode)
+  start_fn, decode_fn = steps if isinstance(config, t5.T5Config) else (start, decode)
   read = functools.partial(
-    start,
+    start_fn,
     prompt_tokens=prompt_tokens,
     prompt_mask=prompt_mask,
     config=config,
@@ -181,7 +194,8 @@ def _generate(
   )
   merged = [lora.merge(params) for params in models]  # once: each token reads every weight
   decoders, logits, caches = zip(*(read(params) for params in merged), strict=True)
-  batch, prompt_length = len(logits[0]), prompt_tokens.shape[1]
+  batch = len(logits[0])
+  first_slot = caches[0][0][0].shape[2] - max_new_tokens  # of the completion, in the caches
 
   def join(logits):
     return logits[0] if mixture_fn is None else mixture_fn(*logits, beta=beta)
@@ -216,9 +230,9 @@ def _generate(
 
   def step(carry):
     t, samples, token, going, caches = carry
-    slot = prompt_length + t - 1
+    slot = first_slot + t - 1
     results = [
-      decode(decoder, token, slot, cache, config=config)
+      decode_fn(decoder, token, slot, cache, config=config)
       for decoder, cache in zip(decoders, caches, strict=True)
     ]
     logits, caches = zip(*results, strict=True)
@@ -238,7 +252,7 @@ def _generate(
   # Narrow sums in another order are other numbers: the step loop is 0.04 nats a token off the
   # training pass (root mean square, SmolLM2 in bfloat16). Losses compare with the latter.
   rows = sequences.Sequences(samples.tokens, samples.mask, prompt_tokens, prompt_mask)
-  logps = transformer.make_apply_fn(config)(models[0], rows)
+  logps = architectures.make_apply_fn(config)(models[0], rows)
   return samples._replace(logps=jnp.where(samples.mask > 0, logps, 0))
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 
 from alignment import reward_model, sequences
-from alignment.models import scalar_head, tokenizer, transformer
+from alignment.models import architectures, scalar_head, tokenizer
 from experiments.data import encoding
 
 _Path = str | os.PathLike[str]
@@ -63,7 +63,7 @@ class LearnedReward:
   """
 
   settings: Settings
-  config: transformer.TransformerConfig
+  config: architectures.Config
   params: Any
   tokenizer: tokenizer.Tokenizer
   fingerprint: str = ""
@@ -184,7 +184,7 @@ def by_length(
 def save(
   folder: _Path,
   settings: Settings,
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   params: Any,
   *,
   tokenizer: tokenizer.Tokenizer,

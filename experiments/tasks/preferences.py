@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from alignment import reward_model
-from alignment.models import scalar_head, transformer
+from alignment.models import architectures, scalar_head
 from experiments.data import learned_rewards, pretrained, sample_cache, text
 from experiments.tasks import language
 from sharding import checks
@@ -25,7 +25,7 @@ class Task:
   """A body, and pairs split by prompt. A frozen body runs once, when its features are needed."""
 
   model: pretrained.Pretrained
-  network: transformer.TransformerConfig
+  network: architectures.Config
   params: Any  # the scalar model's, before training
   settings: learned_rewards.Settings
   pairs: list[text.Preference]
