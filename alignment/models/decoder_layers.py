@@ -55,15 +55,16 @@ def normalise(
   """Returns `x` normed over an axis, in float32, and rounded to `config.dtype`.
 
   Args:
-    x: of any shape.
-    weights: "scale" and, for LayerNorm, "bias"; of the size of that axis, which is axis 0 or -1.
+    x: of any shape, or `[D, B]` for axis 0.
+    weights: "scale" and, for LayerNorm, "bias"; of the size of that axis.
     config: the kind of norm and its epsilon.
     axis: 0 or -1.
   """
   wide = x.astype(attention.accumulator(x.dtype))
 
   def along(name):
-    return weights[name].astype(wide.dtype).reshape((-1,) + (1,) * (x.ndim - 1 if axis == 0 else 0))
+    leaf = weights[name] if axis == -1 else weights[name][:, None]
+    return leaf.astype(wide.dtype)
 
   if config.norm == "layer":
     wide -= jnp.mean(wide, axis=axis, keepdims=True)
@@ -116,8 +117,9 @@ class Dense(nn.Module):
 
     initializer = nn.initializers.normal(0.02)
     kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
+    kernel = columns(kernel)
     dtype = attention.accumulator(config.dtype) if self.wide else None
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), columns(kernel), preferred_element_type=dtype)
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
     if self.has_variable("params", "lora_b"):  # see `lora`
       factors: Any = self.variables["params"]
       a, b = factors["lora_a"].astype(config.dtype), columns(factors["lora_b"])

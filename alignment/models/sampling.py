@@ -351,8 +351,10 @@ def decode(
 
   positions = slot - decoder.padding[:, None]
   layer_windows, layer_ropes = config.layer_windows(span), config.layer_ropes()
-  biases = {window: bias_of(window) for window in layer_windows}
-  ropes = {kind: transformer.rope_table(config, positions, kind) for kind in layer_ropes}
+  biases = {window: bias_of(window) for window in dict.fromkeys(layer_windows)}
+  ropes = {
+    kind: transformer.rope_table(config, positions, kind) for kind in dict.fromkeys(layer_ropes)
+  }
   dtype = jnp.dtype(config.dtype)
   x = decoder.embedding[token].astype(dtype)
   if config.embedding_scale != 1:
@@ -438,9 +440,9 @@ def _decoder_layer(layer: Any, config: transformer.TransformerConfig) -> dict[st
     "mlp": (mlp, ("gate", "up") if config.gated_mlp else ("up",)),
     "down": (mlp, ("down",)),
   }
-  result: dict[str, Any] = {}
+  matrices = {name: joined(*part, "kernel") for name, part in parts.items()}
+  result: dict[str, Any] = {name: x.T.astype(config.dtype) for name, x in matrices.items()}
   for name, (part, names) in parts.items():
-    result[name] = joined(part, names, "kernel").T.astype(config.dtype)
     if "bias" in part[names[0]]:
       result[f"{name}_bias"] = joined(part, names, "bias").astype(config.dtype)
   # No scale is multiplied into a matrix: in bfloat16 the product would be rounded a second time,

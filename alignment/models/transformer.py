@@ -141,13 +141,13 @@ class Transformer(nn.Module):
     takes its own.
     """
     config, length = self.config, tokens.shape[1]
+    ropes, _ = distinct(config.layer_ropes())
+    rope = _stack([rope_table(config, positions, kind) for kind in ropes])
     x = self.embed(tokens)
     if config.embedding_scale != 1:
       x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.positions == "learned":
       x = x + self.positions(positions)
-    ropes, _ = distinct(config.layer_ropes())
-    rope = _stack([rope_table(config, positions, kind) for kind in ropes])
     windows, _ = distinct(config.layer_windows(length))
     visible = visible_of(windows[0])
     if isinstance(visible, jax.Array | attention.SharedPromptBias):
