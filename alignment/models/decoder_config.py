@@ -146,6 +146,8 @@ class TransformerConfig:
         raise ValueError(
           f"{name} must have an entry for each of the {self.num_layers} layers, got {len(layers)}"
         )
+      if layers is not None:  # a list would have no hash
+        object.__setattr__(self, name, tuple(map(bool, layers)))
     self._simplify()
     for name in ("attention_scale", "attention_softcap", "logit_softcap", "local_rope_theta"):
       value = getattr(self, name)
