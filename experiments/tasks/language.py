@@ -25,7 +25,7 @@ from alignment.models import architectures, huggingface, lora, peft
 from experiments.data import batching, text
 from experiments.loop import training
 from experiments.report import results
-from experiments.tasks import language_offline, language_report, optimizers
+from experiments.tasks import harness, language_offline, language_report, optimizers
 from sharding import checks
 
 
@@ -293,6 +293,7 @@ def experiment(
       evaluates more than one completion per prompt.
   """
   config = task.config
+  harness.check(config)
 
   def policy_of(state):
     # A state without a reference has no adapters either, which `join` would look for there.
@@ -302,7 +303,7 @@ def experiment(
   def evaluate(state):
     params = policy_of(state)
     comparison = task.compare(params)
-    found = language_report.result(comparison, task)
+    found = harness.extend(language_report.result(comparison, task), task, params)
     return evaluate_more(found, comparison, params, task) if evaluate_more else found
 
   def export(state, folder):
