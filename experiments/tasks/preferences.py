@@ -161,7 +161,11 @@ def make_task(config: Any) -> Task:
       f"{config.network.model} ({network.max_length} tokens): lower one of them"
     )
   params = scalar_head.from_decoder(model.params)
-  params["layers"] = jax.tree.map(lambda x: x[:num_layers], params["layers"])
+  # Of an encoder-decoder the encoder is cut: the decoder reads one token.
+  body = params
+  if "encoder" in params:
+    body = params["encoder"] = dict(params["encoder"])
+  body["layers"] = jax.tree.map(lambda x: x[:num_layers], body["layers"])
   lengths = (config.data.prompt_length, config.data.completion_length)
   return Task(
     model=model,
