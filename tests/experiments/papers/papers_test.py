@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignment import oracles
+from alignment import ipo, oracles
 from alignment.models import huggingface
 from experiments import main
 from experiments.data import pretrained
@@ -296,6 +296,28 @@ def test_bandits_follow_the_published_protocol():
     regret = best - probs @ (rewards - beta * np.log(3 * probs))
     # The 10,000 drawn pairs move it by a few thousandths.
     assert abs(metrics[f"{name}/regret"] - regret) < 0.005
+
+
+def test_ipo_misses_the_optimum_of_copgs_bandit_with_exact_labels_too():
+  """At `ipo_limit` the expected gradient of alignment.ipo vanishes, and the regret does not."""
+  beta, arms = 0.5, range(3)
+  wins = 1 / (1 + np.exp(copg_bandit.REWARDS - copg_bandit.REWARDS[:, None]))
+  weights = np.outer(*copg_bandit.BEHAVIOUR)
+
+  def expected(logps):
+    losses = [
+      weights[i, j] * (wins[i, j] * ipo.ipo_loss(logps[i], logps[j], tau=beta)
+                       + wins[j, i] * ipo.ipo_loss(logps[j], logps[i], tau=beta))
+      for i in arms for j in arms
+    ]  # fmt: skip
+    return sum(losses)
+
+  limit = copg_bandit.ipo_limit(beta)
+  with jax.enable_x64(True):
+    # Rounding of float64 in the pseudo-inverse.
+    np.testing.assert_allclose(jax.grad(expected)(jnp.log(jnp.asarray(limit))), 0, atol=1e-12)
+    low, high = copg_bandit.REGRET_RANGES["ipo"]
+    assert low < copg_bandit.regret(jnp.log(jnp.asarray(limit)), beta) < high
 
 
 @pytest.mark.parametrize(
