@@ -183,7 +183,7 @@ def _result(config: Any, task: _Task, runs: Runs) -> results.Result:
         NAMES[name],
         statistics.mean_interval(final[name]),
         statistics.mean_interval(mean_returns[name]),
-        # Rounding leaves the gap of an optimal policy a little below zero.
+        # Values down to -100 round by more than `mean_interval` allows below zero.
         statistics.mean_interval(np.maximum(gaps[name], 0), method="log"),
         statistics.mean_interval(distances[name], method="log"),
         statistics.mean_interval(floors, method="log"),

@@ -11,6 +11,8 @@ from scipy import special, stats
 from experiments.report import results
 from sharding import checks
 
+_ROUNDING = 1e-6  # of float32
+
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> results.Estimate:
   """Returns k/n with its exact binomial interval, whose coverage is at least `confidence`.
@@ -65,7 +67,8 @@ def mean_interval(
     values: `[N]` observations.
     confidence: two-sided level, between 0 and 1.
     method: "t" for Student's interval; "log" for Student's interval of the logarithm of the mean
-      (delta method), which is positive and suits values that cannot be negative, such as distances;
+      (delta method), which is positive and suits values that cannot be negative, such as distances
+      (those below zero by 1e-6 or less, the rounding of float32, count as zero);
       "bootstrap" for the percentile interval, which suits skewed values. On eight exponential
       values the three cover the mean in 89, 92 and 82 % of cases.
     num_resamples: number of bootstrap samples. Their seed is fixed, so equal values give equal
@@ -89,11 +92,12 @@ def mean_interval(
   if not values.size:
     raise ValueError("values is empty: a mean needs at least one observation")
   checks.choice("method", method, ("t", "log", "bootstrap"))
-  if method == "log" and values.min() < 0:
-    raise ValueError(
-      f"values has {values.min()}: method='log' needs values that are not negative; take 't', or "
-      "set to zero what is below it by rounding"
-    )
+  if method == "log":
+    if values.min() < -_ROUNDING:
+      raise ValueError(
+        f"values has {values.min()}: method='log' needs values that are not negative; take 't'"
+      )
+    values = np.maximum(values, 0)
   mean, n = float(values.mean()), values.size
   if n == 1:
     return results.Estimate(mean, n=1)

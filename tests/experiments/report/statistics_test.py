@@ -68,6 +68,8 @@ def test_the_log_interval_is_positive_and_agrees_with_t_where_the_spread_is_smal
   ratio = np.exp(stats.t.ppf(0.975, 3))
   np.testing.assert_allclose([found.low, found.high], [1 / ratio, ratio], rtol=1e-12)
   assert statistics.mean_interval([0.0, 0.0], method="log") == results.Estimate(0.0, 0.0, 0.0, 2)
+  rounded = statistics.mean_interval([-1e-7, 2.0], method="log")
+  assert rounded == statistics.mean_interval([0.0, 2.0], method="log")
   values = np.random.default_rng(2).normal(100, 1, 30)
   found, t = statistics.mean_interval(values, method="log"), statistics.mean_interval(values)
   # exp(x) - 1 - x is x^2 / 2, and x is 0.004 here.
