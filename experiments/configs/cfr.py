@@ -1,4 +1,4 @@
-r"""CFR (Zinkevich et al. 2007) on games of OpenSpiel; `*_sampled` is Monte Carlo CFR.
+r"""CFR (Zinkevich et al. 2007) on compiled games; `*_sampled` is Monte Carlo CFR.
 
 Command:   python -m experiments.main --config=cfr:leduc --workdir=runs/cfr-leduc
 Hardware:  two CPU cores

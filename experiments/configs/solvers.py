@@ -1,7 +1,8 @@
 r"""ARMAC, NFSP, MCCFR and CFR on one game: one run for each of `methods`, and one figure.
 
 Each method runs as its own preset (`armac:kuhn`, `nfsp:kuhn`, `cfr:kuhn_sampled`, `cfr:kuhn`). Runs
-that are already finished in the work directory are not repeated.
+that are already finished in the work directory are not repeated. `--config.game=mine.efg` plays a
+game of your own with the settings of the preset.
 
 Command:   python -m experiments.main --config=solvers:kuhn --workdir=runs/solvers-kuhn
 Hardware:  two CPU cores
@@ -33,6 +34,7 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
       "paper": "solvers",
       "preset": preset,
       "seed": 0,
+      "game": "",  # another game for all methods: OpenSpiel's string or the path of an .efg file
       "methods": ("armac", "nfsp", "mccfr", "cfr"),
       "sharding": {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
       "train": {"num_steps": 1, "log_every": 1},

@@ -22,6 +22,10 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   parts = suite.configs_of("config.methods", config.methods, known, needs=["environment.game"])
   for part in parts.values():
     part.seed = config.seed
+    if config.game:
+      part.environment.game = config.game
+      if "bar" in part.environment:
+        part.environment.bar = 0.0  # the criterion belongs to the preset's game
   return suite.run(config, workdir, parts, _summarise)
 
 
