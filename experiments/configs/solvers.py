@@ -1,8 +1,9 @@
-r"""ARMAC, NFSP, MCCFR and CFR on one game: one run for each of `methods`, and one figure.
+r"""ARMAC and the methods beside it on one game: one run for each of `methods`, and one figure.
 
-Each method runs as its own preset (`armac:kuhn`, `nfsp:kuhn`, `cfr:kuhn_sampled`, `cfr:kuhn`). Runs
-that are already finished in the work directory are not repeated. `--config.game=mine.efg` plays a
-game of your own with the settings of the preset.
+Each method runs as its own preset (`armac:kuhn`, `nfsp:kuhn`, `ppo:kuhn`, `cfr:kuhn_sampled`,
+`cfr:kuhn`, `cfr:kuhn_predictive`, `cfr:kuhn_magnetic`, `cfr:kuhn_optimistic`). Runs that are
+already finished in the work directory are not repeated. `--config.game=mine.efg` plays a game of
+your own with the settings of the preset.
 
 Command:   python -m experiments.main --config=solvers:kuhn --workdir=runs/solvers-kuhn
 Hardware:  two CPU cores
@@ -13,6 +14,16 @@ import ml_collections
 
 from experiments.configs import armac, base
 
+METHODS = {
+  "armac": "armac:{preset}",
+  "nfsp": "nfsp:{preset}",
+  "ppo": "ppo:{preset}",
+  "mccfr": "cfr:{preset}_sampled",
+  "cfr": "cfr:{preset}",
+  "predictive": "cfr:{preset}_predictive",
+  "magnetic": "cfr:{preset}_magnetic",
+  "optimistic": "cfr:{preset}_optimistic",
+}
 # Time, and where each method ends; docs/results/games.md has the curves and the spread.
 _MEASURED = {
   "kuhn": ("8 minutes", "NashConv 0.076, 0.041, 0.020, 0.0067"),
@@ -21,7 +32,7 @@ _MEASURED = {
   "goofspiel": ("34 minutes", "NashConv 0.517, 0.215, 0.044, 0.046"),
 }
 PRESETS = {
-  name: base.Preset(f"ARMAC, NFSP, MCCFR and CFR on {armac.TITLES[name]}", *measured)
+  name: base.Preset(f"ARMAC and all other methods on {armac.TITLES[name]}", *measured)
   for name, measured in _MEASURED.items()
 }
 
@@ -35,7 +46,7 @@ def get_config(preset: str = "kuhn") -> ml_collections.ConfigDict:
       "preset": preset,
       "seed": 0,
       "game": "",  # another game for all methods: OpenSpiel's string or the path of an .efg file
-      "methods": ("armac", "nfsp", "mccfr", "cfr"),
+      "methods": tuple(METHODS),
       "sharding": {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
       "train": {"num_steps": 1, "log_every": 1},
       "eval": {"every": 0},
