@@ -63,39 +63,69 @@ def _table(params, observations):
   return observations @ params
 
 
-def test_play_ends_at_the_quantal_response_equilibrium():
-  game = games.compile_game([[3, -1], [-1, 1]])
-  observations = games.information_state_tensors(game)
-  size = observations.shape[-1]
-  config = ppo.Config(
-    temperature_start=1.0, temperature_end=1.0, num_episodes=512, batch_size=512, num_steps=2
-  )
-  apply_fn = ppo.Networks(_table, _table)
-  optimizer = optax.adam(optax.linear_schedule(0.1, 0.005, 400))
+NETWORKS = ppo.Networks(_table, _table)
+PAYOFFS = jnp.array([[3.0, -1.0], [-1.0, 1.0]])
+
+
+def _start(game, optimizer, config):
+  size = games.information_state_tensors(game).shape[-1]
   params = ppo.Params(jnp.zeros((size, 2)), jnp.zeros((size, 1)))
+  return ppo.init(params, optimizer=optimizer, config=config)
 
-  @jax.jit
-  def run(key):
-    def step(state, key):
-      state, _ = ppo_epochs.epoch(
-        state, game, observations, key, apply_fn=apply_fn, optimizer=optimizer, config=config
-      )
-      policy = ppo_epochs.current_policy(state.params, game, observations, apply_fn=apply_fn)
-      return state, policy
 
-    start = ppo.init(params, optimizer=optimizer, config=config)
-    return jax.lax.scan(step, start, jax.random.split(key, 300))
+def test_exact_steps_end_at_the_quantal_response_equilibrium():
+  game = games.compile_game(PAYOFFS)
+  observations = games.information_state_tensors(game)
+  seen = games.state_observations(game, observations)
+  config = ppo.Config(temperature_start=1.0, temperature_end=1.0)
+  optimizer = optax.sgd(0.3)
+  rows = jnp.broadcast_to(jnp.arange(2)[:, None], (2, 2))  # both play the action of the row
 
-  state, policies = run(jax.random.key(0))
-  assert state.env_steps == 300 * 512 * 2 and state.step == 600
+  def step(state, _):
+    policy = ppo_epochs.current_policy(state.params, game, observations, apply_fn=NETWORKS)
+    values = jnp.stack([PAYOFFS @ policy[1], -PAYOFFS.T @ policy[0]])
+    gains = values - jnp.sum(policy * values, axis=1, keepdims=True)
+    # A mean over the two actions that weights each as the policy does: no sampling.
+    batch = ppo.Batch(
+      jnp.broadcast_to(seen, (2, *seen.shape)), jnp.ones((2, 2, 2), bool), rows,
+      jnp.ones((2, 2), bool), jnp.broadcast_to(policy, (2, 2, 2)), (2 * policy * gains).T,
+      jnp.zeros((2, 2)),
+    )  # fmt: skip
+    state, _ = ppo.update(state, batch, None, apply_fn=NETWORKS, optimizer=optimizer, config=config)
+    return state, policy
+
+  _, policies = jax.lax.scan(step, _start(game, optimizer, config), length=400)
   exact = mirror_descent.solve(game, num_iterations=300, config=mirror_descent.Config(0.2, 1.0))
   expected = mirror_descent.current_policy(game, exact)
-  uniform, equilibrium = policy_arrays.uniform(game), jnp.array([[1 / 3, 2 / 3], [1 / 3, 2 / 3]])
-  found = policies[-100:].mean(0)
-  # Means of 512 episodes have an error of 0.08; 100 epochs average most of it out.
-  np.testing.assert_allclose(found, expected, atol=0.03)
-  for other in (uniform, equilibrium):
-    assert jnp.max(jnp.abs(expected - other)) > 0.1
+  np.testing.assert_allclose(policies[-1], expected, atol=1e-4)  # 400 steps in float32
+  for other in (policy_arrays.uniform(game), jnp.array([[1 / 3, 2 / 3], [1 / 3, 2 / 3]])):
+    assert jnp.max(jnp.abs(expected - other)) > 0.1  # neither uniform nor an equilibrium
+
+
+def test_episodes_follow_the_policy_and_an_epoch_counts_them():
+  game = games.compile_game(PAYOFFS)
+  observations = games.information_state_tensors(game)
+  config = ppo.Config(trace_decay=1.0, num_episodes=512, batch_size=256, num_steps=3)
+  optimizer = optax.adam(1e-2)
+  state = _start(game, optimizer, config)
+  slanted = jnp.tile(jnp.array([0.0, 1.0]), (len(state.params.policy), 1))
+  state = state._replace(params=state.params._replace(policy=slanted))
+  batch = ppo_epochs.sample(
+    state, game, observations, jax.random.key(0), apply_fn=NETWORKS, config=config
+  )
+  actions = np.asarray(batch.actions)
+  utilities = np.asarray(PAYOFFS)[actions[:, 0], actions[:, 1]]
+  np.testing.assert_array_equal(batch.returns, np.stack([utilities, -utilities], 1))
+  np.testing.assert_array_equal(batch.advantages, batch.returns)  # the values are 0
+  played = float(batch.policies[0, 0, 1])
+  # Five standard errors of 1,024 draws.
+  np.testing.assert_allclose(actions.mean(), played, atol=5 * (played * (1 - played) / 1024) ** 0.5)
+  state, metrics = ppo_epochs.epoch(
+    state, game, observations, jax.random.key(1), apply_fn=NETWORKS, optimizer=optimizer,
+    config=config,
+  )  # fmt: skip
+  assert state.env_steps == 1024 and state.step == 3
+  assert metrics.keys() >= {"loss", "ppo/policy_loss", "ppo/magnet_loss", "ppo/value_loss"}
 
 
 def test_bad_input_is_refused():
