@@ -138,6 +138,9 @@ def draw_tree(game: games.Game, policy: Any = None, *, name: str = "tree") -> re
     axis.plot(x, y, "s" if player < 0 else "o", color=colour, markersize=5, zorder=2)
     if player >= 0:
       axis.text(x, y + 0.45, game.state_strings[states[node]], fontsize=6, ha="center")
+  for text in axis.texts:
+    text.set_in_layout(False)  # labels overlap the lines, so they need no room beside the axes
+  axis.margins(x=0.08, y=0.03)
   axis.set_axis_off()
   caption = (
     f"All {len(parents)} histories of {game.layout.name}; the ends have player 0's utility. A "

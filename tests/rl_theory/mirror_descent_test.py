@@ -212,7 +212,7 @@ def test_updates_compile_once_and_bad_input_is_refused(x64):
   config = Config()
   state, _ = mirror_descent.update(mirror_descent.init(game, config), game, config=config)
   before = mirror_descent.update._cache_size()
-  mirror_descent.update(state, game, None, config=Config(0.3, 0.0, 0.5))
+  mirror_descent.update(state, game, config=Config(0.3, 0.0, 0.5))
   assert mirror_descent.update._cache_size() == before
   with pytest.raises(ValueError, match="form must be one of 'dilated', 'behavioural', got 'q'"):
     Config(form="q")
