@@ -212,7 +212,6 @@ def _solve(game: games.Game, state: State, config: Config, num_iterations: int) 
   return jax.lax.scan(body, state, length=num_iterations)[0]
 
 
-@functools.partial(jax.jit, static_argnames="form")
 def quantal_response(
   game: games.Game, policy: Any, *, temperature: Any, form: str = "dilated", magnet: Any = None
 ) -> jax.Array:
@@ -236,12 +235,15 @@ def quantal_response(
   checks.choice("form", form, FORMS)
   policy = policy_arrays.checked(game, policy)
   log_magnet = init(game, Config(form=form), magnet=magnet).log_magnet
-  response = _respond(
-    game,
-    _gradient(game, policy, form) + temperature * log_magnet,
-    temperature,
-    dilated=form == "dilated",
-  )
+  return _quantal_response(game, policy, temperature, log_magnet, form)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _quantal_response(
+  game: games.Game, policy: jax.Array, temperature: Any, log_magnet: jax.Array, form: str
+) -> jax.Array:
+  scores = _gradient(game, policy, form) + temperature * log_magnet
+  response = _respond(game, scores, temperature, dilated=form == "dilated")
   return jnp.where(game.legal, jnp.exp(response), 0)
 
 
