@@ -24,6 +24,18 @@ _MEASURED = {
   "liars_dice_sampled": ("30 seconds", "NashConv 0.104, seeds 0.087 to 0.121"),
   "goofspiel": ("5 seconds", "NashConv 0.046"),
   "goofspiel_sampled": ("40 seconds", "NashConv 0.044, seeds 0.017 to 0.078"),
+  "kuhn_predictive": ("a minute beside other work", "NashConv 0.0000061"),
+  "leduc_predictive": ("a minute beside other work", "NashConv 0.0139"),
+  "liars_dice_predictive": ("a minute beside other work", "NashConv 0.00037"),
+  "goofspiel_predictive": ("a minute beside other work", "NashConv 0.000022"),
+  "kuhn_magnetic": ("a minute beside other work", "NashConv 0.065, of the last policy"),
+  "leduc_magnetic": ("a minute beside other work", "NashConv 0.268, of the last policy"),
+  "liars_dice_magnetic": ("a minute beside other work", "NashConv 0.103, of the last policy"),
+  "goofspiel_magnetic": ("a minute beside other work", "NashConv 0.083, of the last policy"),
+  "kuhn_optimistic": ("a minute beside other work", "NashConv 0.0025"),
+  "leduc_optimistic": ("a minute beside other work", "NashConv 0.532"),
+  "liars_dice_optimistic": ("a minute beside other work", "NashConv 0.032"),
+  "goofspiel_optimistic": ("a minute beside other work", "NashConv 0.021"),
   "tiny": ("10 seconds", "smoke test"),
 }
 PRESETS = {

@@ -24,12 +24,18 @@ METHODS = {
   "magnetic": "cfr:{preset}_magnetic",
   "optimistic": "cfr:{preset}_optimistic",
 }
-# Time, and where each method ends; docs/results/games.md has the curves and the spread.
+# Time of ARMAC, NFSP, MCCFR and CFR, and where these end; docs/results/games.md has the others.
 _MEASURED = {
-  "kuhn": ("8 minutes", "NashConv 0.076, 0.041, 0.020, 0.0067"),
-  "leduc": ("50 minutes", "NashConv 0.571, 1.117, 0.578, 0.108"),
-  "liars_dice": ("55 minutes beside other work", "NashConv 0.319, 0.527, 0.104, 0.017"),
-  "goofspiel": ("34 minutes", "NashConv 0.517, 0.215, 0.044, 0.046"),
+  "kuhn": ("8 minutes and PPO", "NashConv of ARMAC 0.076, NFSP 0.041, MCCFR 0.020, CFR 0.0067"),
+  "leduc": ("50 minutes and PPO", "NashConv of ARMAC 0.571, NFSP 1.117, MCCFR 0.578, CFR 0.108"),
+  "liars_dice": (
+    "55 minutes beside other work, and PPO",
+    "NashConv of ARMAC 0.319, NFSP 0.527, MCCFR 0.104, CFR 0.017",
+  ),
+  "goofspiel": (
+    "34 minutes and PPO",
+    "NashConv of ARMAC 0.517, NFSP 0.215, MCCFR 0.044, CFR 0.046",
+  ),
 }
 PRESETS = {
   name: base.Preset(f"ARMAC and all other methods on {armac.TITLES[name]}", *measured)

@@ -56,7 +56,8 @@ _PENNIES = """EFG 2 R "pennies" { "A" "B" }
 
 
 @pytest.mark.parametrize(
-  "paper", ["cfr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("armac", "nfsp"))]
+  "paper",
+  ["cfr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("armac", "nfsp", "ppo"))],
 )
 def test_a_game_of_your_own_is_played_from_its_file(paper, tmp_path, capsys):
   path, folder = tmp_path / "pennies.efg", tmp_path / "run"
@@ -75,7 +76,7 @@ def test_a_game_of_your_own_is_played_from_its_file(paper, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("paper", ["armac", "nfsp"])
+@pytest.mark.parametrize("paper", ["armac", "nfsp", "ppo"])
 def test_tiny_runs_learn_and_measure(paper, tmp_path):
   folder = tmp_path / "run"
   assert run(f"{paper}:tiny", folder) == 0
