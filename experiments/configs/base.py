@@ -226,7 +226,16 @@ def language_model(
     },
     sharding={"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
     train={"num_steps": 40, "batch_size": 8, "log_every": 1},
-    eval={"every": 20, "num_prompts": 256, "num_table_rows": 16},
+    eval={
+      "every": 20,
+      "num_prompts": 256,
+      "num_table_rows": 16,
+      # Tasks of the lm-evaluation-harness, or YAML files of tasks, parted by commas. They run in
+      # every evaluation, so they are best given with --mode=eval.
+      "tasks": "",
+      "task_limit": 0,  # examples of each task; 0: all
+      "num_fewshot": 0,  # worked examples in a prompt; 0: as the task says
+    },
     checkpoint={"every": 20, "keep": 1},
   )
 

@@ -21,7 +21,7 @@ from alignment.models import huggingface, transformer
 from experiments.data import batching, text
 from experiments.loop import training
 from experiments.report import results
-from experiments.tasks import language_offline, language_report, optimizers
+from experiments.tasks import harness, language_offline, language_report, optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +194,12 @@ def experiment(
       evaluates more than one completion per prompt.
   """
   config = task.config
+  harness.check(config)
 
   def evaluate(state):
     params = policy_of(state)
     comparison = task.compare(params)
-    found = language_report.result(comparison, task)
+    found = harness.extend(language_report.result(comparison, task), task, params)
     return evaluate_more(found, comparison, params, task) if evaluate_more else found
 
   def export(state, folder):
