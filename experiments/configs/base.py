@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+# Low-rank adapters of a language model; a learning rate ten times that of full training is usual.
+LORA = {
+  "lora_rank": 0,  # 0: train all parameters
+  "lora_alpha": 32.0,  # the change is B A alpha / rank
+  "lora_targets": "all",  # matrices of the layers, or names such as query,value
+}
+
 
 class Preset(NamedTuple):
   """One line of `--list`: what runs, how long it takes, and the result that we measured."""
@@ -190,6 +197,7 @@ def language_model(
       "dtype": "float32",
       "remat": False,
       "logps_chunk": 0,  # vocabulary entries whose logits are held at once; 0: as the device suits
+      **LORA,
     },
     reward="vader",  # or module:function(prompts, completions) -> array of floats
     data={

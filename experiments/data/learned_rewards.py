@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 
 from alignment import reward_model, sequences
-from alignment.models import scalar_head, tokenizer, transformer
+from alignment.models import architectures, scalar_head, tokenizer
 from experiments import files
 from experiments.data import encoding
 
@@ -64,7 +64,7 @@ class LearnedReward:
   """
 
   settings: Settings
-  config: transformer.TransformerConfig
+  config: architectures.Config
   params: Any
   tokenizer: tokenizer.Tokenizer
   fingerprint: str = ""
@@ -185,7 +185,7 @@ def by_length(
 def save(
   folder: _Path,
   settings: Settings,
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   params: Any,
   *,
   tokenizer: tokenizer.Tokenizer,

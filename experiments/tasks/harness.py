@@ -61,6 +61,11 @@ def extend(result: results.Result, task: language_offline.Task, params: Any) -> 
   entries = [entry.strip() for entry in task.config.eval.tasks.split(",") if entry.strip()]
   if not entries:
     return result
+  if not isinstance(task.network, transformer.TransformerConfig):
+    raise ValueError(
+      f"eval.tasks={task.config.eval.tasks} needs a decoder, and {task.config.network.model} is an "
+      "encoder-decoder: leave eval.tasks empty"
+    )
   if importlib.util.find_spec("lm_eval") is None:
     reason = (
       f"eval.tasks={task.config.eval.tasks} was skipped, because lm_eval is not installed: "
@@ -246,7 +251,7 @@ def _scores(params, tokens, mask, targets, places, counted, *, config):
 
   def one(column):  # of one position, since [B, C, V] is large
     states, wanted = column
-    logits = transformer.output_logits(states, embedding)
+    logits = transformer.output_logits(states, embedding, softcap=config.logit_softcap)
     chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1)
 
