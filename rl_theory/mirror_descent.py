@@ -149,6 +149,7 @@ def update(
     The new state, and the metric `mirror_descent/change`: the largest change of a probability.
   """
   del key
+  checks.given(config)
   if config.optimistic != (state.last_gradient is not None):
     raise ValueError(
       f"state must come from init with optimistic={config.optimistic}, got "

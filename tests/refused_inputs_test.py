@@ -67,10 +67,12 @@ def test_none_in_a_config_is_refused_by_name():
     checks.given(config(**required))
 
 
-@pytest.mark.parametrize("module", ["cfr", "mccfr"])
-def test_solvers_look_at_their_config(module):
+@pytest.mark.parametrize(
+  ("module", "field"),
+  [("cfr", "averaging_power"), ("mccfr", "epsilon"), ("mirror_descent", "temperature")],
+)
+def test_solvers_look_at_their_config(module, field):
   module = importlib.import_module(f"rl_theory.{module}")
-  field = "averaging_power" if module.__name__.endswith(".cfr") else "epsilon"
   with pytest.raises(ValueError, match=f"{field} of Config must be given, got None"):
     module.update(None, None, None, config=module.Config(**{field: None}))
 

@@ -127,7 +127,7 @@ def _merged(
 ) -> Pretrained:
   """Returns the base of an adapter, with the adapter added to its weights."""
   name = peft.base_of(folder)
-  if pathlib.Path(name).expanduser().resolve() == folder.resolve():
+  if files.local_path("base of the adapter", name).resolve() == folder.resolve():
     raise ValueError(
       f"{folder}: {peft.CONFIG_FILE} names the folder itself as the base: correct it"
     )
