@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import files
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits, game_figures
@@ -57,7 +58,10 @@ def compile_game(config: Any) -> games.Game:
     ValueError: if a field of `environment` is invalid.
   """
   checks.count("config.environment.num_seeds", config.environment.num_seeds)
-  return games.compile_game(config.environment.game, max_nodes=config.environment.max_nodes)
+  game = config.environment.game
+  if game.endswith(".efg"):
+    game = str(files.local_path("config.environment.game", game))
+  return games.compile_game(game, max_nodes=config.environment.max_nodes)
 
 
 def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:

@@ -21,6 +21,7 @@ from experiments.data import (
 from experiments.loop import presets
 from experiments.papers import supervised
 from experiments.studies import node_table
+from experiments.tasks import game_runs
 
 
 @pytest.fixture
@@ -57,6 +58,14 @@ def test_data_may_lie_in_the_home_folder(home):
   for arguments in (("~/images",), ("images", "~")):
     assert image_formats.read(*arguments).class_names == ("blue", "red")
   assert sample_cache.SampleCache("~/cache").folder == home / "cache"
+
+
+def test_a_game_may_lie_in_the_home_folder(home, monkeypatch):
+  monkeypatch.setattr(game_runs.games, "compile_game", lambda name, **unused: name)
+  config = presets.resolve("cfr:kuhn")
+  assert game_runs.compile_game(config) == "kuhn_poker"
+  config.environment.game = "~/mine.efg"
+  assert game_runs.compile_game(config) == str(home / "mine.efg")
 
 
 def test_environment_variables_may_name_the_home_folder(home, monkeypatch):
@@ -99,6 +108,8 @@ def test_models_and_runs_may_lie_in_the_home_folder(home):
     ("byol:tiny", "--config.data.source=gs://bucket/images"),
     ("byol:tiny", "--config.data.directory=gs://bucket/images"),
     ("supervised:tiny", "--config.network.init_from=gs://bucket/run"),
+    ("cfr:kuhn", "--config.environment.game=gs://bucket/mine.efg"),
+    ("copg:tiny", "--config.eval.tasks=gs://bucket/task.yaml"),
     ("bgrl:csbm", "--config.data.directory=gs://bucket/graphs"),
     ("bgrl:paper", "--config.data.folders=gs://bucket/{name}-{seed}"),
   ],
