@@ -33,7 +33,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -42,7 +42,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from alignment import chunked_likelihood, sequences
-from alignment.models import attention, transformer
+from alignment.models import attention, decoder_layers, transformer
 from sharding import checks
 
 Params = transformer.Params
@@ -103,6 +103,7 @@ class T5Config:
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
   scan_layers: bool = True
+  norm: ClassVar[str] = "rms"  # what `decoder_layers.Norm` asks for
 
   def __post_init__(self):
     names = "vocab_size num_layers num_decoder_layers width num_heads head_dim mlp_width"
@@ -174,13 +175,13 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     config: Any = self.config
-    hidden = transformer.Dense(config.mlp_width, config, name="up")(x)
+    hidden = decoder_layers.Dense(config.mlp_width, config, name="up")(x)
     activation = _ACTIVATIONS[config.mlp]
     if config.mlp.startswith("gated"):
-      hidden *= activation(transformer.Dense(config.mlp_width, config, name="gate")(x))
+      hidden *= activation(decoder_layers.Dense(config.mlp_width, config, name="gate")(x))
     else:
       hidden = activation(hidden)
-    return transformer.Dense(config.width, config, name="down")(hidden)
+    return decoder_layers.Dense(config.width, config, name="down")(hidden)
 
 
 class Attention(nn.Module):
@@ -190,9 +191,9 @@ class Attention(nn.Module):
 
   def setup(self):
     config: Any = self.config
-    dense = functools.partial(transformer.Dense, config.num_heads * config.head_dim, config)
+    dense = functools.partial(decoder_layers.Dense, config.num_heads * config.head_dim, config)
     self.query, self.key, self.value = dense(), dense(), dense()
-    self.output = transformer.Dense(config.width, config)
+    self.output = decoder_layers.Dense(config.width, config)
 
   def keys_values(self, x: jax.Array) -> attention.KeysValues:
     """Returns keys and values `[B, heads, S, head_dim]` of `[B, S, D]`."""
@@ -225,11 +226,11 @@ class Block(nn.Module):
 
   def setup(self):
     config: Any = self.config
-    self.attention_norm, self.attention = transformer.RMSNorm(config), Attention(config)
+    self.attention_norm, self.attention = decoder_layers.Norm(config), Attention(config)
     if self.is_decoder:
-      self.cross_attention_norm = transformer.RMSNorm(config)
+      self.cross_attention_norm = decoder_layers.Norm(config)
       self.cross_attention = Attention(config)
-    self.mlp_norm, self.mlp = transformer.RMSNorm(config), Mlp(config)
+    self.mlp_norm, self.mlp = decoder_layers.Norm(config), Mlp(config)
 
   def __call__(self, x, positions, padding, states=None, states_padding=None):
     """Returns `(x, None)`, as `nn.scan` wants it; arguments as those of `Stack`."""
@@ -287,7 +288,7 @@ class Stack(nn.Module):
       length=length,
       unroll=1 if config.scan_layers else length,
     )(config, self.is_decoder)
-    self.final_norm = transformer.RMSNorm(config)
+    self.final_norm = decoder_layers.Norm(config)
 
   def __call__(self, x, padding=None, states=None, states_padding=None) -> jax.Array:
     """Hidden states `[B, T, D]`.
@@ -340,7 +341,7 @@ class T5(nn.Module):
     )
     self.encoder, self.decoder = Stack(config, False), Stack(config, True)
     if not config.tied_head:
-      self.head = transformer.Dense(config.vocab_size, config, wide=True)
+      self.head = decoder_layers.Dense(config.vocab_size, config, wide=True)
 
   def __call__(self, prompt: jax.Array, prompt_mask: jax.Array, tokens: jax.Array) -> jax.Array:
     """Logits `[B, T, V]` in float32; see `logits`."""

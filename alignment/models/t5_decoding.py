@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignment.models import attention, t5, transformer
+from alignment.models import attention, decoder_layers, t5, transformer
 
 
 class Decoder(NamedTuple):
@@ -87,7 +87,7 @@ def decode(
   The row of `positions` hides the slots that are not written yet.
   """
   block: Any = t5.Block(config, is_decoder=True)
-  norm: Any = transformer.RMSNorm(config)  # type: ignore[arg-type]
+  norm: Any = decoder_layers.Norm(config)  # type: ignore[arg-type]
   x = decoder.embedding[token].astype(config.dtype)[:, None]
   positions = jax.lax.dynamic_slice_in_dim(decoder.positions, slot, 1, axis=2)
   updated = []

@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+# Low-rank adapters of a language model; a learning rate ten times that of full training is usual.
+LORA = {
+  "lora_rank": 0,  # 0: train all parameters
+  "lora_alpha": 32.0,  # the change is B A alpha / rank
+  "lora_targets": "all",  # matrices of the layers, or names such as query,value
+}
+
 
 class Preset(NamedTuple):
   """One line of `--list`: what runs, how long it takes, and the result that we measured."""
@@ -190,6 +197,7 @@ def language_model(
       "dtype": "float32",
       "remat": False,
       "logps_chunk": 0,  # vocabulary entries whose logits are held at once; 0: as the device suits
+      **LORA,
     },
     reward="vader",  # or module:function(prompts, completions) -> array of floats
     data={
@@ -226,7 +234,16 @@ def language_model(
     },
     sharding={"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
     train={"num_steps": 40, "batch_size": 8, "log_every": 1},
-    eval={"every": 20, "num_prompts": 256, "num_table_rows": 16},
+    eval={
+      "every": 20,
+      "num_prompts": 256,
+      "num_table_rows": 16,
+      # Tasks of the lm-evaluation-harness, or YAML files of tasks, parted by commas. They run in
+      # every evaluation, so they are best given with --mode=eval.
+      "tasks": "",
+      "task_limit": 0,  # examples of each task; 0: all
+      "num_fewshot": 0,  # worked examples in a prompt; 0: as the task says
+    },
     checkpoint={"every": 20, "keep": 1},
   )
 

@@ -60,18 +60,22 @@ def get_config(preset: str = "cifar10_cpu") -> ml_collections.ConfigDict:
       {"encoder": "resnet10", "width_multiplier": 0.25, "hidden": 512, "projection": 128}
     )
     config.views.size, config.eval.size = 24, 32
-    config.optimizer.update({"learning_rate": 3.0, "warmup_steps": 390, "weight_decay": 1e-6})
-    config.train.update({"num_steps": 80 * 10_000 // 256, "batch_size": 256})
-    config.eval.every = 625
-    config.checkpoint.every = 125
+    config.algorithm.target_decay = 0.97  # a shorter memory than the paper's, for so few steps
+    _small_views(config)
+    config.optimizer.update({"learning_rate": 3.0, "warmup_steps": 600, "weight_decay": 1e-6})
+    config.train.update({"num_steps": 80 * 10_000 // 128, "batch_size": 128})
+    config.eval.every = 1250
+    config.checkpoint.every = 250
   if preset == "ablation":
     config.data.num_images = 10_000
     config.network.update(
       {"encoder": "resnet8", "width_multiplier": 0.25, "hidden": 256, "projection": 64}
     )
     config.views.size = 16
-    config.optimizer.update({"learning_rate": 3.0, "warmup_steps": 100, "weight_decay": 1e-6})
-    config.train.update({"num_steps": 30 * 10_000 // 256, "batch_size": 256})
+    config.algorithm.target_decay = 0.96
+    _small_views(config)
+    config.optimizer.update({"learning_rate": 3.0, "warmup_steps": 200, "weight_decay": 1e-6})
+    config.train.update({"num_steps": 15 * 10_000 // 128, "batch_size": 128})
     config.eval.update({"probes": ("knn", "linear"), "baselines": False})
   if preset == "cifar10":
     # Learning rate and decay of lightly's benchmark, whose loss is a quarter of this one. It has
@@ -108,6 +112,12 @@ def get_config(preset: str = "cifar10_cpu") -> ml_collections.ConfigDict:
     config.eval.update({"probes": ("knn", "linear"), "num_neighbours": 20, "num_epochs": 20})
     config.checkpoint.every = 20
   return config
+
+
+def _small_views(config: ml_collections.ConfigDict) -> None:
+  """Crops of 20 % or more, and no blur: less would be left of so few pixels."""
+  for view in (config.views.first, config.views.second):
+    view.update({"min_area": 0.2, "blur_prob": 0.0})
 
 
 def _imagenet(config: ml_collections.ConfigDict, num_epochs: int) -> None:

@@ -60,6 +60,7 @@ def get_config(preset: str = "human") -> ml_collections.ConfigDict:
     "train": "all",  # or "head": a linear model on frozen features, which are cached
     "dtype": "float32",
     "remat": False,
+    **base.LORA,
   }
   config.data = {
     "name": "preferences",
@@ -69,6 +70,8 @@ def get_config(preset: str = "human") -> ml_collections.ConfigDict:
     "prompt_length": 64,  # tokens; a longer prompt loses its beginning
     "completion_length": 256,  # tokens with EOS; a longer completion loses its end
   }
+  for name in ("tasks", "task_limit", "num_fewshot"):  # they ask a policy
+    del config.eval[name]
   config.eval.num_prompts = 125  # held out with all their pairs
   if preset == "tiny":
     config.network.model = "tiny-random"

@@ -24,6 +24,7 @@ import tqdm
 
 from alignment import reward_model, sequences
 from alignment.models import architectures, scalar_head, tokenizer
+from experiments import files
 from experiments.data import encoding
 
 _Path = str | os.PathLike[str]
@@ -201,7 +202,7 @@ def load(folder: _Path) -> LearnedReward:
   Raises:
     ValueError: the folder is absent, damaged, or does not hold such a model.
   """
-  folder = pathlib.Path(folder).expanduser()
+  folder = files.local_path("reward model", folder)
   path = folder / _SETTINGS_FILE
   if not path.is_file():
     raise ValueError(

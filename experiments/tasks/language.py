@@ -4,24 +4,28 @@ A method names its algorithm and turns scored completions into its batch (`colla
 more than the policy, it also gives a `Network`. The model, its data and the comparison with the
 reference are in `language_offline.Task`. Methods that draw completions while they train use
 `language_online`. Both kinds end in `experiment`.
+
+With `network.lora_rank` above 0 only low-rank adapters are trained (`alignment.models.lora`). They
+are then the parameters of the algorithm, and the state holds the pretrained model beside them.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import sharding
 from alignment import copg, sequences
 from alignment.baselines import sft
-from alignment.models import architectures, huggingface
+from alignment.models import architectures, huggingface, lora, peft
 from experiments.data import batching, text
 from experiments.loop import training
 from experiments.report import results
-from experiments.tasks import language_offline, language_report, optimizers
+from experiments.tasks import harness, language_offline, language_report, optimizers
+from sharding import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Network:
     policy_of: maps the trained parameters to the policy's.
     make_optimizer: maps one optimiser to the optimiser of all trained parameters.
     rules: say how the parameters are split over a mesh.
+    adapters: None to train all parameters, else low-rank adapters alone.
   """
 
   make_apply_fn: Callable[..., Any] = architectures.make_apply_fn
@@ -41,9 +46,76 @@ class Network:
   policy_of: Callable[[Any], Any] = lambda params: params
   make_optimizer: Callable[[Any], optax.GradientTransformation] = lambda optimizer: optimizer
   rules: sharding.Rules = architectures.SHARDING_RULES
+  adapters: lora.Config | None = None
+
+  def start(self, params: Any, key: jax.Array) -> Any:
+    """Returns the first trained parameters, given those of the decoder."""
+    params = self.make_params(params)
+    return params if self.adapters is None else lora.init(params, key, config=self.adapters)
+
+  def join(self, trained: Any, params: Any) -> Any:
+    """Returns the parameters of the network: the trained ones, within those of the decoder."""
+    if self.adapters is None:
+      return trained
+    return lora.join(self.make_params(params), trained, config=self.adapters)
+
+  def bind(self, apply_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """Returns `apply_fn` of the trained parameters; `params` are the decoder's, traced."""
+    if self.adapters is None:
+      return apply_fn
+    return lora.bind(apply_fn, self.make_params(params), config=self.adapters)
 
 
 POLICY = Network()
+
+
+class State(NamedTuple):
+  """The algorithm's state and the reference policy, where a step needs it.
+
+  Methods that draw completions need the reference in every step. Low-rank adapters need it as
+  their base. It must not become a constant of the compiled step, and donation must not free it. As
+  a part of the state it is split like the parameters and passed through in place. A resumed run
+  finds it in the checkpoint on any mesh, even if the pretrained model is gone. The price is one
+  more copy of the parameters in a checkpoint, which has three without adapters under Adam.
+  """
+
+  learner: Any
+  ref_params: Any
+
+  @property
+  def step(self) -> jax.Array:
+    """Number of updates so far."""
+    return self.learner.step
+
+
+def with_adapters(network: Network, section: Any) -> Network:
+  """Returns the network with the adapters of a config's section `network`.
+
+  Raises:
+    ValueError: if `lora_rank` or `lora_alpha` is out of range.
+  """
+  rank = section.get("lora_rank", 0)  # configs of older runs have no adapters
+  checks.count("network.lora_rank", rank, least=0)
+  if not rank:
+    return network
+  checks.positive("network.lora_alpha", section.lora_alpha)
+  names = tuple(name.strip() for name in section.lora_targets.split(","))
+  targets = None if names == ("all",) else names
+  adapters = lora.Config(rank=rank, alpha=section.lora_alpha, targets=targets)
+  rules = (*lora.SHARDING_RULES, *network.rules)
+  return dataclasses.replace(network, adapters=adapters, rules=rules)
+
+
+def check_adapters(network: Network, params: Any) -> None:
+  """Prints how many parameters are trained; raises ValueError where the adapters do not fit."""
+  if network.adapters is None:
+    return
+  key = jax.random.key(0)
+  trained, joined = jax.eval_shape(
+    lambda params: (trained := network.start(params, key), network.join(trained, params)), params
+  )
+  count, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, joined))
+  print(f"low-rank adapters: {count:,} of {total:,} parameters are trained", flush=True)
 
 
 # --- batches that several methods share ---
@@ -148,27 +220,53 @@ def build(
   """
   algorithm_config = algorithm.Config(**config.algorithm)
   check_sizes(config, algorithm_config.num_microbatches, min_samples)
-  optimizer = network.make_optimizer(make_optimizer(config.optimizer, config.train.num_steps))
+  network = with_adapters(network, config.network)
   task = task or language_offline.make_task(config)
-
-  def init(key, params):
-    del key
-    return algorithm.init(network.make_params(params), optimizer=optimizer, config=algorithm_config)
-
+  check_adapters(network, task.model.params)
+  init, update, trained = learner(
+    algorithm,
+    apply_fn=network.make_apply_fn(task.network, logps_chunk=config.network.logps_chunk or None),
+    optimizer=network.make_optimizer(make_optimizer(config.optimizer, config.train.num_steps)),
+    config=algorithm_config,
+    network=network,
+  )
   return experiment(
     task,
     init=init,
-    update=functools.partial(
-      algorithm.update,
-      apply_fn=network.make_apply_fn(task.network, logps_chunk=config.network.logps_chunk or None),
-      optimizer=optimizer,
-      config=algorithm_config,
-    ),
+    update=update,
     arrays=lambda: collate(task.training_samples(min_samples)),
-    policy_of=lambda state: network.policy_of(state.params),
-    rules=network.rules,
+    trained=trained,
+    network=network,
     evaluate_more=evaluate_more,
   )
+
+
+def learner(
+  algorithm: Any,
+  *,
+  apply_fn: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  config: Any,
+  network: Network,
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[[Any], Any]]:
+  """Returns `init(key, params)`, `update(state, batch, key)` and `trained(state)` of an algorithm.
+
+  The state is the algorithm's; with adapters it is a `State`, whose reference is their base.
+  """
+  step = functools.partial(algorithm.update, optimizer=optimizer, config=config)
+
+  def init(key, params):
+    state = algorithm.init(network.start(params, key), optimizer=optimizer, config=config)
+    return state if network.adapters is None else State(state, params)
+
+  def update_beside_base(state, batch, key):
+    bound = network.bind(apply_fn, state.ref_params)
+    inner, metrics = step(state.learner, batch, key, apply_fn=bound)
+    return State(inner, state.ref_params), metrics
+
+  if network.adapters is None:
+    return init, functools.partial(step, apply_fn=apply_fn), lambda state: state.params
+  return init, update_beside_base, lambda state: state.learner.params
 
 
 def experiment(
@@ -177,8 +275,8 @@ def experiment(
   init: Callable[..., Any],
   update: Callable[..., Any],
   arrays: Callable[[], Any],
-  policy_of: Callable[[Any], Any],
-  rules: sharding.Rules = architectures.SHARDING_RULES,
+  trained: Callable[[Any], Any],
+  network: Network = POLICY,
   evaluate_more: Callable[..., results.Result] | None = None,
 ) -> training.Experiment:
   """Returns the experiment that trains on a task and compares its policy with the reference.
@@ -188,21 +286,41 @@ def experiment(
     init: `init(key, params) -> State`; `params` are the pretrained parameters.
     update: `update(state, batch, key) -> (State, Metrics)`.
     arrays: makes the training examples, NumPy arrays with one leading axis.
-    policy_of: maps the state to the policy's parameters.
-    rules: say how the parameters are split over a mesh; other leaves are replicated.
+    trained: maps the state to the trained parameters.
+    network: the network whose they are.
     evaluate_more: `(result, comparison, policy_params, task) -> Result`, for a method that
       evaluates more than one completion per prompt.
   """
   config = task.config
+  harness.check(config)
+
+  def policy_of(state):
+    # A state without a reference has no adapters either, which `join` would look for there.
+    joined = network.join(trained(state), getattr(state, "ref_params", None))
+    return network.policy_of(joined)
 
   def evaluate(state):
     params = policy_of(state)
     comparison = task.compare(params)
-    found = language_report.result(comparison, task)
+    found = harness.extend(language_report.result(comparison, task), task, params)
     return evaluate_more(found, comparison, params, task) if evaluate_more else found
 
   def export(state, folder):
-    huggingface.save(folder, task.network, policy_of(state), tokenizer=task.model.tokenizer)
+    merged = lora.merge(policy_of(state))
+    huggingface.save(folder, task.network, merged, tokenizer=task.model.tokenizer)
+    if network.adapters is None:
+      return
+    try:
+      peft.save(
+        folder.parent / "adapter",
+        task.network,
+        network.policy_of(trained(state)),
+        adapter_config=network.adapters,
+        base=config.network.model,
+        fingerprint=task.model.fingerprint,
+      )
+    except ValueError as error:  # the merged weights are written
+      print(f"no folder of adapters: {error}", flush=True)
 
   return training.Experiment(
     init=init,
@@ -212,7 +330,7 @@ def experiment(
       arrays(), batch_size=config.train.batch_size, seed=config.seed
     ),
     headline="win_rate",
-    rules=(*rules, *sharding.REPLICATED),
+    rules=(*network.rules, *sharding.REPLICATED),
     evaluate=evaluate,
     sample=lambda state: language_report.sample_table(task.compare(policy_of(state))),
     export=export,
@@ -229,7 +347,7 @@ def check_batch_size(config: Any, num_microbatches: int) -> None:
       "choose a divisor"
     )
   mesh = training.make_mesh(config.sharding.mesh)
-  shards = math.prod(mesh.shape.get(axis, 1) for axis in sharding.DATA_AXES)
+  shards = sharding.num_shards(mesh)
   if size % shards:
     raise ValueError(
       f"train.batch_size={size} must be a multiple of the {shards} data shards of sharding.mesh "

@@ -26,24 +26,6 @@ from experiments.tasks import language, language_offline
 from sharding import checks
 
 
-class State(NamedTuple):
-  """The algorithm's state and the reference policy.
-
-  Every step needs the reference. It must not become a constant of the compiled step, and donation
-  must not free it. As a part of the state it is split like the parameters and passed through in
-  place. A resumed run finds it in the checkpoint on any mesh, even if the pretrained model is gone.
-  The price is one more copy of the parameters in a checkpoint that has three under Adam.
-  """
-
-  learner: Any
-  ref_params: Any
-
-  @property
-  def step(self) -> jax.Array:
-    """Number of updates so far."""
-    return self.learner.step
-
-
 class Prompts(NamedTuple):
   """Training examples: tokens and mask `[B, P]`, and index `[B]` into `task.train_prompts`."""
 
@@ -61,12 +43,14 @@ class Round:
     ref_params: the reference's parameters.
     index: `[B]` indices into `task.train_prompts`, because judges read the prompts as text.
     preference_fn: a judge of pairs, or None to derive preferences from rewards.
+    network: the network that is trained.
   """
 
   task: language_offline.Task
   ref_params: Any
   index: jax.Array
   preference_fn: rewards.Preference | None
+  network: language.Network = language.POLICY
 
   def sample_fn(self, beta: float = 0.0) -> sequences.SampleFn:
     """Returns a sampler of `data.num_samples` completions per prompt, from pi^(1-beta) ref^beta."""
@@ -75,7 +59,7 @@ class Round:
     if beta:
       mixture = {"mixture_fn": nash_md.geometric_mixture_logits, "beta": beta}
       mixture["ref_params"] = self.ref_params
-    return functools.partial(
+    generate: sequences.SampleFn = functools.partial(
       sampling.generate,
       config=task.network,
       max_new_tokens=task.config.data.completion_length,
@@ -84,6 +68,9 @@ class Round:
       eos_id=task.model.tokenizer.eos_ids,
       pad_id=task.model.tokenizer.pad_id,
       **mixture,
+    )
+    return lambda trained, *prompts_and_key: generate(
+      self.network.join(trained, self.ref_params), *prompts_and_key
     )
 
   def ref_token_logps(self, rows: sequences.Sequences) -> jax.Array:
@@ -140,25 +127,28 @@ def build(
   algorithm_config = algorithm.Config(**config.algorithm)
   language.check_sizes(config, algorithm_config.num_microbatches, min_samples)
   preference_fn = _check(config)
+  network = language.with_adapters(language.POLICY, config.network)
   optimizer = language.make_optimizer(config.optimizer, config.train.num_steps)
   task = language_offline.make_task(config)
+  language.check_adapters(network, task.model.params)
 
   def init(key, params):
-    del key
-    return State(algorithm.init(params, optimizer=optimizer, config=algorithm_config), params)
+    trained = network.start(params, key)
+    learner = algorithm.init(trained, optimizer=optimizer, config=algorithm_config)
+    return language.State(learner, params)
 
   def update(state, batch, key):
-    this_round = Round(task, state.ref_params, batch.index, preference_fn)
+    this_round = Round(task, state.ref_params, batch.index, preference_fn, network)
     prompts = sequences.Prompts(batch.tokens, batch.mask)
     learner, metrics = algorithm.update(
       state.learner,
       collect(state.learner, prompts, key, this_round),
       key,
-      apply_fn=task.apply_fn,
+      apply_fn=network.bind(task.apply_fn, state.ref_params),
       optimizer=optimizer,
       config=algorithm_config,
     )
-    return State(learner, state.ref_params), metrics
+    return language.State(learner, state.ref_params), metrics
 
   def arrays():
     return Prompts(
@@ -166,7 +156,12 @@ def build(
     )
 
   return language.experiment(
-    task, init=init, update=update, arrays=arrays, policy_of=lambda state: state.learner.params
+    task,
+    init=init,
+    update=update,
+    arrays=arrays,
+    trained=lambda state: state.learner.params,
+    network=network,
   )
 
 

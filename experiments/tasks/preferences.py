@@ -117,6 +117,11 @@ class Task:
 def make_task(config: Any) -> Task:
   """Loads the pairs and the body of a config; raises ValueError before anything is computed."""
   checks.choice("network.train", config.network.train, ("all", "head"))
+  if config.network.train == "head" and config.network.get("lora_rank", 0):
+    raise ValueError(
+      f"network.lora_rank={config.network.lora_rank} adapts the body, and network.train='head' "
+      "freezes it: give network.train='all', or network.lora_rank=0"
+    )
   for name in ("prompt_length", "completion_length"):
     checks.count(f"data.{name}", config.data[name])
   pairs = _load_pairs(config)

@@ -139,7 +139,7 @@ def _with_config(tmp_path, case, **changes):
     ({"num_experts": 8}, "num_experts=8 is not supported"),
     ({"rope_theta": 1e4}, "rope_theta=10000.0 is not known here"),
     ({"d_kv": 8}, r"shape \[12, 16\], its configuration asks for \[16, 16\]"),
-    ({"num_decoder_layers": 2}, "has unknown .* a T5 of 2 layers"),
+    ({"num_decoder_layers": 2}, "has unknown .* with 2 layers"),
     # Tied as transformers 4 says it, and divided by the root of the width: not this head.
     (
       {"scale_decoder_outputs": ..., "tie_word_embeddings": True},
