@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_t5
 
 from alignment import sequences
-from alignment.models import lora, peft, sampling, t5
+from alignment.models import huggingface, lora, peft, sampling, t5
 
 ADAPTERS = lora.Config(rank=2, targets=("query", "up"))
 
@@ -40,3 +41,21 @@ def test_adapters_pass_through_the_files_of_peft(tmp_path):
   found_config, found = peft.load(tmp_path, config)
   assert found_config == ADAPTERS
   jax.tree.map(np.testing.assert_array_equal, found, adapters)
+
+
+def test_peft_adds_what_we_save(tmp_path):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  pretrained_peft = pytest.importorskip("peft")
+  config, base, adapters, joined = _joined(0.1)
+  huggingface.save(tmp_path / "base", config, base)
+  folder = str(tmp_path / "adapter")
+  peft.save(folder, config, adapters, adapter_config=ADAPTERS, base=str(tmp_path / "base"))
+  model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+  model = pretrained_peft.PeftModel.from_pretrained(model, folder).eval()
+  prompt, tokens = np.array([[5, 6, 1]]), np.array([[0, 7, 9]])
+  with torch.no_grad():
+    arrays = {"input_ids": torch.tensor(prompt), "decoder_input_ids": torch.tensor(tokens)}
+    want = model(**arrays).logits.numpy()
+  got = t5.logits(joined, prompt, np.ones_like(prompt), tokens, config=config)
+  np.testing.assert_allclose(got, want, atol=1e-4)
