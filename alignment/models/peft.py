@@ -1,7 +1,7 @@
 """Low-rank adapters as files in the layout of PEFT: `adapter_config.json` and safetensors.
 
 A folder that `save` writes loads with `PeftModel.from_pretrained(base, folder)`, where the base is
-a Hugging Face folder of the Llama family. `load` reads what PEFT has written for such a base. A key
+a Hugging Face folder. `load` reads what PEFT has written for such a base. A key
 of `adapter_config.json` that would change the function and is not honoured here is an error that
 names it. Factors are stored as torch stores linear layers, `[r, in]` and `[out, r]`:
 
@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 import sharding
-from alignment.models import architectures, families, layout, lora, transformer, weight_files
+from alignment.models import architectures, families, layout, lora, t5, t5_files, weight_files
 from sharding import checks
 
 CONFIG_FILE, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,11 +72,11 @@ def save(
     layout.check_shape(f"{module}/{factor}", array.shape, shape, "adapters")
     if _is_reordered(config, module, factor):
       array = layout.adjacent_to_half(array, config.head_dim)
-    for layer in range(config.num_layers):
+    for layer in range(shape[0]):
       tensors[_name(stems[module], layer, factor)] = np.ascontiguousarray(array[layer].T)
   fields = {
     "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
+    "task_type": "SEQ_2_SEQ_LM" if isinstance(config, t5.T5Config) else "CAUSAL_LM",
     "base_model_name_or_path": base,
     "r": adapter_config.rank,
     "lora_alpha": adapter_config.alpha,
@@ -136,12 +136,12 @@ def load(
       f"{folder} is an adapter of another base: its weights had the fingerprint "
       f"{trained_on[:12]}, and these have {fingerprint[:12]}"
     )
-  stems, layers = _stems(config), range(config.num_layers)
+  stems = _stems(config)
   module_of = {
     _name(stem, layer, factor): module
     for module, stem in stems.items()
     for factor in _LETTERS
-    for layer in layers
+    for layer in range(layout.shapes(config)[f"{module}/kernel"][0])
   }
   unknown = sorted(tensors.keys() - module_of.keys())
   if unknown:
@@ -153,7 +153,7 @@ def load(
   adapters: dict[str, Any] = {}
   for module, factor, shape in _factors(config, rank, modules):
     array = np.empty(shape, np.float32)
-    for layer in layers:
+    for layer in range(shape[0]):
       name = _name(stems[module], layer, factor)
       if name not in tensors:
         raise ValueError(f"{path} lacks {name}: each layer needs its own, so it is incomplete")
@@ -207,18 +207,20 @@ def _stems(config: architectures.Config) -> dict[str, str]:
   """Returns what the matrices of the layers are called in a checkpoint, by our name.
 
   Without those that share a tensor with others, or stand the other way round: an adapter of ours
-  is none of theirs. There are none of an encoder-decoder.
+  is none of theirs.
   """
-  if not isinstance(config, transformer.TransformerConfig):
-    return {}
-  tensors = families.FAMILIES[families.family_of(config)].tensors
+  if isinstance(config, t5.T5Config):
+    tensors = layout.Tensors(t5_files.names(config))
+  else:
+    tensors = families.FAMILIES[families.family_of(config)].tensors
   if not tensors.transposed:
     return {}
-  stored = [tensors.names[path] for path in layout.shapes(config) if path.endswith("/kernel")]
+  shapes = layout.shapes(config)
+  stored = [tensors.names[path] for path in shapes if path.endswith("/kernel")]
   return {
     path.removesuffix("/kernel"): name.removesuffix(".weight")
     for path, name in tensors.names.items()
-    if path.startswith("layers/") and path.endswith("/kernel") and stored.count(name) == 1
+    if path in shapes and "layers/" in path and path.endswith("/kernel") and stored.count(name) == 1
   }
 
 

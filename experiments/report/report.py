@@ -1,11 +1,11 @@
-"""The report of a run: one HTML file that loads nothing, and the figures as files."""
+"""The report of a run: one HTML file that loads nothing, the figures as files, a model card."""
 
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 from experiments import files
-from experiments.report import page, plots, records, results
+from experiments.report import model_card, page, plots, records, results
 
 
 def write_run(
@@ -19,6 +19,8 @@ def write_run(
   warning: str = "",
 ) -> pathlib.Path:
   """Writes `figures/` and `report.html` of a run; returns the path of the report.
+
+  Beside the exported folder of a language model it also writes `model_card.md`.
 
   Args:
     folder: the folder of the run.
@@ -42,8 +44,10 @@ def write_run(
   if not index:
     index = files.read_json(index_path, _index, otherwise="the report leaves those figures out")
   shown = (index or []) + [[figure.name, figure.caption] for figure in drawn[len(result.figures) :]]
+  title = f"{config.paper}:{config.get('preset') or 'custom'}"
+  settings = files.flatten(config.to_dict())
   html = page.render(
-    title=f"{config.paper}:{config.get('preset') or 'custom'}",
+    title=title,
     result=result,
     headline=headline,
     history=history,
@@ -52,7 +56,7 @@ def write_run(
       for name, caption in shown
       if (folder / "figures" / f"{name}.svg").exists()
     ],
-    config=files.flatten(config.to_dict()),
+    config=settings,
     environment=files.read_json(
       folder / "environment.json", _environment, otherwise="the report leaves it out"
     )
@@ -60,6 +64,15 @@ def write_run(
     warning=warning,
   )
   files.write_file(folder / "report.html", html)
+  if (folder / "model").is_dir() and "network.model" in settings and not warning:
+    card = model_card.render(
+      title=title,
+      base=settings["network.model"],
+      result=result,
+      headline=headline,
+      config=settings,
+    )
+    files.write_file(folder / "model_card.md", card)
   return folder / "report.html"
 
 

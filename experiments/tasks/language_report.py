@@ -49,6 +49,7 @@ def result(comparison: language_offline.Comparison, task: language_offline.Task)
   for n in (1, 2):
     metrics[f"distinct_{n}"] = statistics.distinct_n(comparison.ids, n)
     metrics[f"distinct_{n}_reference"] = statistics.distinct_n(comparison.ref_ids, n)
+  metrics |= {f"training_{name}": results.Estimate(value) for name, value in task.found.items()}
   return results.Result(
     metrics=metrics,
     tables=[sample_table(comparison, rows=task.config.eval.num_table_rows)],

@@ -122,6 +122,22 @@ def test_own_scored_completions_reach_the_batch_as_written(tmp_path):
   np.testing.assert_array_equal(pairs.chosen_ref_logps, samples.ref_logps[[0, 1], [0, 1]])
 
 
+def test_padding_and_cut_rows_of_own_data_are_counted(tmp_path):
+  rows = [
+    {"prompt": "p" * 40, "completions": ["aa", "b" * 40], "rewards": [1.0, 0.0]},
+    {"prompt": "two", "completions": ["c", "dd"], "rewards": [0.25, 0.5]},
+  ]
+  path = tmp_path / "scored.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  changes = {"data.scored": str(path), "data.truncate": "True", "data.prompt_length": "20"}
+  task = language_offline.make_task(_tiny(**changes, **{"data.completion_length": "10"}))
+  samples = task.training_samples()
+  assert samples.prompt_mask.sum(1).tolist() == [20, 3]
+  # Prompts hold 20 and 3 of 20 tokens, completions 3, 10, 2 and 3 of 10, end tokens included.
+  want = {"padding": 1 - 41 / 80, "prompts_cut": 1, "completions_without_end": 1}
+  assert task.found == pytest.approx(want)
+
+
 def test_a_row_of_own_data_that_is_too_long_is_named_by_its_line(tmp_path):
   rows = [
     {"prompt": "one", "chosen": "aa", "rejected": "b"},

@@ -204,6 +204,20 @@ def test_numbers_are_short():
   assert results.number(math.inf) == "inf"
 
 
+def test_a_model_card_stands_beside_an_exported_language_model(tmp_path):
+  config = fake_paper.get_config()
+  config.unlock()
+  config.network = {"model": "some/base"}
+  _write(tmp_path, config, _history(), _result())
+  assert not (tmp_path / "model_card.md").exists()  # nothing was exported
+  (tmp_path / "model").mkdir()
+  _write(tmp_path, config, _history(), _result())
+  card = (tmp_path / "model_card.md").read_text()
+  assert "from some/base" in card and "| error | 0.5 [0.4, 0.6] n=64 (2 &lt;ties>) |" in card
+  assert "| &lt;script>alert(1)&lt;/script> | +0.93 |" in card  # an example, escaped
+  assert f"| train.num_steps | {config.train.num_steps} |" in card
+
+
 def test_the_last_record_stands_in_for_a_headline_that_is_not_evaluated():
   html = page.render(
     title="t",
