@@ -33,7 +33,12 @@ def chunk_size_for(num_rows: int, vocabulary: int) -> int:
 
 
 def token_logps(
-  hidden: jax.Array, embedding: jax.Array, tokens: jax.Array, *, chunk_size: int | None = None
+  hidden: jax.Array,
+  embedding: jax.Array,
+  tokens: jax.Array,
+  *,
+  chunk_size: int | None = None,
+  softcap: float | None = None,
 ) -> jax.Array:
   """Returns the log-probability of each token, from logits of `chunk_size` entries at a time.
 
@@ -50,12 +55,14 @@ def token_logps(
     chunk_size: vocabulary entries per slice; it need not divide V. None leaves it to
       `chunk_size_for`. If it is V or more, there is one slice `[B * T, V]`, kept for the backward
       pass.
+    softcap: c, logits become c tanh(logits / c), as in Gemma 2; None for no cap.
 
   Returns:
     `[B, T]` nats, in float32 or wider.
 
   Raises:
-    ValueError: if the shapes do not fit or `chunk_size` is not a positive integer.
+    ValueError: if the shapes do not fit `chunk_size` is not a positive integer, or
+      `softcap` is not positive.
 
   Example:
     >>> hidden, embedding = jnp.ones((1, 2, 4)), jnp.eye(3, 4)
@@ -64,6 +71,8 @@ def token_logps(
   """
   if chunk_size is not None:
     checks.count("chunk_size", chunk_size)
+  if softcap is not None:
+    checks.positive("softcap", softcap)
   if jnp.ndim(hidden) != 3 or jnp.ndim(embedding) != 2 or hidden.shape[2] != embedding.shape[1]:
     raise ValueError(
       "hidden and embedding must have shapes [B, T, D] and [V, D], got "
@@ -76,26 +85,26 @@ def token_logps(
   chunk_size = min(chunk_size, embedding.shape[0])
   # Rows flattened to one axis: contracting a single axis is what matrix units and CPUs are fast at.
   rows = hidden.reshape(-1, hidden.shape[2])
-  logps = _row_logps(chunk_size, rows, embedding, jnp.asarray(tokens).reshape(-1))
+  logps = _row_logps(chunk_size, softcap, rows, embedding, jnp.asarray(tokens).reshape(-1))
   return logps.reshape(hidden.shape[:2])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_logps(chunk_size, rows, embedding, tokens):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _row_logps(chunk_size, softcap, rows, embedding, tokens):
   """Returns `[N]` log-probabilities of `tokens` under softmax(rows [N, D] @ embedding [V, D]^T)."""
-  return _forward(chunk_size, rows, embedding, tokens)[0]
+  return _forward(chunk_size, softcap, rows, embedding, tokens)[0]
 
 
-def _forward(chunk_size, rows, embedding, tokens):
+def _forward(chunk_size, softcap, rows, embedding, tokens):
   dtype = _accumulator(rows)
 
   def add_slice(running, index):
-    logits, _ = _slice_logits(chunk_size, rows, embedding, index)
+    logits, _ = _slice_logits(chunk_size, softcap, rows, embedding, index)
     return _join(running, _log_sum_exp(logits)), None
 
   start = (jnp.full(rows.shape[:1], _LOWEST, dtype), jnp.zeros(rows.shape[:1], dtype))
   if chunk_size == embedding.shape[0]:
-    whole, _ = _slice_logits(chunk_size, rows, embedding, 0)
+    whole, _ = _slice_logits(chunk_size, softcap, rows, embedding, 0)
     highest, total = _log_sum_exp(whole)
   else:
     whole, num_slices = None, -(-embedding.shape[0] // chunk_size)
@@ -103,7 +112,13 @@ def _forward(chunk_size, rows, embedding, tokens):
   log_normalisers = highest + jnp.log(total)
   chosen = embedding[tokens].astype(rows.dtype)
   chosen = jnp.einsum("nd,nd->n", rows, chosen, preferred_element_type=dtype)
-  return chosen - log_normalisers, (rows, embedding, tokens, log_normalisers, whole)
+  return _capped(chosen, softcap) - log_normalisers, (
+    rows,
+    embedding,
+    tokens,
+    log_normalisers,
+    whole,
+  )
 
 
 def _join(first, second):
@@ -128,7 +143,7 @@ def _in_one_pass(logits):
   return tuple(jax.lax.reduce((logits, jnp.ones_like(logits)), start, _join, dimensions=(1,)))
 
 
-def _backward(chunk_size, residuals, cotangents):
+def _backward(chunk_size, softcap, residuals, cotangents):
   rows, embedding, tokens, log_normalisers, whole = residuals
   dtype = _accumulator(rows)
   # d log p_y / d logit_v = [v = y] - p_v. Where the cotangent is zero, so is the row: 0 * NaN.
@@ -139,13 +154,15 @@ def _backward(chunk_size, residuals, cotangents):
   def add_slice(grads, index):
     row_grads, embedding_grads = grads
     if whole is None:
-      logits, slice_start = _slice_logits(chunk_size, rows, embedding, index)
+      logits, slice_start = _slice_logits(chunk_size, softcap, rows, embedding, index)
     else:
       logits, slice_start = whole, 0
     ids = slice_start + jnp.arange(chunk_size)
     first = index * chunk_size  # the last slice may overlap the one before; count its entries once
     chosen = (ids[None, :] == tokens[:, None]) & (ids >= first)
     logit_grads = chosen - jnp.exp(logits - log_normalisers[:, None])
+    if softcap is not None:  # the slope of the cap; entries that do not count are minus infinity
+      logit_grads *= 1 - jnp.square(jnp.maximum(logits, -softcap) / softcap)
     logit_grads = jnp.where(live, cotangents[:, None] * logit_grads, 0).astype(rows.dtype)
     weights = jax.lax.dynamic_slice_in_dim(embedding, slice_start, chunk_size).astype(rows.dtype)
     row_grads += jnp.dot(logit_grads, weights, preferred_element_type=dtype)
@@ -165,7 +182,7 @@ def _backward(chunk_size, residuals, cotangents):
 _row_logps.defvjp(_forward, _backward)
 
 
-def _slice_logits(chunk_size, rows, embedding, index):
+def _slice_logits(chunk_size, softcap, rows, embedding, index):
   """Returns the logits `[N, chunk_size]` of one slice, and the id at which the slice starts.
 
   If the chunk does not divide the vocabulary, the last slice starts earlier, so that it is full.
@@ -176,7 +193,11 @@ def _slice_logits(chunk_size, rows, embedding, index):
   weights = jax.lax.dynamic_slice_in_dim(embedding, start, chunk_size).astype(rows.dtype)
   logits = jnp.dot(rows, weights.T, preferred_element_type=_accumulator(rows))
   fresh = start + jnp.arange(chunk_size) >= index * chunk_size
-  return jnp.where(fresh, logits, -jnp.inf), start
+  return jnp.where(fresh, _capped(logits, softcap), -jnp.inf), start
+
+
+def _capped(logits, softcap):
+  return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _accumulator(rows):

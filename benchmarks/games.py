@@ -14,7 +14,7 @@ our average policy after some iterations of CFR+, measured in float64 by OpenSpi
   python benchmarks/games.py --double
   python benchmarks/games.py --games liars_dice --rounds 3 --accuracy 100
   python benchmarks/games.py --games leduc_poker --copies 1000 --iterations 100 --devices 2
-  python benchmarks/games.py --games "liars_dice(numdice=1,dice_sides=4)" --sampling
+  python benchmarks/games.py --games "liars_dice(numdice=1,dice_sides=4)" --sampling --samples 16
 
 LiteEFG is used where it can be imported; it keeps its games in ~/game_instances. It asks for an
 older JAX than ours: install it with `pip install --no-deps LiteEFG` and add pandas and tqdm.
@@ -215,29 +215,39 @@ def measure_copies(name: str, *, rounds: int, iterations: int, copies: int, dtyp
     print(f"  {label:36s} {times} an iteration and copy", flush=True)
 
 
-def measure_sampling(name: str, *, rounds: int, iterations: int, dtype: Any) -> None:
-  """Prints how long Monte Carlo CFR compiles, and the time of an iteration."""
+def measure_sampling(name: str, *, rounds: int, iterations: int, samples: int, dtype: Any) -> None:
+  """Prints compile time, time of a sample of each player, and the NashConv that samples reach.
+
+  Ours takes `samples` at a time, OpenSpiel one.
+  """
   game = games.compile_game(name, dtype=dtype)
   key = jax.random.key(0)
   theirs = pyspiel.load_game(game.layout.name)
-  few = max(iterations // 10, 1)
-  print(f"\n{name}, Monte Carlo CFR, {jnp.dtype(dtype).name}")
+  print(f"\n{name}, Monte Carlo CFR, {samples} samples an update, {jnp.dtype(dtype).name}")
   for kind, solver in (
     ("outcome", pyspiel.OutcomeSamplingMCCFRSolver(theirs)),
     ("external", pyspiel.ExternalSamplingMCCFRSolver(theirs)),
   ):
-    config = mccfr.Config(sampling=kind)
+    config = mccfr.Config(sampling=kind, num_samples=samples)
 
     def solve(config: mccfr.Config = config) -> Any:
-      return mccfr.solve(game, key, num_iterations=iterations, config=config)
+      count = max(iterations // samples, 1)
+      return mccfr.solve(game, key, num_iterations=count, config=config).average_policy
 
+    few = max(iterations // 10, 1)
     first = milliseconds(solve, 1)
     work: Work = {"ours": (solve, iterations), "theirs": (repeat(solver.run_iteration, few), few)}
     found = measure_in_turn(work, rounds)
     compiling = (first - iterations * found["ours"].median) / 1e3
+    for _ in range(max(iterations - rounds * few, 0)):
+      solver.run_iteration()
+    reached = [
+      float(games.nash_conv(game, policy))
+      for policy in (solve(), policy_arrays.from_openspiel(game, solver.average_policy()))
+    ]
     print(
-      f"  {kind:10s} compiles in {compiling:.1f} s; an iteration {found['ours']}, "
-      f"OpenSpiel {found['theirs']}",
+      f"  {kind:10s} compiles in {compiling:.1f} s; a sample {found['ours']}, OpenSpiel "
+      f"{found['theirs']}; NashConv {reached[0]:.3f}, OpenSpiel {reached[1]:.3f}",
       flush=True,
     )
 
@@ -252,6 +262,7 @@ def main() -> None:
   parser.add_argument("--copies", type=int, default=0, help="time this many solvers mapped")
   parser.add_argument("--devices", type=int, default=1, help="that the CPU is split into")
   parser.add_argument("--sampling", action="store_true", help="time Monte Carlo CFR")
+  parser.add_argument("--samples", type=int, default=1, help="samples in one update of MCCFR")
   args = parser.parse_args()
   jax.config.update("jax_enable_x64", args.double)
   if args.devices > 1:
@@ -264,7 +275,7 @@ def main() -> None:
     if args.copies:
       measure_copies(name, copies=args.copies, **settings)
     elif args.sampling:
-      measure_sampling(name, **settings)
+      measure_sampling(name, samples=args.samples, **settings)
     else:
       measure(name, accuracy=args.accuracy, **settings)
 

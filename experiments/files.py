@@ -1,12 +1,54 @@
-"""Files that are replaced as a whole, so that no reader ever sees half of one; JSON."""
+"""Paths that a user gives; files that are replaced as a whole, so that none is half read; JSON."""
 
 import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+# An address such as gs://bucket/folder, alone or behind the kind of a source.
+_ADDRESS = re.compile(r"(?:^|:)([A-Za-z][A-Za-z0-9+.-]+)://")
+
+
+def local_path(option: str, value: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path that an option names; `~` and `~NAME` are home folders.
+
+  Every path of the command line, of a config and of an environment variable is read here.
+
+  Args:
+    option: its name, for errors, such as `--workdir`.
+    value: what the user gave.
+
+  Raises:
+    ValueError: the value is an address such as `gs://bucket/folder`, or `~NAME` names nobody.
+
+  Example:
+    >>> local_path("--workdir", "~/runs") == pathlib.Path.home() / "runs"
+    True
+    >>> local_path("--workdir", "gs://bucket/run")
+    Traceback (most recent call last):
+      ...
+    ValueError: --workdir=gs://bucket/run is an address of gs://, which is not read: mount it \
+(gcsfuse, s3fs, rclone mount) or copy it, and give a path of this machine
+  """
+  check_local(option, os.fspath(value))
+  try:
+    return pathlib.Path(value).expanduser()
+  except RuntimeError as error:
+    raise ValueError(f"{option}={value}: {error} Give the whole path") from error
+
+
+def check_local(option: str, value: str) -> None:
+  """Raises `ValueError` if a path, or the file behind the kind of a source, is an address."""
+  found = _ADDRESS.search(value)
+  if found:
+    raise ValueError(
+      f"{option}={value} is an address of {found[1]}://, which is not read: mount it (gcsfuse, "
+      "s3fs, rclone mount) or copy it, and give a path of this machine"
+    )
 
 
 def write_file(path: pathlib.Path, data: str | bytes) -> None:

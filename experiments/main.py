@@ -202,6 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: list[str]) -> int:
+  from experiments import files
   from experiments.loop import presets
 
   if os.getcwd() not in sys.path:
@@ -224,7 +225,8 @@ def _run(argv: list[str]) -> int:
       config = presets.override(presets.from_workdir(args.workdir), overrides)
     print(presets.as_arguments(config))
     return 0
-  workdir = pathlib.Path(args.workdir or f"runs/{config.paper}-{config.get('preset') or 'custom'}")
+  default = f"runs/{config.paper}-{config.get('preset') or 'custom'}" if config else ""
+  workdir = files.local_path("--workdir", args.workdir or default)
   return _start(args, config, workdir, overrides)
 
 
@@ -251,6 +253,10 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
     first = jax.process_index() == 0
     with run_folder.hold(config, workdir) if first else contextlib.nullcontext():
+      if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("the folder is claimed")
       study = getattr(presets.module_of(config), "run", None)  # a study of several runs
       if study is not None:
         outcome = study(config, workdir)
@@ -264,7 +270,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     print(f"report: {workdir / 'report.html'}")
     return 0
   # Overrides may change the mesh or take fewer prompts. Nothing is trained with them.
-  saved = presets.override(run_folder.read_config(workdir), overrides)
+  saved = presets.override(presets.completed(run_folder.read_config(workdir)), overrides)
   if config is not None:
     run_folder.claim(config, workdir)  # raises if the folder belongs to another run
     saved = config

@@ -73,7 +73,8 @@ class Augmentation:
   def __post_init__(self):
     checks.count("size", self.size)
     checks.probabilities("min_area", self.min_area)
-    if not self.max_aspect >= 1:
+    checks.positive("max_aspect", self.max_aspect)
+    if self.max_aspect is None or self.max_aspect < 1:
       raise ValueError(f"max_aspect must be at least 1, got {self.max_aspect}")
     shares = ("flip_prob", "jitter_prob", "grey_prob", "blur_prob", "solarise_prob")
     for name in (*shares, "brightness", "contrast", "saturation", "hue"):
@@ -152,6 +153,7 @@ def augment(images: jax.Array, key: jax.Array, augmentation: Augmentation) -> ja
   Raises:
     ValueError: if `images` have another shape, or integers other than bytes.
   """
+  checks.given(augmentation)
   images = _in_unit_range(images)
   size = augmentation.size
   if not augmentation.crop and images.shape[1:3] != (size, size):

@@ -8,11 +8,9 @@ Reference: You et al. 2017, https://arxiv.org/abs/1708.03888, as used by Grill e
 https://arxiv.org/abs/2006.07733.
 """
 
-from typing import Any
-
-import jax
 import optax
 
+import sharding
 from sharding import checks
 
 
@@ -33,7 +31,7 @@ def lars(
     w  = w - learning_rate * mu
 
   The first two lines are left out for biases and for the scales of normalisation layers
-  (`is_adapted`).
+  (`sharding.decay_mask`).
 
   Args:
     learning_rate: a number, or a function of the step such as `byol.learning_rate_schedule`.
@@ -54,19 +52,10 @@ def lars(
   checks.positive("trust_coefficient", trust_coefficient)
   checks.probabilities("momentum", momentum)
   return optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=is_adapted),
-    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), is_adapted),
+    optax.add_decayed_weights(weight_decay, mask=sharding.decay_mask),
+    optax.masked(
+      optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), sharding.decay_mask
+    ),
     optax.trace(momentum),
     optax.scale_by_learning_rate(learning_rate),
   )
-
-
-def is_adapted(params: Any) -> Any:
-  """Returns which leaves LARS decays and scales: those not named `bias` or `scale`, as a tree."""
-
-  def adapted(path: Any, leaf: Any) -> bool:
-    del leaf
-    name = jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1]
-    return name not in ("bias", "scale")
-
-  return jax.tree_util.tree_map_with_path(adapted, params)

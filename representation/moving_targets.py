@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sharding import checks
 
+
+@checks.array_arguments
 def normalise(rows: jax.Array) -> jax.Array:
   """Returns rows `[..., K]` divided by their L2 norms.
 

@@ -145,6 +145,9 @@ def flow(
   phi, predictor, target = variables
   weights = _check(transitions, distribution, representation=phi, target=target)
   checks.choice("gradient", gradient, GRADIENTS)
+  for name, part in zip(variables._fields, variables, strict=True):
+    if part is not None:
+      checks.finite(name, part, fetch=True)
   for name, option, moving in (
     ("ratio", ratio, "predictor"),
     ("target_rate", target_rate, "target"),

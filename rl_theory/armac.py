@@ -227,6 +227,7 @@ def tree_backup_loss(
   return total
 
 
+@checks.array_arguments
 def final_rewards(utilities: jax.Array, mask: jax.Array) -> jax.Array:
   """Returns rewards `[B, T, n]`: the utilities `[B, n]` at an episode's last decision, else 0."""
   real = jnp.asarray(mask, bool)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rl_theory import armac, armac_play, games
+from sharding import checks
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
@@ -124,6 +125,7 @@ def _step_through(
 
 
 def _check_capacity(state: armac.State, config: armac.Config) -> None:
+  checks.given(config)
   held = armac_play.capacity(state)
   if held != config.capacity:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Counterfactual regret minimisation over the whole tree: CFR, CFR+, linear and discounted CFR.
+"""Counterfactual regret minimisation: CFR, CFR+, linear, discounted and predictive CFR.
 
 Problem: an equilibrium of a game with imperfect information. Regret matching runs at every
 information state on the regrets r(s, a) = sum over h in s of the others' reach times
@@ -11,18 +11,24 @@ One iteration t = 1, 2, ...:
   positive R <- R t^alpha / (t^alpha + 1), negative R <- R t^beta / (t^beta + 1),
   C <- C ((t - 1) / t)^gamma + own reach * pi        (weights t^gamma, up to a constant)
 
-| variant | alpha | beta | gamma |
-|---|---|---|---|
-| "cfr" | inf (keep all) | inf | 0 |
-| "cfr+" | inf | -inf (forget all) | 1 |
-| "linear" | 1 | 1 | 1 |
-| "discounted" | 1.5 | 0 | 2 |
+| variant | alpha | beta | gamma | pi |
+|---|---|---|---|---|
+| "cfr" | inf (keep all) | inf | 0 | RM(R) |
+| "cfr+" | inf | -inf (forget all) | 1 | RM(R) |
+| "linear" | 1 | 1 | 1 | RM(R) |
+| "discounted" | 1.5 | 0 | 2 | RM(R) |
+| "predictive" (predictive CFR+) | inf | -inf | 2 | RM(R + m) |
+
+Predictive CFR+ plays as if a prediction m of the next regrets had come true already. The prediction
+is the last regrets r of the same state. Regret matching+ with predictions has regret at most
+sqrt(2 sum over t of |r^t - m^t|^2), so play that changes slowly has little regret.
 
 | paper symbol | here |
 |---|---|
 | R^t(I, a) | `State.regrets` |
 | C^t(I, a) | `State.policy_sums` |
 | alpha, beta, gamma | `Config.positive_discount`, `negative_discount`, `averaging_power` |
+| m^t = r^{t-1} | `State.last_regrets`, with `Config.predictive` |
 
 With `alternating` the players are updated in turn, each against the newest policies of the players
 before it; otherwise all players are updated at once. With more than two players or general sums the
@@ -35,7 +41,8 @@ units in the last place of the largest utility, times chance's reach of the stat
 ties of exact arithmetic and changes the bound on the average policy by no more than that rounding.
 
 References: Zinkevich et al. 2007 (CFR), Tammelin 2014, https://arxiv.org/abs/1407.5042 (CFR+),
-Brown and Sandholm 2019, https://arxiv.org/abs/1809.04040 (linear and discounted CFR).
+Brown and Sandholm 2019, https://arxiv.org/abs/1809.04040 (linear and discounted CFR), Farina, Kroer
+and Sandholm 2021, https://arxiv.org/abs/2007.14358 (predictive CFR+).
 """
 
 import dataclasses
@@ -56,7 +63,7 @@ Metrics = dict[str, jax.Array]
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["positive_discount", "negative_discount", "averaging_power"],
-  meta_fields=["alternating"],
+  meta_fields=["alternating", "predictive"],
 )
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -68,12 +75,14 @@ class Config:
     negative_discount: beta, the same for negative regrets; -inf sets them to 0 (CFR+).
     averaging_power: gamma >= 0: iteration t has weight t^gamma in the average.
     alternating: whether to update the players in turn instead of all at once.
+    predictive: whether to play regret matching on the regrets plus the last iteration's.
   """
 
   positive_discount: Any = math.inf
   negative_discount: Any = math.inf
   averaging_power: Any = 0.0
   alternating: bool = True
+  predictive: bool = False
 
   def __post_init__(self):
     for name in ("positive_discount", "negative_discount"):  # infinite ones have a meaning
@@ -88,6 +97,7 @@ VARIANTS = {
   "cfr+": Config(math.inf, -math.inf, 1.0),
   "linear": Config(1.0, 1.0, 1.0),
   "discounted": Config(1.5, 0.0, 2.0),
+  "predictive": Config(math.inf, -math.inf, 2.0, predictive=True),
 }
 
 
@@ -98,11 +108,13 @@ class State(NamedTuple):
     regrets: `[S, A]` cumulative regrets, discounted as in the table; 0 for illegal actions.
     policy_sums: `[S, A]` sums of own reach times policy, weighted as in the table.
     step: scalar int32, iterations done.
+    last_regrets: `[S, A]` regrets of the last iteration; None unless `Config.predictive`.
   """
 
   regrets: jax.Array
   policy_sums: jax.Array
   step: jax.Array
+  last_regrets: Any = None
 
 
 class Solution(NamedTuple):
@@ -118,20 +130,27 @@ class Solution(NamedTuple):
 
 
 def make_config(variant: str, *, alternating: bool = True) -> Config:
-  """Returns the hyper-parameters of a variant: "cfr", "cfr+", "linear" or "discounted"."""
+  """Returns the hyper-parameters of a variant, one of `VARIANTS`."""
   checks.choice("variant", variant, list(VARIANTS))
   return dataclasses.replace(VARIANTS[variant], alternating=alternating)
 
 
-def init(game: games.Game) -> State:
-  """Returns the state before the first iteration, whose policy is uniform."""
+def init(game: games.Game, config: Config | None = None) -> State:
+  """Returns the state before the first iteration, whose policy is uniform.
+
+  Args:
+    game: the game.
+    config: only `predictive` is used; None means plain CFR.
+  """
   zeros = jnp.zeros(game.legal.shape, game.utilities.dtype)
-  return State(zeros, jnp.zeros_like(zeros), jnp.zeros((), jnp.int32))
+  last = jnp.zeros_like(zeros) if config is not None and config.predictive else None
+  return State(zeros, jnp.zeros_like(zeros), jnp.zeros((), jnp.int32), last)
 
 
 def current_policy(game: games.Game, state: State) -> jax.Array:
   """Returns the policy `[S, A]` that the next iteration plays."""
-  return regret_matching.regret_matching(state.regrets, game.legal)
+  last = 0 if state.last_regrets is None else state.last_regrets
+  return regret_matching.regret_matching(state.regrets + last, game.legal)
 
 
 def average_policy(game: games.Game, state: State) -> jax.Array:
@@ -146,7 +165,8 @@ def update(
   """Returns the state after one iteration.
 
   Args:
-    state: from `init` or an earlier `update` of the same game.
+    state: from `init` or an earlier `update` of the same game; `init` needs the config if it is
+      predictive.
     game: the game.
     key: not used, since nothing is random; `mccfr.update` needs one.
     config: hyper-parameters; other numbers do not compile again.
@@ -157,6 +177,12 @@ def update(
     once it bounds the `nash_conv` of the average policy in two-player zero-sum games.
   """
   del key
+  checks.given(config)
+  if config.predictive != (state.last_regrets is not None):
+    raise ValueError(
+      f"state must come from init(game, config) with predictive={config.predictive}, got "
+      f"last_regrets={state.last_regrets}"
+    )
   constants = _constants(game)
   running = _iterate(_start(game, state, constants), game, constants, config)
   state = _stop(game, running)
@@ -177,7 +203,7 @@ def solve(
   Args:
     game: the game; `jax.vmap` can map over it and over the numbers of `config`.
     num_iterations: at least 1.
-    variant: "cfr", "cfr+", "linear" or "discounted".
+    variant: one of `VARIANTS`.
     alternating: whether to update the players in turn instead of all at once.
     config: replaces `variant` and `alternating`.
 
@@ -198,12 +224,13 @@ def solve(
 
 @functools.partial(jax.jit, static_argnames="num_iterations")
 def _solve(game: games.Game, config: Config, num_iterations: int) -> Solution:
+  checks.given(config)
   constants = _constants(game)
 
   def body(running: _Running, _: None) -> tuple[_Running, None]:
     return _iterate(running, game, constants, config), None
 
-  running = _start(game, init(game), constants)
+  running = _start(game, init(game, config), constants)
   running, _ = jax.lax.scan(body, running, length=num_iterations)
   state = _stop(game, running)
   return Solution(average_policy(game, state), state)
@@ -227,7 +254,7 @@ class _Running(NamedTuple):
   """A state with one array `[Q]` for each player's sequences, and the policies that follow from it.
 
   Attributes:
-    regrets, policy_sums, step: of the `State`, at legal actions only.
+    regrets, policy_sums, step, last_regrets: of the `State`, at legal actions only.
     policies: the policy of the next iteration.
     reaches: own reach of the sequences under it.
   """
@@ -237,6 +264,7 @@ class _Running(NamedTuple):
   step: jax.Array
   policies: list[jax.Array]
   reaches: list[jax.Array]
+  last_regrets: Any
 
 
 def _constants(game: games.Game) -> _Constants:
@@ -255,17 +283,23 @@ def _by_player(game: games.Game, values: jax.Array) -> list[jax.Array]:
 
 def _start(game: games.Game, state: State, constants: _Constants) -> _Running:
   regrets = _by_player(game, state.regrets)
+  last = None if state.last_regrets is None else _by_player(game, state.last_regrets)
   policies = [
-    _match(tree, own, uniform)
-    for tree, own, uniform in zip(game.player_trees, regrets, constants.uniform, strict=True)
+    _match(tree, regrets[player] + (0 if last is None else last[player]), constants.uniform[player])
+    for player, tree in enumerate(game.player_trees)
   ]
   reaches = [games.own_reach(game, player, policy) for player, policy in enumerate(policies)]
-  return _Running(regrets, _by_player(game, state.policy_sums), state.step, policies, reaches)
+  sums = _by_player(game, state.policy_sums)
+  return _Running(regrets, sums, state.step, policies, reaches, last)
 
 
 def _stop(game: games.Game, running: _Running) -> State:
+  last = running.last_regrets
   return State(
-    games.by_state(game, running.regrets), games.by_state(game, running.policy_sums), running.step
+    games.by_state(game, running.regrets),
+    games.by_state(game, running.policy_sums),
+    running.step,
+    None if last is None else games.by_state(game, last),
   )
 
 
@@ -286,20 +320,22 @@ def _iterate(
   step_size = step.astype(game.utilities.dtype)
   kept = _kept(step_size, config.positive_discount), _kept(step_size, config.negative_discount)
   ageing = ((step_size - 1) / step_size) ** config.averaging_power
-  joint = games.join_reach(reaches)
+  joint, last = games.join_reach(reaches), []
   for player, tree in enumerate(game.player_trees):
     payoffs = games.sequence_payoffs(game, player, joint, constants.payoffs[player])
     action_values, values, _ = games.pass_up(game, player, payoffs, policies[player])
     added = action_values - segments.take(values, tree.state_of)
     added = jnp.where(jnp.abs(added) > constants.errors[player], added, 0)
-    added = regrets[player] + added
-    regrets[player] = jnp.where(added > 0, kept[0] * added, kept[1] * added)
+    last.append(added)
+    total = regrets[player] + added
+    regrets[player] = jnp.where(total > 0, kept[0] * total, kept[1] * total)
     sums[player] = ageing * sums[player] + reaches[player]
-    policies[player] = _match(tree, regrets[player], constants.uniform[player])
+    predicted = regrets[player] + added if config.predictive else regrets[player]
+    policies[player] = _match(tree, predicted, constants.uniform[player])
     reaches[player] = games.own_reach(game, player, policies[player])
     if config.alternating:
       joint = games.join_reach(reaches)
-  return _Running(regrets, sums, step, policies, reaches)
+  return _Running(regrets, sums, step, policies, reaches, last if config.predictive else None)
 
 
 def _kept(step: jax.Array, power: Any) -> jax.Array:

@@ -21,9 +21,9 @@ class Layout:
   """The static part of a game; games with the same layout share compiled code.
 
   Attributes:
-    name: OpenSpiel's string of the game.
+    name: OpenSpiel's string of the game, or the name of a described one.
     num_players: n.
-    num_actions: A, OpenSpiel's number of distinct actions.
+    num_actions: A, the number of distinct actions.
     max_children: W, the largest number of children of a history.
     levels: `(start, stop)` of the histories at each depth of the tree.
     state_levels: for each player, `(start, stop)` of its information states after 0, 1, ... own
@@ -31,7 +31,9 @@ class Layout:
     sequence_levels: for each player, `(start, stop)` of the sequences at these states.
     sampling_widths: for each player, the largest number of histories at each depth in a sample that
       tries all actions of this player and one of everybody else.
-    state_strings: OpenSpiel's string of each information state.
+    state_strings: OpenSpiel's string of each information state, or its name in a description.
+    described_actions: the name of each action of a described game; empty for games of OpenSpiel,
+      which knows their names.
   """
 
   name: str
@@ -43,6 +45,7 @@ class Layout:
   sequence_levels: tuple[tuple[tuple[int, int], ...], ...]
   sampling_widths: tuple[tuple[int, ...], ...]
   state_strings: tuple[str, ...]
+  described_actions: tuple[str, ...] = ()
 
   def __hash__(self) -> int:
     return hash((self.name, self.levels, self.state_levels))  # the strings would take long
@@ -188,8 +191,13 @@ class Game:
     )
 
 
-def index(tree: openspiel.Tree, dtype: Any) -> Game:
+def index(tree: openspiel.Tree, dtype: Any, described_actions: tuple[str, ...] = ()) -> Game:
   """Returns the game of a tree.
+
+  Args:
+    tree: all histories.
+    dtype: of probabilities and utilities.
+    described_actions: as in `Layout`.
 
   Raises:
     ValueError: if a player forgets its own moves, or one information state has different legal
@@ -261,6 +269,7 @@ def index(tree: openspiel.Tree, dtype: Any) -> Game:
       for player in range(num_players)
     ),
     state_strings=strings,
+    described_actions=described_actions,
   )
 
   def integers(array: np.ndarray) -> np.ndarray:

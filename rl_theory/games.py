@@ -1,8 +1,8 @@
 """Games as arrays: the value of policies, best responses and the distance from equilibrium.
 
-`compile_game` reads a game from OpenSpiel once. All other functions are pure and jitted functions
-of a `Game` and a policy, so `jax.vmap` maps them over policies, payoffs and seeds. A policy is one
-array `[S, A]`, see `policy_arrays`.
+`compile_game` reads a game once, from OpenSpiel or a description. All other functions are pure and
+jitted functions of a `Game` and a policy, so `jax.vmap` maps them over policies, payoffs and seeds.
+A policy is one array `[S, A]`, see `policy_arrays`.
 
 A value is a sum over terminal histories of the utility times the probability that players and
 chance reach them. A policy therefore costs a few gathers for each number of own moves, whatever the
@@ -11,13 +11,14 @@ They must have perfect recall, which is checked.
 """
 
 import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_theory import game_tree, openspiel, policy_arrays, segments
+from rl_theory import described_games, efg_files, game_tree, openspiel, policy_arrays, segments
 from sharding import checks
 
 Game = game_tree.Game
@@ -27,6 +28,7 @@ CHANCE, TERMINAL = openspiel.CHANCE, openspiel.TERMINAL
 def compile_game(
   game_or_string: Any,
   *,
+  name: str = "",
   max_nodes: int = 1_000_000,
   dtype: Any = jnp.float32,
   cache: str | os.PathLike[str] | None = None,
@@ -38,16 +40,22 @@ def compile_game(
 
   Args:
     game_or_string: OpenSpiel's string, such as "leduc_poker" or "kuhn_poker(players=3)", or a game
-      object of OpenSpiel (these are not cached).
+      object of OpenSpiel (these are not cached). Or a game that OpenSpiel does not have: the path
+      of a file that ends in `.efg`, a `described_games.Decision` or `Chance`, or an array of
+      payoffs as in `described_games.matrix_game`. These need no OpenSpiel.
+    name: of a game that OpenSpiel does not have, for messages and files of policies. By default the
+      title in the file, "tree" or "matrix".
     max_nodes: the largest number of histories, including those of chance and terminal ones; a
       larger game is refused.
     dtype: of probabilities and utilities; float64 needs JAX's `jax_enable_x64`.
     cache: folder of the cache; None means `$BOOTSTRAX_CACHE` or `~/.cache/bootstrax`.
 
   Raises:
-    ImportError: if OpenSpiel is not installed.
-    ValueError: if OpenSpiel has no such game (similar names are listed), the game has more than
-      `max_nodes` histories or imperfect recall, or float64 is not enabled.
+    ImportError: if OpenSpiel is needed and not installed.
+    ValueError: if OpenSpiel has no such game (similar names are listed), a description is wrong
+      (the line or the node is named), the game has more than `max_nodes` histories or imperfect
+      recall, or float64 is not enabled.
+    OSError: if a file cannot be read.
 
   Example:
     >>> game = compile_game("kuhn_poker")  # doctest: +SKIP
@@ -62,9 +70,18 @@ def compile_game(
       f"dtype must be a floating-point type that is enabled in JAX, got {wanted}: for float64 call "
       'jax.config.update("jax_enable_x64", True) first'
     )
-  return game_tree.index(
-    openspiel.read_tree(game_or_string, max_nodes=max_nodes, cache=cache), wanted
-  )
+  root = game_or_string
+  if isinstance(root, os.PathLike) or (isinstance(root, str) and root.endswith(".efg")):
+    root, title = efg_files.read_efg(root)
+    name = name or title or pathlib.Path(game_or_string).stem
+  elif hasattr(root, "__array__") or isinstance(root, list):
+    root, name = described_games.matrix_game(root), name or "matrix"
+  if isinstance(root, described_games.Decision | described_games.Chance):
+    tree, actions = described_games.read_tree(root, name=name or "tree", max_nodes=max_nodes)
+    return game_tree.index(tree, wanted, actions)
+  if name:
+    raise ValueError(f"name must be left out for a game of OpenSpiel, got {name!r}")
+  return game_tree.index(openspiel.read_tree(root, max_nodes=max_nodes, cache=cache), wanted)
 
 
 # --- observations for networks ---
@@ -82,13 +99,39 @@ def information_state_tensors(game: Game) -> jax.Array:
   """Returns OpenSpiel's information state tensor of each player at each history, `[H, n, O]`.
 
   float32, and zero at chance and terminal histories. This walks the game again, which takes seconds
-  for 100,000 histories.
+  for 100,000 histories. A described game has `decision_indicators` instead.
 
   Raises:
     ValueError: if OpenSpiel has no such tensors for this game.
   """
+  if game.layout.described_actions:
+    return decision_indicators(game)
   parents, actions = np.asarray(game.parents), np.asarray(game.actions)
   return jnp.asarray(openspiel.information_state_tensors(game.layout.name, parents, actions))
+
+
+def decision_indicators(game: Game) -> jax.Array:
+  """Returns observations of any game, made from its tree: `[H, n, S + Q]`, float32, of 0 and 1.
+
+  A player's row marks the information states at which it may decide next, and the sequence that it
+  played last. For the player who moves that is its information state, and no more than it knows.
+  The rows of the others tell a critic which of their states play leads to. Rows are zero at chance
+  and terminal histories.
+  """
+  num_states, num_sequences = len(game.legal), len(game.sequence_places)
+  players, states = np.asarray(game.players), np.asarray(game.info_states)
+  parents, last = np.asarray(game.parents), np.asarray(game.sequences)
+  marked = np.zeros((len(parents), game.num_players, num_states + num_sequences), np.float32)
+  for start, stop in reversed(game.layout.levels):
+    deciding = start + np.flatnonzero(players[start:stop] >= 0)
+    marked[deciding, players[deciding]] = 0  # its later decisions are not its next
+    marked[deciding, players[deciding], states[deciding]] = 1
+    if start:
+      np.maximum.at(marked, parents[start:stop], marked[start:stop])
+  node, player = np.nonzero(last < num_sequences)
+  marked[node, player, num_states + last[node, player]] = 1
+  marked[players < 0] = 0
+  return jnp.asarray(marked)
 
 
 def observation_histories(game: Game, observations: jax.Array) -> jax.Array:

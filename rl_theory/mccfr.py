@@ -79,6 +79,7 @@ def update(
   Returns:
     The new state, and the metric `mccfr/nodes`: the mean number of histories in a sample.
   """
+  checks.given(config)
   traverse = _outcome if config.sampling == "outcome" else _external
   met = []
   for player in range(game.num_players):

@@ -72,7 +72,7 @@ def read_tree(
   path = _cache_path(name, cache) if _cacheable(game_or_string, game) else None
   tree = None if path is None else _load(path, name)
   if tree is not None and len(tree.parents) > max_nodes:
-    raise ValueError(_too_large(name, max_nodes, f"{len(tree.parents)} nodes"))
+    raise ValueError(too_large(name, max_nodes, f"{len(tree.parents)} nodes"))
   if tree is None:
     tree = _walk(game, name, max_nodes)
     if path is not None:
@@ -256,7 +256,7 @@ def _walk(game: Any, name: str, max_nodes: int) -> Tree:
         break
     if len(parents) > max_nodes:
       raise ValueError(
-        _too_large(name, max_nodes, f"at least {len(parents)} nodes within {depth + 1} moves")
+        too_large(name, max_nodes, f"at least {len(parents)} nodes within {depth + 1} moves")
       )
     frontier, depth = following, depth + 1
   utilities = np.zeros((len(parents), num_players))
@@ -274,7 +274,8 @@ def _walk(game: Any, name: str, max_nodes: int) -> Tree:
   )
 
 
-def _too_large(name: str, max_nodes: int, size: str) -> str:
+def too_large(name: str, max_nodes: int, size: str) -> str:
+  """Returns the message for a game with more histories than `max_nodes`."""
   return (
     f"game {name} has {size}, more than max_nodes={max_nodes}: increase max_nodes if memory "
     "allows, or choose a smaller game"

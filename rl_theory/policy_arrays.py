@@ -137,7 +137,12 @@ def from_dict(game: game_tree.Game, rows: Mapping[str, Mapping[int, float]]) -> 
 
 
 def to_openspiel(game: game_tree.Game, policy: Any) -> Any:
-  """Returns the policy as a `pyspiel.TabularPolicy`."""
+  """Returns the policy as a `pyspiel.TabularPolicy`.
+
+  Raises:
+    ValueError: if the array is not a policy of the game, or OpenSpiel does not have the game.
+  """
+  _require_openspiel(game)
   rows = to_dict(game, policy)
   return openspiel.tabular_policy({string: list(row.items()) for string, row in rows.items()})
 
@@ -148,6 +153,7 @@ def from_openspiel(game: game_tree.Game, policy: Any) -> jax.Array:
   The policy is evaluated at one history of each information state, in the game that OpenSpiel loads
   from `game.layout.name`. If OpenSpiel cannot load the game by that string, use `from_dict`.
   """
+  _require_openspiel(game)
   probs = np.zeros(game.legal.shape)
   for state, row in enumerate(
     openspiel.action_probabilities(game.layout.name, _paths(game), policy)
@@ -158,15 +164,27 @@ def from_openspiel(game: game_tree.Game, policy: Any) -> jax.Array:
 
 
 def action_names(game: game_tree.Game) -> list[dict[int, str]]:
-  """Returns OpenSpiel's name of each legal action, such as "Bet", for each information state.
+  """Returns the name of each legal action, such as "Bet", for each information state.
 
-  The dictionaries are empty if OpenSpiel is not installed or cannot load `game.layout.name`.
+  The names are OpenSpiel's or the description's. The dictionaries are empty if OpenSpiel is needed,
+  but is not installed or cannot load `game.layout.name`.
   """
+  named = game.layout.described_actions
+  if named:
+    rows = np.asarray(game.legal)
+    return [{int(action): named[action] for action in np.flatnonzero(row)} for row in rows]
   players = np.asarray(game.state_players).tolist()
   try:
     return openspiel.action_names(game.layout.name, _paths(game), players)
   except (ImportError, ValueError):
     return [{} for _ in players]
+
+
+def _require_openspiel(game: game_tree.Game) -> None:
+  if game.layout.described_actions:
+    raise ValueError(
+      f"game {game.layout.name} is not one of OpenSpiel's: use to_dict and from_dict instead"
+    )
 
 
 def _paths(game: game_tree.Game) -> list[list[int]]:

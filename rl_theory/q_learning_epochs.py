@@ -171,6 +171,7 @@ def play(
     apply_fn: the network.
     config: of play and replay.
   """
+  checks.given(config)
   explore_key, move_key, start_key = jax.random.split(key, 3)
   states, legal = state.states, process.legal[state.states]
   values = algorithm.action_values(apply_fn(state.learner.params, process.observations[states]))

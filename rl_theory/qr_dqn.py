@@ -149,16 +149,19 @@ def quantile_huber_loss(theta: jax.Array, targets: jax.Array, *, kappa: Any = 1.
   return jnp.sum(jnp.mean(losses, axis=-1), axis=-1)
 
 
+@checks.array_arguments
 def action_values(theta: jax.Array) -> jax.Array:
   """Returns the means `[..., A]` of the quantiles `[..., A, N]`."""
   return jnp.mean(theta, axis=-1)
 
 
+@checks.array_arguments
 def next_actions(values: jax.Array, legal: jax.Array) -> jax.Array:
   """Returns the legal action of the largest value, `[...]` from `[..., A]`."""
   return jnp.argmax(jnp.where(legal, values, -jnp.inf), axis=-1)
 
 
+@checks.array_arguments
 def bellman_targets(
   next_theta: jax.Array, next_actions: jax.Array, rewards: jax.Array, discounts: jax.Array
 ) -> jax.Array:

@@ -258,6 +258,7 @@ def as_floats(*arrays: Any) -> list[jax.Array]:
   return [array.astype(dtype) for array in arrays]
 
 
+@checks.array_arguments
 def quantile_td_error(
   quantiles: jax.Array, targets: jax.Array, *, method: str = "auto"
 ) -> jax.Array:

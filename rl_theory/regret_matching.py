@@ -33,6 +33,7 @@ def regret_matching(regrets: jax.Array, legal: jax.Array) -> jax.Array:
   return normalise(jnp.maximum(regrets, 0), legal)
 
 
+@checks.array_arguments
 def normalise(weights: jax.Array, legal: jax.Array) -> jax.Array:
   """Returns weights `[..., A]` >= 0 divided by their sum; uniform over legal actions if it is 0."""
   kept = jnp.where(legal, weights, 0)

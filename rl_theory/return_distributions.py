@@ -43,6 +43,7 @@ def wasserstein(
     raise ValueError(f"order must be a number of at least 1, got {order!r}")
   sides = []
   for name, atoms, probs in (("first", first, first_probs), ("second", second, second_probs)):
+    checks.not_nan(name, atoms)
     atoms = jnp.asarray(atoms, float)
     if not atoms.ndim or not atoms.shape[-1]:
       raise ValueError(f"{name} must have atoms on its last axis, got shape {list(atoms.shape)}")

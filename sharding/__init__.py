@@ -12,10 +12,10 @@ is the step that all algorithms take, `averages` moves the slow copies that some
 `checks` validates their arguments (`from sharding import averages, checks`).
 """
 
-from sharding.batches import DATA_AXES, accumulate_grads, shard_batch
+from sharding.batches import DATA_AXES, accumulate_grads, local_rows, num_shards, shard_batch
 from sharding.mesh import default_device, initialize_multihost, make_mesh
 from sharding.placement import init_sharded, jit_update, place
-from sharding.rules import REPLICATED, Rules, infer_shardings, tree_paths
+from sharding.rules import REPLICATED, Rules, decay_mask, infer_shardings, tree_paths
 from sharding.updates import gradient_step
 
 __all__ = [
@@ -23,13 +23,16 @@ __all__ = [
   "REPLICATED",
   "Rules",
   "accumulate_grads",
+  "decay_mask",
   "default_device",
   "gradient_step",
   "infer_shardings",
   "init_sharded",
   "initialize_multihost",
   "jit_update",
+  "local_rows",
   "make_mesh",
+  "num_shards",
   "place",
   "shard_batch",
   "tree_paths",

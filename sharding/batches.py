@@ -15,16 +15,62 @@ from sharding import rules as sharding_rules
 DATA_AXES = ("data", "fsdp")
 
 
-def shard_batch(batch: Any, mesh: jax.sharding.Mesh, axes: Sequence[str] = DATA_AXES) -> Any:
+def num_shards(mesh: jax.sharding.Mesh, axes: Sequence[str] = DATA_AXES) -> int:
+  """Returns into how many parts `shard_batch` splits a batch; axes that the mesh lacks count as 1.
+
+  Example:
+    >>> import sharding
+    >>> num_shards(sharding.make_mesh({"data": 1, "tensor": 1}, jax.devices()[:1]))
+    1
+  """
+  return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+
+
+def local_rows(
+  mesh: jax.sharding.Mesh, num_rows: int, axes: Sequence[str] = DATA_AXES
+) -> np.ndarray:
+  """Returns the rows of a whole batch that the devices of this process hold, in ascending order.
+
+  Args:
+    mesh: the devices.
+    num_rows: rows of the whole batch.
+    axes: as in `shard_batch`.
+
+  Raises:
+    ValueError: the rows do not divide over the shards.
+
+  Example:
+    >>> import sharding
+    >>> local_rows(sharding.make_mesh({"data": -1}), 2 * jax.device_count())[:2]
+    array([0, 1])
+  """
+  axes = _present(mesh, axes)
+  _check_rows({"rows": np.empty(num_rows, bool)}, 0, (num_rows,), axes, mesh.shape)
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes))
+  held = np.zeros(num_rows, bool)
+  for index in split.addressable_devices_indices_map((num_rows,)).values():
+    held[index] = True
+  return np.flatnonzero(held)
+
+
+def shard_batch(
+  batch: Any,
+  mesh: jax.sharding.Mesh,
+  axes: Sequence[str] = DATA_AXES,
+  *,
+  whole: bool = False,
+) -> Any:
   """Returns a host batch as global arrays, leading axis split over the data axes.
 
   Args:
-    batch: arrays whose leading axis is the examples. Each process passes its own rows; processes
-      that hold the same data shard, as when `tensor` spans hosts, pass the same rows. Arrays
-      without an axis are replicated; Python numbers and None stay as they are.
+    batch: arrays whose leading axis is the examples. Each process passes its own rows
+      (`local_rows`); processes that hold the same data shard, as when `tensor` spans hosts, pass
+      the same rows. Arrays without an axis are replicated; Python numbers and None stay as they
+      are.
     mesh: the devices.
     axes: mesh axes to split over; `()` replicates everything. The default skips axes that the mesh
       lacks.
+    whole: whether each process passes all rows, of which its devices take their own.
 
   Returns:
     The same tree; leaves that are already placed so are returned as they are.
@@ -39,24 +85,25 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh, axes: Sequence[str] = DATA_
     >>> batch["tokens"].addressable_shards[0].data.shape, batch["weight"]
     ((4, 7), 0.5)
   """
-  unknown = [axis for axis in axes if axis not in mesh.shape and axis not in DATA_AXES]
-  if unknown:
-    raise ValueError(f"axes {unknown} are not in the mesh, which has {dict(mesh.shape)}.")
-  axes = tuple(axis for axis in axes if axis in mesh.shape)
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes)) if axes else whole
+  axes = _present(mesh, axes)
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes)) if axes else replicated
   leaves, treedef = jax.tree.flatten(batch)
   placed: list[Any] = []
   for index, leaf in enumerate(leaves):
-    sharding = split if np.ndim(leaf) else whole
+    sharding = split if np.ndim(leaf) else replicated
     is_array = isinstance(leaf, jax.Array)
-    is_whole = is_array and (jax.process_count() == 1 or not leaf.is_fully_addressable)
+    is_global = is_array and (jax.process_count() == 1 or not leaf.is_fully_addressable)
     if not isinstance(leaf, bool | int | float | complex):
-      _check_rows(batch, index, leaf, axes, mesh.shape if is_whole else mesh.local_mesh.shape)
-      if is_whole:
+      all_rows = is_global or whole
+      sizes = mesh.shape if all_rows else mesh.local_mesh.shape
+      _check_rows(batch, index, np.shape(leaf), axes, sizes)
+      if is_global:
         leaf = jax.device_put(leaf, sharding)
       else:
-        leaf = jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+        leaf = np.asarray(leaf)
+        shape = leaf.shape if whole else None
+        leaf = jax.make_array_from_process_local_data(sharding, leaf, shape)
     placed.append(leaf)
   return jax.tree.unflatten(treedef, placed)
 
@@ -145,14 +192,24 @@ def accumulate_grads(loss: Callable[..., Any], num_microbatches: int) -> Callabl
   return grad_fn
 
 
-def _check_rows(batch: Any, index: int, leaf: Any, axes: tuple[str, ...], sizes: Any) -> None:
+def _present(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> tuple[str, ...]:
+  """Returns the axes that the mesh has; raises `ValueError` for one that is not a data axis."""
+  unknown = [axis for axis in axes if axis not in mesh.shape and axis not in DATA_AXES]
+  if unknown:
+    raise ValueError(f"axes {unknown} are not in the mesh, which has {dict(mesh.shape)}.")
+  return tuple(axis for axis in axes if axis in mesh.shape)
+
+
+def _check_rows(
+  batch: Any, index: int, shape: tuple[int, ...], axes: tuple[str, ...], sizes: Any
+) -> None:
   """Raises `ValueError` if the rows of leaf `index` do not divide over axes of these sizes."""
   shards = math.prod(sizes[axis] for axis in axes)
-  if np.ndim(leaf) and leaf.shape[0] % shards:
+  if shape and shape[0] % shards:
     path = sharding_rules.tree_paths(batch)[index]
     split = " x ".join(f"{axis!r} of {sizes[axis]}" for axis in axes)
     raise ValueError(
-      f"batch leaf {path!r} has {leaf.shape[0]} rows, which do not divide over the {shards} "
+      f"batch leaf {path!r} has {shape[0]} rows, which do not divide over the {shards} "
       f"shards of mesh axes {split}: choose a multiple of {shards}, or drop the remainder."
     )
 

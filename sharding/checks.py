@@ -10,6 +10,7 @@ on the host: Python numbers, lists of them and NumPy arrays. Three kinds of valu
   or shapes in place of its numbers, and runs the dataclass's checks on them.
 """
 
+import dataclasses
 import functools
 import inspect
 import numbers
@@ -66,12 +67,12 @@ def fractions(name: str, value: Any, *, fetch: bool = False) -> None:
 
 def finite(name: str, value: Any, *, fetch: bool = False) -> None:
   """Raises `ValueError` if `value` holds NaN or an infinity."""
-  array = _numbers(name, value, fetch)
-  if array is None or np.all(np.isfinite(array)):
-    return
-  index = tuple(map(int, np.argwhere(~np.isfinite(array))[0]))
-  where = f" at position {index[0] if len(index) == 1 else index}" if index else ""
-  raise ValueError(f"{name} must be finite, got {array[index]}{where}: leave the row out")
+  _require_entries(name, value, fetch, np.isfinite, "be finite")
+
+
+def not_nan(name: str, value: Any, *, fetch: bool = False) -> None:
+  """Raises `ValueError` if `value` holds NaN; infinities pass."""
+  _require_entries(name, value, fetch, lambda x: ~np.isnan(x), "be numbers")
 
 
 def distribution(name: str, value: Any, *, fetch: bool = False) -> None:
@@ -126,6 +127,28 @@ def choice(name: str, value: Any, choices: Collection[Any]) -> None:
   """Raises `ValueError` unless `value` is one of `choices`."""
   if value not in choices:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def given(config: Any) -> None:
+  """Raises `ValueError` if a field of a dataclass is None though its default is something else.
+
+  The checks of a config let None pass, because JAX puts it in place of numbers when it rebuilds a
+  config. What computes with a config calls this.
+
+  Example:
+    >>> @dataclasses.dataclass
+    ... class Config:
+    ...   tau: float = 0.1
+    >>> given(Config(tau=None))
+    Traceback (most recent call last):
+      ...
+    ValueError: tau of Config must be given, got None: leave it out for 0.1
+  """
+  for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+    default = field.default
+    if getattr(config, field.name) is None and default is not None:
+      hint = "" if default is dataclasses.MISSING else f": leave it out for {default}"
+      raise ValueError(f"{field.name} of {type(config).__name__} must be given, got None{hint}")
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -189,8 +212,8 @@ def array_arguments(function: Function) -> Function:
   """Decorates a function on arrays: lists become NumPy arrays before its own checks see them.
 
   Refused with the name of the argument: None where there must be a value, a list of strings or of
-  rows of unequal length, an array without entries, and a number for each row (such as `tau`) whose
-  shape does not fit the first argument. Tracers and JAX arrays pass unchanged.
+  rows of unequal length, an array without entries, NaN, and a number for each row (such as `tau`)
+  whose shape does not fit the first argument. Tracers and JAX arrays pass unchanged.
 
   Example:
     >>> @array_arguments
@@ -220,6 +243,8 @@ def array_arguments(function: Function) -> Function:
         continue
       if 0 in value.shape:
         raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
+      if isinstance(value, np.ndarray | np.generic):
+        not_nan(name, value)
       if first is None:
         first = name, value.shape
       elif (
@@ -333,6 +358,18 @@ def _require(
   array = value if type(value) in (float, int) else _numbers(name, value, fetch)
   if array is not None and not np.all(holds(array)):
     raise ValueError(f"{name} must {requirement}, got {array}")
+
+
+def _require_entries(
+  name: str, value: Any, fetch: bool, holds: Callable[[Any], Any], requirement: str
+) -> None:
+  """As `_require`; names the first entry for which `holds` is false, and its position."""
+  array = _numbers(name, value, fetch)
+  if array is None or np.all(held := holds(array)):
+    return
+  index = tuple(map(int, np.argwhere(~held)[0]))
+  where = f" at position {index[0] if len(index) == 1 else index}" if index else ""
+  raise ValueError(f"{name} must {requirement}, got {array[index]}{where}: leave the row out")
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:

@@ -45,6 +45,22 @@ def tree_paths(tree: Any) -> list[str]:
   return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
+def decay_mask(params: Any) -> Any:
+  """Returns which leaves weight decay shrinks: all but those named `bias` or `scale`, as a tree.
+
+  By name, since the layers of a model may be stacked, so that the scale of a norm has two axes.
+  optax takes it as a mask.
+
+  Example:
+    >>> decay_mask({"norm": {"scale": 1}, "dense": {"kernel": 2, "bias": 3}})
+    {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
+  """
+  names = [path.rpartition("/")[2] for path in tree_paths(params)]
+  return jax.tree.unflatten(
+    jax.tree.structure(params), [name not in ("scale", "bias") for name in names]
+  )
+
+
 def infer_shardings(
   tree: Any, rules: Rules, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> Any:

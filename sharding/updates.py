@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from sharding import batches
+from sharding import batches, checks
 
 
 def gradient_step(
@@ -37,6 +37,9 @@ def gradient_step(
   Returns:
     The new state, and the metrics with `grad_norm`, the global norm of the gradient.
 
+  Raises:
+    ValueError: a field of the config is None though its default is not; otherwise as the loss.
+
   Example:
     >>> import collections, jax.numpy as jnp
     >>> State = collections.namedtuple("State", "params opt_state step")
@@ -50,6 +53,7 @@ def gradient_step(
     >>> print(state.params, state.step, metrics["grad_norm"])
     2.0 1 4.0
   """
+  checks.given(config)
   grad_fn = batches.accumulate_grads(loss, getattr(config, "num_microbatches", 1))
   (_, (metrics, network_state)), grads = grad_fn(
     state.params, state, batch, key, apply_fn=apply_fn, config=config

@@ -29,8 +29,8 @@ from alignment.baselines import dpo, kto, online_ipo, rloo, sft
 from representation import bgrl, bidirectional, byol, graphs, latent_prediction, self_predictive
 from representation.baselines import grace, supervised
 from representation.networks import adapters, gcn, mlp, recurrent
-from rl_theory import armac, qr_dqn, qtd
-from rl_theory.baselines import categorical_td, dqn, nfsp, td
+from rl_theory import armac, policy_arrays, qr_dqn, qtd
+from rl_theory.baselines import categorical_td, dqn, nfsp, ppo, td
 
 
 class Init(Protocol):
@@ -326,6 +326,27 @@ def _nfsp() -> Case:
   return Case(nfsp, params, batch, nfsp.Networks(score, score), config, None)
 
 
+def _ppo() -> Case:
+  rng = np.random.default_rng(21)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
+
+  def score(params, observations):
+    return jnp.tanh(observations @ params["kernel"]) @ params["head"]
+
+  params = ppo.Params(*({"kernel": normal(5, 6), "head": normal(6, size)} for size in (3, 1)))
+  legal = jnp.asarray(rng.random((8, 4, 3)) < 0.6).at[..., 0].set(True)
+  observations = normal(8, 4, 5)
+  logits = score(params.policy, observations)
+  batch = ppo.Batch(
+    observations, legal, jnp.zeros((8, 4), jnp.int32), jnp.asarray(rng.random((8, 4)) < 0.8),
+    policy_arrays.softmax(logits + normal(8, 4, 3), legal), normal(8, 4), normal(8, 4),
+  )  # fmt: skip
+  config = ppo.Config(num_episodes=8, batch_size=8)
+  return Case(ppo, params, batch, ppo.Networks(score, score), config, ("temperature_start", 1.0))
+
+
 def _q_learning(module: Any, num_quantiles: tuple[int, ...]) -> Case:
   rng = np.random.default_rng(20)
 
@@ -533,6 +554,7 @@ BUILDERS: dict[str, Callable[[], Case]] = {
   "nash_md": _nash_md,
   "nfsp": _nfsp,
   "online_ipo": _online_ipo,
+  "ppo": _ppo,
   "qr_dqn": functools.partial(_q_learning, qr_dqn, (4,)),
   "qtd": _qtd,
   "qtd_visits": functools.partial(

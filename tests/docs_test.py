@@ -72,7 +72,7 @@ def test_commands_name_presets_and_settings_that_exist(page, monkeypatch, capsys
 def test_examples_of_the_guide_run(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   blocks = re.findall(r"(?ms)^```python\n(.*?)^```", text(ROOT / "docs" / "guide.md"))
-  assert len(blocks) == 4
+  assert len(blocks) == 5
   for block in blocks:
     exec(compile(block, "guide.md", "exec"), {"__name__": "guide"})
 

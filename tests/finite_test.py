@@ -30,7 +30,7 @@ from representation import (
 )
 from representation.baselines import grace
 from rl_theory import armac, qr_dqn, qtd, regret_matching, returns
-from rl_theory.baselines import categorical_td, dqn, nfsp, td
+from rl_theory.baselines import categorical_td, dqn, nfsp, ppo, td
 
 ROWS, COLUMNS = 3, 4
 EDGES = (0.0, 1.0, -1.0, 0.5, 1e-30, -1e-30, 1e15, 1e30, -1e30)
@@ -126,6 +126,13 @@ FUNCTIONS = {
   "nfsp.best_response_loss": lambda x, p, m, i: nfsp.best_response_loss(
     x[0], i, x[1, :, 0], x[2], next_legal=m
   ),
+  "ppo.advantages": lambda x, p, m, i: ppo.advantages(
+    x[0], m.astype(int), m, x[1, :, :2], trace_decay=0.5
+  ),
+  "ppo.clipped_policy_loss": lambda x, p, m, i: ppo.clipped_policy_loss(
+    x[0], _distribution(p), i, x[1, :, 0], legal=jnp.ones_like(m), clip=0.2
+  ),
+  "ppo.magnet_loss": lambda x, p, m, i: ppo.magnet_loss(x[0], legal=m),
   "qr_dqn.quantile_huber_loss": lambda x, p, m, i: qr_dqn.quantile_huber_loss(x[0], x[1]),
   "qtd.pinball_loss": lambda x, p, m, i: qtd.pinball_loss(x[0], x[1]),
   "regret_matching.regret_matching": lambda x, p, m, i: regret_matching.regret_matching(
@@ -147,7 +154,8 @@ FUNCTIONS = {
 COUPLED = ("byol_variants.negatives_loss", "grace.grace_loss", "collapse.")
 MODULES = (
   copg, dpo, dro, ipo, kto, nash_md, online_ipo, reward_model, rloo, sft, srpo, bgrl, bidirectional,
-  byol, byol_variants, grace, latent_prediction, self_predictive, armac, dqn, nfsp, qr_dqn, qtd,
+  byol, byol_variants, grace, latent_prediction, self_predictive, armac, dqn, nfsp, ppo,
+  qr_dqn, qtd,
 )  # fmt: skip
 
 

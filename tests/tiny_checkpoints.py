@@ -115,6 +115,8 @@ def write_gguf(path, config, params, *, quantise=None, changes=None, drop=(), te
   for key, entry in fields.items():
     if entry is not None:
       add, value = entry
+      if key.startswith("llama."):
+        key = f"{architecture}.{key.removeprefix('llama.')}"
       add(writer, key, value)
   stored = {**_stored(config, params), **(tensors or {})}
   for name, weights in stored.items():
@@ -143,7 +145,13 @@ def _stored(config, params):
     stored[f"blk.{i}.attn_norm.weight"] = layers["attention_norm"]["scale"][i]
     stored[f"blk.{i}.ffn_norm.weight"] = layers["mlp_norm"]["scale"][i]
     for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "output")):
-      stored[f"blk.{i}.attn_{theirs}.weight"] = layers["attention"][ours]["kernel"][i].T
+      weights = layers["attention"][ours]
+      stored[f"blk.{i}.attn_{theirs}.weight"] = weights["kernel"][i].T
+      if "bias" in weights:
+        stored[f"blk.{i}.attn_{theirs}.bias"] = weights["bias"][i]
+      if f"{ours}_norm" in layers["attention"]:
+        norm = layers["attention"][f"{ours}_norm"]["scale"]
+        stored[f"blk.{i}.attn_{theirs}_norm.weight"] = norm[i]
     for name in ("gate", "up", "down"):
       stored[f"blk.{i}.ffn_{name}.weight"] = layers["mlp"][name]["kernel"][i].T
   return stored

@@ -1,8 +1,7 @@
-"""The arithmetic of attention: rotary positions, masks, grouped queries. No parameters in here."""
+"""The arithmetic of attention: masks, windows, grouped queries. No parameters in here."""
 
-import dataclasses
-import math
-from typing import Literal, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,44 +13,6 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 # A score so low that its softmax weight is exactly zero; finite, so that no row becomes NaN.
 HIDDEN = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3's stretch of the rotary wavelengths (the numbers of a `rope_type: llama3` config).
-
-  Frequencies whose wavelength exceeds `original_max_length / low_frequency_factor` are divided by
-  `factor`, those below `original_max_length / high_frequency_factor` are kept, with a linear blend
-  in between.
-  """
-
-  factor: float
-  low_frequency_factor: float
-  high_frequency_factor: float
-  original_max_length: int
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-  """Returns the `[head_dim / 2]` rotary frequencies, in radians per token."""
-  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequencies = theta**-exponents
-  if scaling is None:
-    return frequencies
-  turns = scaling.original_max_length * frequencies / (2 * math.pi)
-  keep = (turns - scaling.low_frequency_factor) / (
-    scaling.high_frequency_factor - scaling.low_frequency_factor
-  )
-  keep = jnp.clip(keep, 0.0, 1.0)
-  return frequencies * (keep + (1 - keep) / scaling.factor)
-
-
-def rope_table(
-  positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
-) -> tuple[jax.Array, jax.Array]:
-  """Returns cosines and sines `[B, T, 1, head_dim / 2]` for integer `positions` `[B, T]`."""
-  frequencies = rope_frequencies(head_dim, theta, scaling)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
@@ -83,7 +44,7 @@ def justify_prompts(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.
   return tokens, mask.at[:, -1].set(True)
 
 
-def attention_bias(mask: jax.Array) -> jax.Array:
+def attention_bias(mask: jax.Array, window: int | None = None) -> jax.Array:
   """Returns what is added to the scores, `[B, T, T]` float32: 0 where seen, else very negative.
 
   A real token sees the real tokens up to itself. A padded one sees only itself beside them, so that
@@ -91,10 +52,15 @@ def attention_bias(mask: jax.Array) -> jax.Array:
 
   Args:
     mask: `[B, T]` non-zero on real tokens.
+    window: if given, a token sees only itself and the `window - 1` real tokens before it.
   """
   length = mask.shape[1]
   causal = jnp.tril(jnp.ones((length, length), bool))
-  allowed = (causal & (mask > 0)[:, None, :]) | jnp.eye(length, dtype=bool)
+  seen = causal & (mask > 0)[:, None, :]
+  if window is not None:
+    positions = positions_of(mask)
+    seen &= positions[:, :, None] - positions[:, None, :] < window
+  allowed = seen | jnp.eye(length, dtype=bool)
   return jnp.where(allowed, 0.0, HIDDEN)
 
 
@@ -116,17 +82,30 @@ class SharedPromptBias(NamedTuple):
 Visible = jax.Array | SharedPromptBias | fused_attention.Rows | fused_attention.SharedPromptRows
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: Visible) -> jax.Array:
+def attend(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  bias: jax.Array | SharedPromptBias,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> jax.Array:
   """Grouped-query attention of queries `[B, T, H, head_dim]` on keys `[B, KV, T, head_dim]`.
 
-  With a `SharedPromptBias` or `SharedPromptRows`, of completions that share a prompt. The kind of
-  `visible` chooses the form: written out, or a fused kernel.
+  With a `SharedPromptBias`, of completions that share a prompt.
+
+  Args:
+    queries: `[B, T, H, head_dim]`.
+    keys: `[B, KV, T, head_dim]`.
+    values: `[B, KV, T, head_dim]`.
+    bias: what is added to the scores; see `attention_bias`.
+    scale: factor of the scores.
+    softcap: c, scores become c tanh(scores / c) before the bias; None for no cap.
   """
-  if isinstance(visible, fused_attention.Rows | fused_attention.SharedPromptRows):
-    return fused_attention.attend(queries, keys, values, visible)
-  bias = visible
+  single = functools.partial(_attend, scale=scale, softcap=softcap)
   if not isinstance(bias, SharedPromptBias):
-    return _attend(queries, keys, values, bias)
+    return single(queries, keys, values, bias)
   num_prompts, prompt_length = bias.prompt.shape[:2]
   num_rows, length = bias.completion.shape[:2]
   group = num_rows // num_prompts
@@ -141,14 +120,19 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: Visi
     return jnp.concatenate([prompts, own(x)], axis=-2)
 
   prompt_keys, prompt_values = (x[..., :prompt_length, :] for x in (keys, values))
-  of_prompt = _attend(queries[:, :prompt_length], prompt_keys, prompt_values, bias.prompt)
+  of_prompt = single(queries[:, :prompt_length], prompt_keys, prompt_values, bias.prompt)
   own_queries = queries[:, prompt_length:].reshape(num_rows, length, *queries.shape[2:])
-  of_completion = _attend(own_queries, with_prompt(keys), with_prompt(values), bias.completion)
+  of_completion = single(own_queries, with_prompt(keys), with_prompt(values), bias.completion)
   of_completion = of_completion.reshape(num_prompts, group * length, *queries.shape[2:])
   return jnp.concatenate([of_prompt, of_completion], axis=1)
 
 
-def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Returns cap tanh(x / cap), which lies within the cap; x itself without one."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _attend(queries, keys, values, bias, *, scale: float, softcap: float | None) -> jax.Array:
   """Grouped-query attention.
 
   Args:
@@ -166,8 +150,8 @@ def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Ar
   # Plain batched matrix products: one batch of B * KV, one contracted dimension.
   queries = queries.reshape(batch, length, num_kv_heads, groups, head_dim)
   queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, groups * length, head_dim)
-  scores = jnp.einsum("bkqd,bksd->bkqs", queries * head_dim**-0.5, keys)
-  scores = scores.astype(accumulator(scores.dtype))
+  scores = jnp.einsum("bkqd,bksd->bkqs", queries * scale, keys)
+  scores = soft_cap(scores.astype(accumulator(scores.dtype)), softcap)
   # Added rather than selected: a sum needs no residual in the backward pass.
   scores = scores.reshape(batch, num_kv_heads, groups, length, span) + bias[:, None, None]
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -180,25 +164,3 @@ def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Ar
 def accumulator(dtype) -> jnp.dtype:
   """float32, or float64 where the whole computation is in float64."""
   return jnp.promote_types(dtype, jnp.float32)
-
-
-def rotary_columns(
-  kernel: jax.Array, num_heads: int, pairing: Literal["half", "adjacent"]
-) -> jax.Array:
-  """Returns a query or key kernel `[..., D, num_heads * head_dim]` in "half" order.
-
-  Queries and keys reordered alike have the same products, and a matrix is often smaller than the
-  activations: so "adjacent" becomes "half" here, and `rotate` knows only one kind.
-  """
-  if pairing == "half":
-    return kernel
-  pairs = kernel.reshape(*kernel.shape[:-1], num_heads, -1, 2)
-  return pairs.swapaxes(-1, -2).reshape(kernel.shape)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates `[B, T, heads, head_dim]`, feature i paired with i + head_dim / 2."""
-  cos, sin = rope
-  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)

@@ -1,21 +1,17 @@
 """What each key of a model file does here: it is honoured, inert, or refused by name.
 
-`transformers` ignores keys that its class of a model does not know, and a fork of the family keeps
+`transformers` ignores keys that its class of a model does not know, and a fork of a family keeps
 its class name and adds keys that its own code reads. So a key that nobody here knows may change the
 function that the weights compute, and `check` refuses it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-# Read by `huggingface.from_config_json`, or by `tokenizer.load`.
+# Read by `huggingface.from_config_json` for every family, or by `tokenizer.load`. Each family reads
+# others too (`families.Family.keys`).
 HONOURED = frozenset(
-  """
-  model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-  num_key_value_heads head_dim max_position_embeddings rope_theta rope_scaling rope_parameters
-  partial_rotary_factor rms_norm_eps hidden_act attention_bias mlp_bias tie_word_embeddings
-  sliding_window quantization_config dtype torch_dtype bos_token_id eos_token_id pad_token_id
-  """.split()
+  "model_type quantization_config bos_token_id eos_token_id pad_token_id".split()
 )
 
 # Bookkeeping, training and generation: the logits do not depend on them.
@@ -36,7 +32,9 @@ INERT = frozenset(
   exponential_decay_length_penalty remove_invalid_values epsilon_cutoff eta_cutoff
   _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
   use_flash_attention use_flash_attention_2 unsloth_version unsloth_fixed unsloth_tied_embeddings
-  transformers.js_config neftune_noise_alpha keys_to_ignore_at_inference max_window_layers
+  transformers.js_config cache_implementation classifier_dropout summary_type summary_use_proj
+  summary_activation summary_proj_to_labels summary_first_dropout neftune_noise_alpha
+  keys_to_ignore_at_inference max_window_layers
   max_sequence_length model_max_length license tags language
   """.split()
 )
@@ -46,7 +44,7 @@ def _all(value: Any) -> Callable[[Any], bool]:
   return lambda found: isinstance(found, list) and all(x == value for x in found)
 
 
-# Keys of other families, each with the value (or a test for it) that leaves a Llama as it is.
+# Keys of some families, each with the value (or a test for it) that changes nothing in the others.
 NEUTRAL: dict[str, Any] = {
   **dict.fromkeys(
     """
@@ -56,7 +54,8 @@ NEUTRAL: dict[str, Any] = {
     rope_interleaved interleaved_rope use_post_norm post_norm sandwich_norm use_layernorm
     use_moe moe attn_temperature_tuning scale_attn_by_inverse_layer_idx use_mup
     use_mla use_attention_sinks attention_sinks value_residual weight_norm gated_attention
-    use_gated_attention headwise_attn_output_gate elementwise_attn_output_gate
+    use_gated_attention headwise_attn_output_gate elementwise_attn_output_gate attention_bias
+    mlp_bias use_mrope use_bidirectional_attention
     """.split(),
     False,
   ),
@@ -77,13 +76,15 @@ NEUTRAL: dict[str, Any] = {
   "layer_types": _all("full_attention"),
   "no_rope_layers": _all(1),  # as SmolLM3 writes it: 1 for a layer with rotary positions
   "hidden_activation": "silu",
+  "partial_rotary_factor": 1,
   "mlp_hidden_act": "silu",
   "normalization_type": "rmsnorm",
 }
 
 
 # The same for the header of a GGUF file: what `gguf` reads of an architecture and its tokenizer,
-# and what changes no number. llama.cpp reads no key outside these two groups.
+# and what changes no number. llama.cpp reads no key outside these two groups. Keys of other
+# architectures begin with their name in place of "llama".
 GGUF_HONOURED = frozenset(
   """
   llama.block_count llama.context_length llama.embedding_length llama.feed_forward_length
@@ -126,30 +127,42 @@ GGUF_NEUTRAL = {
 }
 
 
-def check(fields: Mapping[str, Any]) -> None:
+def check(
+  fields: Mapping[str, Any],
+  *,
+  honoured: Collection[str] = (),
+  inert: Collection[str] = (),
+  neutral: Mapping[str, Any] | None = None,
+) -> None:
   """Raises `ValueError` for the first key that is neither honoured nor inert, with its value.
 
   `null` says nothing, so it is never refused. The keys of a fork, such as `clip_qkv`,
-  `final_logit_softcapping`, `attention_multiplier` or `auto_map`, need no table: whatever is not in
-  one is refused.
+  `attention_multiplier` or `auto_map`, need no table: whatever is not in one is refused.
+
+  Args:
+    fields: of a `config.json`.
+    honoured: keys that the family reads, beside `HONOURED`.
+    inert: keys that change nothing in this family, beside `INERT`.
+    neutral: as `NEUTRAL`, for this family; it goes before.
 
   Example:
     >>> check({"model_type": "llama", "use_cache": True, "qk_norm": False, "clip_qkv": None})
     >>> check({"model_type": "llama", "qk_norm": True})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: qk_norm=True is not supported: ...
+    ValueError: qk_norm=True is not supported ...
   """
+  known, table = {*HONOURED, *INERT, *honoured, *inert}, {**NEUTRAL, **(neutral or {})}
   for name, value in fields.items():
-    if name in HONOURED or name in INERT or value is None:
+    if name in known or value is None:
       continue
-    if name in NEUTRAL:
-      neutral = NEUTRAL[name]
-      if neutral(value) if callable(neutral) else value == neutral:
+    if name in table:
+      test = table[name]
+      if test(value) if callable(test) else value == test:
         continue
       raise ValueError(
-        f"{name}={_short(value)} is not supported: the decoder computes a plain Llama; choose "
-        "another checkpoint"
+        f"{name}={_short(value)} is not supported in this family of models; choose another "
+        "checkpoint"
       )
     raise ValueError(
       f"{name}={_short(value)} is not known here and may change what the weights compute: remove "
@@ -157,17 +170,19 @@ def check(fields: Mapping[str, Any]) -> None:
     )
 
 
-def check_gguf(metadata: Mapping[str, Any]) -> None:
+def check_gguf(metadata: Mapping[str, Any], architecture: str = "llama") -> None:
   """The same for the header of a GGUF file.
 
   Example:
     >>> check_gguf({"llama.block_count": 2, "general.name": "Tiny", "llama.logit_scale": 1.0})
   """
   for name, value in metadata.items():
-    known = name in GGUF_HONOURED | GGUF_INERT or name.startswith("tokenizer.chat_template.")
-    if known or not name.startswith(("llama.", "tokenizer.")):
+    own = name.startswith(f"{architecture}.")
+    key = f"llama.{name.removeprefix(f'{architecture}.')}" if own else name
+    known = key in GGUF_HONOURED | GGUF_INERT or name.startswith("tokenizer.chat_template.")
+    if known or not (own or name.startswith("tokenizer.")):
       continue
-    if name not in GGUF_NEUTRAL or value != GGUF_NEUTRAL[name]:
+    if key not in GGUF_NEUTRAL or value != GGUF_NEUTRAL[key]:
       raise ValueError(
         f"{name}={_short(value)} is not supported: load the model's Hugging Face folder, or choose "
         "another model"

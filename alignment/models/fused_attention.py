@@ -7,6 +7,7 @@ real ones to the front, in their order, the padding behind them. A real token th
 tokens up to itself under a causal mask alone, wherever the padding was.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -176,31 +177,56 @@ _pack.defvjp(lambda x, rows: (_take(x, rows.pack), rows), _pack_transpose)
 
 
 def attend(
-  queries: jax.Array, keys: jax.Array, values: jax.Array, rows: Rows | SharedPromptRows
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  rows: Rows | SharedPromptRows,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  window: int | None = None,
 ) -> jax.Array:
-  """Grouped-query attention; shapes as in `attention.attend`."""
+  """Grouped-query attention; arguments as in `attention.attend` and `attention.attention_bias`."""
   keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+  causal = functools.partial(_causal, scale=scale, softcap=softcap, window=window)
   if isinstance(rows, Rows):
-    return _causal(queries, keys, values)
+    return causal(queries, keys, values)
 
   num_prompts, group, _ = rows.prompt.shape
 
   def apart(x):
     return _apart(x, rows).reshape(num_prompts * group, -1, *x.shape[2:])
 
-  out = _causal(apart(queries), apart(keys), apart(values))
+  out = causal(apart(queries), apart(keys), apart(values))
   return _pack(out.reshape(*rows.apart.shape, *out.shape[2:]), rows)
 
 
-def _causal(queries, keys, values):
+def _causal(queries, keys, values, *, scale=None, softcap=None, window=None):
   """Attention of `[B, T, H, head_dim]` on `[B, T, KV, head_dim]`, real tokens first."""
   if kernel_for(queries.dtype, queries.shape[-1]) == "splash":
-    return splash(queries, keys, values)
-  return jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
+    return splash(queries, keys, values, scale=scale, softcap=softcap, window=window)
+  if softcap is not None:
+    raise ValueError(f"softcap={softcap} is not known to cuDNN's kernel: set fused_attention=False")
+  return jax.nn.dot_product_attention(
+    queries,
+    keys,
+    values,
+    scale=scale,
+    is_causal=True,
+    local_window_size=None if window is None else (window - 1, 0),
+    implementation="cudnn",
+  )
 
 
 def splash(
-  queries: jax.Array, keys: jax.Array, values: jax.Array, *, interpret: bool = False
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  *,
+  scale: float | None = None,
+  softcap: float | None = None,
+  window: int | None = None,
+  interpret: bool = False,
 ) -> jax.Array:
   """Causal attention by JAX's kernel for TPUs; shapes as in `jax.nn.dot_product_attention`.
 
@@ -208,6 +234,9 @@ def splash(
     queries: `[B, T, H, head_dim]`.
     keys: `[B, T, KV, head_dim]`.
     values: `[B, T, KV, head_dim]`.
+    scale: factor of the scores; None for `head_dim ** -0.5`.
+    softcap: cap of the scores; None for none.
+    window: tokens that each one sees, itself included; None for all before it.
     interpret: run the kernel step by step on any device, slowly.
   """
   # Imported here: no other device needs Pallas.
@@ -228,11 +257,16 @@ def splash(
     block_q_dq=block,
     block_kv_dq=block,
   )
+  shape = (padded, padded)
+  mask = (
+    splash_attention_mask.CausalMask(shape)
+    if window is None
+    else splash_attention_mask.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+  )
   kernel = splash_attention_kernel.make_splash_mha_single_device(
-    splash_attention_mask.MultiHeadMask(
-      [splash_attention_mask.CausalMask((padded, padded))] * num_heads
-    ),
+    splash_attention_mask.MultiHeadMask([mask] * num_heads),
     block_sizes=sizes,
+    attn_logits_soft_cap=softcap,
     residual_checkpoint_name=_RESULTS,
     interpret=interpret,
   )
@@ -241,6 +275,7 @@ def splash(
     # Padding at the end: no causal query sees it.
     return jnp.pad(x, [(0, 0), (0, padded - length), (0, 0), (0, 0)]).swapaxes(1, 2)
 
-  scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
+  scale = head_dim**-0.5 if scale is None else scale
+  scaled = queries * jnp.asarray(scale, queries.dtype)
   out = jax.vmap(kernel)(heads_first(scaled), heads_first(keys), heads_first(values))
   return out.swapaxes(1, 2)[:, :length]

@@ -1,4 +1,4 @@
-"""Llama models in GGUF files (llama.cpp's format): config, dequantised weights and tokenizer.
+"""Llama and Qwen in GGUF files (llama.cpp's format): config, dequantised weights and tokenizer.
 
 We read the header ourselves: `gguf.GGUFReader` takes seconds for the 10^5 strings of a vocabulary
 and does not notice a truncated file. The gguf package does the dequantisation.
@@ -23,19 +23,28 @@ from alignment.models import tokenizer as tokenizer_lib
 
 _Path = str | os.PathLike[str]
 
-_NAMES = {
-  "embed/embedding": "token_embd.weight",
-  "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
-  "layers/attention/query/kernel": "blk.{}.attn_q.weight",
-  "layers/attention/key/kernel": "blk.{}.attn_k.weight",
-  "layers/attention/value/kernel": "blk.{}.attn_v.weight",
-  "layers/attention/output/kernel": "blk.{}.attn_output.weight",
-  "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-  "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
-  "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
-  "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
-  "final_norm/scale": "output_norm.weight",
-  "head/kernel": "output.weight",
+_LAYER = {
+  "attention_norm": "attn_norm",
+  "attention/query": "attn_q",
+  "attention/key": "attn_k",
+  "attention/value": "attn_v",
+  "attention/output": "attn_output",
+  "attention/query_norm": "attn_q_norm",
+  "attention/key_norm": "attn_k_norm",
+  "mlp_norm": "ffn_norm",
+  "mlp/gate": "ffn_gate",
+  "mlp/up": "ffn_up",
+  "mlp/down": "ffn_down",
+}
+_TENSORS = layout.Tensors(
+  layout.names(_LAYER, "blk.{}.", embed="token_embd", final_norm="output_norm", head="output")
+)
+# Fields of `TransformerConfig` that all models of an architecture have. llama.cpp's converter
+# reorders the rotary pairs of "llama" alone.
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+  "llama": {"rope_pairing": "adjacent"},
+  "qwen2": {"qkv_bias": True},
+  "qwen3": {"head_norms": True},
 }
 
 # Codes of the format's value types.
@@ -56,10 +65,16 @@ _STRING, _ARRAY = 8, 9
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 _BYTES_AT_ONCE = 2**20  # of quantised weights, dequantised through temporaries
 
-_LLAMA3_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+
+def _split(digits: str) -> str:
+  return (
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  )
+
+
+# Digits go together by up to three, or alone.
+_SPLITS = {"llama-bpe": _split("{1,3}"), "qwen2": _split("")}
 
 
 class _Tensor(NamedTuple):
@@ -75,11 +90,12 @@ def load(
   """Reads a model and its tokenizer.
 
   Args:
-    path: a `.gguf` file of architecture "llama" with a byte-level BPE vocabulary.
+    path: a `.gguf` file of architecture "llama", "qwen2" or "qwen3" with a byte-level BPE
+      vocabulary.
 
   Returns:
-    The config (rotary pairs "adjacent", as the format stores them), the parameters as float32
-    NumPy arrays on the host, and the tokenizer.
+    The config (rotary pairs "adjacent" for "llama", as the format stores them), the parameters as
+    float32 NumPy arrays on the host, and the tokenizer.
 
   Raises:
     ValueError: the file is absent, truncated, not GGUF, or of a kind that `transformer` does not
@@ -97,8 +113,8 @@ def load(
     buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   metadata, tensors = _read_header(path, buffer)
   config = _config(path, metadata, tensors)
-  layout.check_names(config, _NAMES, set(tensors), path)
-  for name, shape in layout.stored_shapes(config, _NAMES).items():
+  layout.check_names(config, _TENSORS, set(tensors), path)
+  for name, shape in layout.stored_shapes(config, _TENSORS).items():
     layout.check_shape(name, tensors[name].shape, shape, path)
   tokenizer = _tokenizer(path, metadata)
 
@@ -107,7 +123,7 @@ def load(
     layout.check_finite(name, tensor, path)
     return tensor
 
-  return config, layout.stack(config, _NAMES, read, np.float32), tokenizer
+  return config, layout.stack(config, _TENSORS, read, np.float32), tokenizer
 
 
 def _dequantize(path: pathlib.Path, name: str, tensor: _Tensor, buffer: mmap.mmap) -> np.ndarray:
@@ -226,64 +242,67 @@ def _config(
   path: pathlib.Path, metadata: dict[str, Any], tensors: dict[str, _Tensor]
 ) -> transformer.TransformerConfig:
   architecture = metadata.get("general.architecture")
-  if architecture != "llama":
+  if architecture not in _ARCHITECTURES:
     raise ValueError(
-      f"{path} has architecture {architecture!r}: only 'llama' is supported; choose a model of the "
-      "Llama family"
+      f"{path} has architecture {architecture!r}: only {', '.join(_ARCHITECTURES)} are supported; "
+      "load the model's Hugging Face folder"
     )
 
+  def find(name: str, default: Any = None) -> Any:
+    return metadata.get(f"{architecture}.{name}", default)
+
   def get(name: str) -> Any:
-    if f"llama.{name}" not in metadata:
-      raise ValueError(f"{path} lacks the field llama.{name}: convert the model again")
-    return metadata[f"llama.{name}"]
+    if find(name) is None:
+      raise ValueError(f"{path} lacks the field {architecture}.{name}: convert the model again")
+    return find(name)
 
   try:
-    config_keys.check_gguf(metadata)
+    config_keys.check_gguf(metadata, architecture)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   # llama.cpp scales linearly where a file has a factor and names no type.
-  factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 0))
-  scaling = metadata.get("llama.rope.scaling.type", "none" if factor in (0, 1) else "linear")
+  factor = find("rope.scaling.factor", find("rope.scale_linear", 0))
+  scaling = find("rope.scaling.type", "none" if factor in (0, 1) else "linear")
   if scaling != "none" or "rope_freqs.weight" in tensors:
     kind = f"{scaling}, factor {factor:g}" if scaling != "none" else "rope_freqs.weight"
     raise ValueError(
       f"{path} scales its rotary frequencies ({kind}), which this reader does not support: load "
       "the model's Hugging Face folder, whose config.json has the scaling"
     )
-  if metadata.get("llama.expert_count", 0):
+  if find("expert_count", 0):
     raise ValueError(
       f"{path} is a mixture of experts, which is not supported: choose a dense model"
     )
   if metadata.get("split.count", 1) > 1:
     raise ValueError(f"{path} is one of several parts: merge them with llama-gguf-split first")
   width, num_heads = get("embedding_length"), get("attention.head_count")
-  head_dim = metadata.get("llama.attention.key_length", width // num_heads)
-  rotated = metadata.get("llama.rope.dimension_count", head_dim)
+  head_dim = find("attention.key_length", width // num_heads)
+  rotated = find("rope.dimension_count", head_dim)
   if rotated != head_dim:
     raise ValueError(
       f"{path} rotates {rotated} of {head_dim} features of a head, which is not supported: choose "
       "another model"
     )
-  values = metadata.get("llama.attention.value_length", head_dim)
+  values = find("attention.value_length", head_dim)
   if values != head_dim:
     raise ValueError(
       f"{path} has values of {values} and keys of {head_dim} features, which is not supported: "
       "choose another model"
     )
-  embedding = tensors.get(_NAMES["embed/embedding"])
+  embedding = tensors.get(_TENSORS.names["embed/embedding"])
   return transformer.TransformerConfig(
     vocab_size=embedding.shape[0] if embedding else get("vocab_size"),
     num_layers=get("block_count"),
     width=width,
     num_heads=num_heads,
-    num_kv_heads=metadata.get("llama.attention.head_count_kv", num_heads),
+    num_kv_heads=find("attention.head_count_kv", num_heads),
     head_dim=head_dim,
     mlp_width=get("feed_forward_length"),
     max_length=get("context_length"),
-    rope_theta=float(metadata.get("llama.rope.freq_base", 1e4)),
-    rope_pairing="adjacent",
+    rope_theta=float(find("rope.freq_base", 1e4)),
     norm_epsilon=_shortest(get("attention.layer_norm_rms_epsilon")),
-    tied_head=_NAMES["head/kernel"] not in tensors,
+    tied_head=_TENSORS.names["head/kernel"] not in tensors,
+    **_ARCHITECTURES[architecture],
   )
 
 
@@ -355,14 +374,14 @@ def _pre_tokenizer(path: pathlib.Path, kind: str) -> pre_tokenizers.PreTokenizer
         pre_tokenizers.ByteLevel(add_prefix_space=False),
       ]
     )
-  if kind == "llama-bpe":
+  if kind in _SPLITS:
     return pre_tokenizers.Sequence(
       [
-        pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(_SPLITS[kind]), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
       ]
     )
   raise ValueError(
     f"{path} splits words by the scheme {kind!r}; supported are gpt-2, smollm, starcoder, refact, "
-    "llama-bpe: load the model's Hugging Face folder, whose tokenizer.json has the scheme"
+    "llama-bpe, qwen2: load the model's Hugging Face folder, whose tokenizer.json has the scheme"
   )

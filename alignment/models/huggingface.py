@@ -1,18 +1,19 @@
-"""Reads and writes Llama checkpoints as Hugging Face folders: `config.json` and safetensors.
+"""Reads and writes checkpoints as Hugging Face folders: `config.json` and safetensors.
 
-`load` reads a local folder into the parameters of `transformer`; `save` writes one that
-`transformers.AutoModelForCausalLM.from_pretrained` opens. If a checkpoint needs something that the
-decoder does not compute (biases, sliding windows, other rotary scalings, quantised weights), `load`
-raises an error that names it (`config_keys` has the table of keys): a model that loads computes the
-function that its authors trained.
+`load` reads a local folder into the parameters of `transformer` or `t5`; `save` writes one that
+`transformers.AutoModelForCausalLM.from_pretrained` opens (for T5 `AutoModelForSeq2SeqLM`).
+`families` and `t5_files` have the families that they know. If a checkpoint needs something that the
+model here does not compute (experts, quantised weights,
+other rotary scalings), `load` raises an error that names it (`config_keys` has the table of keys):
+a model that loads computes the function that its authors trained.
 """
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,55 +22,37 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from alignment.models import config_keys, layout, transformer, weight_files
+from alignment.models import (
+  config_keys,
+  families,
+  layout,
+  t5,
+  t5_files,
+  transformer,
+  weight_files,
+)
 from alignment.models import tokenizer as tokenizer_lib
-from sharding import checks
 
 _Path = str | os.PathLike[str]
 _Dtype = Literal["float32", "bfloat16"]
 
-_NAMES = {
-  "embed/embedding": "model.embed_tokens.weight",
-  "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-  "layers/attention/query/kernel": "model.layers.{}.self_attn.q_proj.weight",
-  "layers/attention/key/kernel": "model.layers.{}.self_attn.k_proj.weight",
-  "layers/attention/value/kernel": "model.layers.{}.self_attn.v_proj.weight",
-  "layers/attention/output/kernel": "model.layers.{}.self_attn.o_proj.weight",
-  "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-  "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
-  "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
-  "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
-  "final_norm/scale": "model.norm.weight",
-  "head/kernel": "lm_head.weight",
-}
-_HEAD, _EMBEDDING = _NAMES["head/kernel"], _NAMES["embed/embedding"]
-
-# Defaults of transformers for fields that a config.json leaves out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-  "llama": {"max_position_embeddings": 2048},
-  "mistral": {
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-  },
-}
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 # `save` replaces a folder that holds nothing but these.
 _OWN_FILES = {
   "config.json",
   "generation_config.json",
   "model.safetensors",
+  "model.safetensors.index.json",
   "tokenizer.json",
   "tokenizer_config.json",
 }
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig:
-  """Returns the config of a decoder from the fields of a `config.json`.
+def from_config_json(fields: Mapping[str, Any]) -> layout.Config:
+  """Returns the config of a model from the fields of a `config.json`.
 
   Args:
     fields: in the format of transformers 4 (`rope_theta`, `rope_scaling`) or 5
@@ -85,71 +68,38 @@ def from_config_json(fields: Mapping[str, Any]) -> transformer.TransformerConfig
     ... }).rope_theta
     500000.0
   """
-  model_type = fields.get("model_type")
-  if model_type not in _DEFAULTS:
+  name = fields.get("model_type")
+  if name == t5_files.MODEL_TYPE:
+    return t5_files.from_config_json(fields)
+  if not isinstance(name, str) or name not in families.FAMILIES:
     raise ValueError(
-      f"model_type {model_type!r} is not supported: the decoder reads {', '.join(_DEFAULTS)}; "
-      "choose a checkpoint of the Llama family"
+      f"model_type {name!r} is not supported: choose a checkpoint of one of "
+      f"{', '.join((*families.FAMILIES, t5_files.MODEL_TYPE))}"
     )
-  config_keys.check(fields)
-  fields = {**_DEFAULTS[model_type], **fields}
-
-  def integer(name: str) -> int:
-    value: Any = fields.get(name)
-    checks.count(name, value)
-    return value
-
-  num_heads, width = integer("num_attention_heads"), integer("hidden_size")
-  _check_width(width, num_heads)
-  length, window = integer("max_position_embeddings"), fields.get("sliding_window")
-  for name in ("attention_bias", "mlp_bias", "quantization_config"):
-    if fields.get(name):
-      raise ValueError(
-        f"{name}={fields[name]!r} is not supported: the decoder has no biases and float weights; "
-        "choose a checkpoint without"
-      )
-  if fields.get("hidden_act", "silu") not in ("silu", "swish"):
+  family = families.FAMILIES[name]
+  config_keys.check(fields, honoured=family.keys, inert=family.inert, neutral=family.neutral)
+  if fields.get("quantization_config"):
     raise ValueError(
-      f"hidden_act={fields['hidden_act']!r} is not supported: the decoder has 'silu' only"
+      f"quantization_config={fields['quantization_config']!r} is not supported: the decoder has "
+      "float weights; choose a checkpoint without"
     )
-  if window is not None:
-    checks.count("sliding_window", window)
-  if window is not None and window < length:
-    raise ValueError(
-      f"sliding_window={window} is not supported: set it to null and max_position_embeddings to "
-      f"{window} in config.json, which is exact for contexts of that length"
-    )
-  theta, scaling = _rope(fields)
-  # transformers 5 writes `dtype`, older releases `torch_dtype`; half precision widens exactly.
-  stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
-  return transformer.TransformerConfig(
-    vocab_size=integer("vocab_size"),
-    num_layers=integer("num_hidden_layers"),
-    width=width,
-    num_heads=num_heads,
-    num_kv_heads=num_heads
-    if fields.get("num_key_value_heads") is None
-    else integer("num_key_value_heads"),
-    head_dim=width // num_heads if fields.get("head_dim") is None else integer("head_dim"),
-    mlp_width=integer("intermediate_size"),
-    max_length=length,
-    rope_theta=theta,
-    rope_scaling=scaling,
-    norm_epsilon=_number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
-    tied_head=bool(fields.get("tie_word_embeddings", False)),
-    param_dtype="bfloat16" if stored == "bfloat16" else "float32",
-  )
+  return family.read(fields)
 
 
 def to_config_json(
-  config: transformer.TransformerConfig, *, tokenizer: tokenizer_lib.Tokenizer | None = None
+  config: layout.Config, *, tokenizer: tokenizer_lib.Tokenizer | None = None
 ) -> dict[str, Any]:
   """Returns the fields of a `config.json` for transformers 4 and 5; ids come from `tokenizer`.
 
   Raises:
-    ValueError: transformers would refuse the file, or an id lies outside `config.vocab_size`.
+    ValueError: no family of models has these choices, or an id lies outside `config.vocab_size`.
   """
-  _check_width(config.width, config.num_heads)
+  if isinstance(config, t5.T5Config):
+    written = t5_files.to_config_json(config)
+  else:
+    name = families.family_of(config)
+    family = families.FAMILIES[name]
+    written = {"architectures": [family.architecture], "model_type": name, **family.write(config)}
   if tokenizer is not None:
     for index in (*tokenizer.eos_ids, tokenizer.pad_id, tokenizer.bos_id or 0):
       if index >= config.vocab_size:
@@ -157,41 +107,10 @@ def to_config_json(
           f"tokenizer has the special id {index}, but the model {config.vocab_size} embeddings: "
           "they belong to different models"
         )
-  rope: dict[str, Any] = {"rope_type": "default"}
-  if config.rope_scaling is not None:
-    rope = {
-      "rope_type": "llama3",
-      "factor": config.rope_scaling.factor,
-      "low_freq_factor": config.rope_scaling.low_frequency_factor,
-      "high_freq_factor": config.rope_scaling.high_frequency_factor,
-      "original_max_position_embeddings": config.rope_scaling.original_max_length,
-    }
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.width,
-    "intermediate_size": config.mlp_width,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "max_position_embeddings": config.max_length,
-    "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-    "rope_theta": config.rope_theta,
-    "rope_scaling": None if config.rope_scaling is None else rope,
-    "rms_norm_eps": config.norm_epsilon,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": config.tied_head,
-    "dtype": config.param_dtype,
-    "torch_dtype": config.param_dtype,
-    **(tokenizer.ids() if tokenizer else dict.fromkeys(_TOKEN_IDS)),
-  }
+  return written | (tokenizer.ids() if tokenizer else dict.fromkeys(_TOKEN_IDS))
 
 
-def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Params]:
+def load(folder: _Path) -> tuple[layout.Config, transformer.Params]:
   """Reads a folder of `config.json` and `model.safetensors` (or shards with their index).
 
   Args:
@@ -213,21 +132,25 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
   if not (folder / "config.json").is_file():
     raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
   try:
-    config = from_config_json(weight_files.read_json(folder / "config.json"))
+    fields = weight_files.read_json(folder / "config.json")
+    config = from_config_json(fields)
   except ValueError as error:
     raise ValueError(f"{folder / 'config.json'}: {error}") from error
+  stored = _tensors(config, fields)
   with contextlib.ExitStack() as stack:
     tensors = weight_files.open_tensors(folder, stack)
     # Old releases store these buffers, which follow from the config.
-    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    if config.tied_head and _HEAD in found:
-      _check_tied(folder, tensors)
-      found.remove(_HEAD)
-    layout.check_names(config, _NAMES, found, folder)
+    tensors = {name: place for name, place in tensors.items() if not _BUFFERS.search(name)}
+    prefix = stored.optional_prefix
+    if any(name.startswith(prefix) for name in tensors):
+      prefix = ""
+    tensors = {prefix + name: place for name, place in tensors.items()}
+    found = set(tensors) - _copies(config, stored, folder, tensors)
+    layout.check_names(config, stored, found, folder)
     kinds = set()
-    for name, shape in layout.stored_shapes(config, _NAMES).items():
+    for name, shape in layout.stored_shapes(config, stored).items():
       path, file = tensors[name]
-      view = file.get_slice(name)
+      view = file.get_slice(name.removeprefix(prefix))
       layout.check_shape(name, tuple(view.get_shape()), shape, path)
       if view.get_dtype() not in _SAFETENSORS_DTYPES:
         raise ValueError(
@@ -241,23 +164,24 @@ def load(folder: _Path) -> tuple[transformer.TransformerConfig, transformer.Para
     def read(name: str) -> np.ndarray:
       path, file = tensors[name]
       try:
-        tensor = file.get_tensor(name)
+        tensor = file.get_tensor(name.removeprefix(prefix))
       except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: cannot read tensor {name}: {error}; copy it again") from error
       layout.check_finite(name, tensor, path)
       return tensor
 
-    return config, layout.stack(config, _NAMES, read, jax.numpy.dtype(dtype))
+    return config, layout.stack(config, stored, read, jax.numpy.dtype(dtype))
 
 
 def save(
   folder: _Path,
-  config: transformer.TransformerConfig,
+  config: layout.Config,
   params: transformer.Params,
   *,
   tokenizer: tokenizer_lib.Tokenizer | None = None,
+  shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a folder that `load` and transformers' `AutoModelForCausalLM` read.
+  """Writes a folder that `load` and transformers read.
 
   All files are written to a folder beside it first and moved into place at the end, so that an
   interrupted or failed save leaves the earlier checkpoint. Parameters with "adjacent" rotary pairs
@@ -268,6 +192,8 @@ def save(
     config: the config of `params`.
     params: float32 or bfloat16, fully addressable from this process; stored bit by bit.
     tokenizer: saved beside the weights; its end, start and padding ids go into `config.json`.
+    shard_bytes: weights are cut into files of at most that many bytes, with an index; a model that
+      fits is one file.
 
   Raises:
     ValueError: `params` do not fit `config`, or `folder` holds files of another kind.
@@ -276,17 +202,20 @@ def save(
   folder = pathlib.Path(folder).absolute()
   _check_replaceable(folder)
   dtype = _storage_dtype(params)
-  tensors = layout.unstack(config, _NAMES, params)
-  for name, tensor in tensors.items():
-    if config.rope_pairing == "adjacent" and name.endswith(("q_proj.weight", "k_proj.weight")):
-      tensor = np.ascontiguousarray(layout.adjacent_to_half(tensor.T, config.head_dim).T)
-    tensors[name] = tensor.astype(jax.numpy.dtype(dtype), copy=False)
   fields = to_config_json(dataclasses.replace(config, param_dtype=dtype), tokenizer=tokenizer)
+  layout.check_params(config, params)
+  if isinstance(config, transformer.TransformerConfig):
+    params = layout.with_half_pairs(config, params)
+  stored = _tensors(config, fields)
+  tensors = {
+    name: tensor.astype(jax.numpy.dtype(dtype), copy=False)
+    for name, tensor in layout.unstack(config, stored, params).items()
+  }
 
   folder.parent.mkdir(parents=True, exist_ok=True)
   fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
   try:
-    safetensors.numpy.save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+    weight_files.save_tensors(fresh, tensors, shard_bytes)
     (fresh / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
       tokenizer.save(fresh)
@@ -312,66 +241,38 @@ def _storage_dtype(params: transformer.Params) -> _Dtype:
       raise ValueError(f"params are {other}: convert them to float32 or bfloat16 before saving")
 
 
-def _check_width(width: int, num_heads: int) -> None:
-  if width % num_heads:
-    raise ValueError(
-      f"hidden_size={width} is not divisible by num_attention_heads={num_heads}, which "
-      "transformers refuses: a Hugging Face folder cannot hold this model"
-    )
+def _tensors(config: layout.Config, fields: Mapping[str, Any]) -> layout.Tensors:
+  if isinstance(config, t5.T5Config):
+    return layout.Tensors(t5_files.names(config))
+  return families.FAMILIES[fields["model_type"]].tensors
 
 
-def _number(name: str, value: Any) -> float:
-  if not (checks.is_integer(value) or isinstance(value, float)) or not 0 < value < math.inf:
-    raise ValueError(f"{name}={value!r} must be a positive number")
-  return float(value)
-
-
-def _rope(fields: Mapping[str, Any]) -> tuple[float, transformer.RopeScaling | None]:
-  # In the order of transformers: `rope_scaling` hides `rope_parameters` whole.
-  name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-  rope = fields.get(name) or {}
-  if not isinstance(rope, dict):
-    raise ValueError(f"{name}={rope!r} must be an object such as {{'rope_type': 'default'}}")
-  theta = _number("rope_theta", rope.get("rope_theta", fields.get("rope_theta", 1e4)))
-  partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
-  if partial not in (None, 1):
-    raise ValueError(
-      f"partial_rotary_factor={partial} is not supported: every feature of a head is rotated"
-    )
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind == "default":
-    return theta, None
-  if kind != "llama3":
-    raise ValueError(
-      f"rope_type={kind!r} is not supported: the decoder knows 'default' and 'llama3'; choose "
-      "another checkpoint (dropping the field would change the model)"
-    )
-  for key in _LLAMA3:
-    if key not in rope:
-      raise ValueError(f"rope_type 'llama3' needs {key!r} in config.json")
-  numbers = {key: _number(f"{name}[{key!r}]", rope[key]) for key in _LLAMA3}
-  return theta, transformer.RopeScaling(
-    factor=numbers["factor"],
-    low_frequency_factor=numbers["low_freq_factor"],
-    high_frequency_factor=numbers["high_freq_factor"],
-    original_max_length=int(numbers["original_max_position_embeddings"]),
-  )
-
-
-def _check_tied(folder: pathlib.Path, tensors: Mapping[str, tuple[Any, Any]]) -> None:
-  if _EMBEDDING in tensors:
-    head, embedding = (tensors[name][1].get_tensor(name) for name in (_HEAD, _EMBEDDING))
-    if not np.array_equal(head, embedding):
+def _copies(
+  config: layout.Config,
+  stored: layout.Tensors,
+  folder: pathlib.Path,
+  tensors: Mapping[str, tuple[Any, Any]],
+) -> set[str]:
+  """Returns the stored tensors that are not read, such as copies of the embedding."""
+  embedding = stored.names["embed/embedding"]
+  copies = {stored.names["head/kernel"]} if config.tied_head else set()
+  is_t5 = isinstance(config, t5.T5Config)
+  copies.update(t5_files.EMBEDDING_COPIES if is_t5 else ())
+  for name in copies & tensors.keys() if embedding in tensors else ():
+    copy, original = (tensors[x][1].get_tensor(x) for x in (name, embedding))
+    if not np.array_equal(copy, original):
       raise ValueError(
-        f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it: set "
-        "tie_word_embeddings to false if the head is meant"
+        f"{folder}: config.json makes {name} a copy of {embedding}, from which it differs: if it "
+        "is meant, set tie_word_embeddings to false"
       )
+  return copies.union(t5_files.UNUSED if is_t5 else ())
 
 
 def _check_replaceable(folder: pathlib.Path) -> None:
   if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
     raise ValueError(f"{folder} is not a plain folder: choose another place for the checkpoint")
-  others = sorted({path.name for path in folder.iterdir()} - _OWN_FILES) if folder.exists() else []
+  names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+  others = sorted(name for name in names - _OWN_FILES if not weight_files.SHARD.fullmatch(name))
   if others:
     raise ValueError(
       f"{folder} holds other files ({', '.join(others[:3])}), which a save would remove: choose an "

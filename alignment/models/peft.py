@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 import sharding
-from alignment.models import huggingface, layout, lora, transformer, weight_files
+from alignment.models import architectures, families, layout, lora, transformer, weight_files
 from sharding import checks
 
 CONFIG_FILE, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,7 +37,7 @@ _INERT = {
 
 def save(
   folder: str | os.PathLike[str],
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   adapters: Any,
   *,
   adapter_config: lora.Config,
@@ -107,7 +107,7 @@ def save(
 
 def load(
   folder: str | os.PathLike[str],
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   *,
   fingerprint: str = "",
 ) -> tuple[lora.Config, Any]:
@@ -203,13 +203,22 @@ def _read_config(folder: pathlib.Path) -> tuple[int, float]:
   return rank, float(alpha) * (math.sqrt(rank) if fields.get("use_rslora") else 1.0)
 
 
-def _stems(config: transformer.TransformerConfig) -> dict[str, str]:
-  """Returns what the matrices of the layers are called in a checkpoint, by our name."""
-  del config
+def _stems(config: architectures.Config) -> dict[str, str]:
+  """Returns what the matrices of the layers are called in a checkpoint, by our name.
+
+  Without those that share a tensor with others, or stand the other way round: an adapter of ours
+  is none of theirs. There are none of an encoder-decoder.
+  """
+  if not isinstance(config, transformer.TransformerConfig):
+    return {}
+  tensors = families.FAMILIES[families.family_of(config)].tensors
+  if not tensors.transposed:
+    return {}
+  stored = [tensors.names[path] for path in layout.shapes(config) if path.endswith("/kernel")]
   return {
     path.removesuffix("/kernel"): name.removesuffix(".weight")
-    for path, name in huggingface._NAMES.items()
-    if path.startswith("layers/") and path.endswith("/kernel")
+    for path, name in tensors.names.items()
+    if path.startswith("layers/") and path.endswith("/kernel") and stored.count(name) == 1
   }
 
 
@@ -218,7 +227,7 @@ def _name(stem: str, layer: int, factor: str) -> str:
 
 
 def _factors(
-  config: transformer.TransformerConfig, rank: int, modules: list[str]
+  config: architectures.Config, rank: int, modules: list[str]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
   """Returns (module, factor, shape) of all factors of the modules."""
   found: list[tuple[str, str, tuple[int, ...]]] = []
@@ -229,7 +238,7 @@ def _factors(
   return found
 
 
-def _is_reordered(config: transformer.TransformerConfig, module: str, factor: str) -> bool:
+def _is_reordered(config: architectures.Config, module: str, factor: str) -> bool:
   """Whether the columns of a factor are those of rotated heads in another order than stored."""
   rotated = module.endswith(("attention/query", "attention/key")) and factor == lora.B
-  return rotated and config.rope_pairing == "adjacent"
+  return rotated and getattr(config, "rope_pairing", "half") == "adjacent"

@@ -1,4 +1,6 @@
-"""Sampling completions from a `transformer`: prefill, then one token at a time with a cache.
+"""Sampling completions: a language model reads the prompts, then writes token by token.
+
+This is for `transformer`; `t5_decoding` has the `start` and `decode` of an encoder-decoder.
 
 The whole of it is one compiled program per shape `(B, P, max_new_tokens, num_samples)`;
 temperature, top-k, top-p and the ids are ordinary arguments, so a new value compiles nothing (only
@@ -26,7 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment import sequences
-from alignment.models import attention, lora, transformer
+from alignment.models import (
+  architectures,
+  attention,
+  decoder_layers,
+  lora,
+  rotary,
+  t5,
+  t5_decoding,
+  transformer,
+)
 from sharding import checks
 
 
@@ -37,7 +48,7 @@ class Samples(NamedTuple):
     tokens: `[B, T]` int32 (`[B K, T]` for K samples of a prompt), `pad_id` after the end.
     mask: `[B, T]` float32, 1 on sampled tokens including EOS.
     logps: `[B, T]` float32, the model's own log-probability of each token in nats (temperature 1,
-      nothing cut off), as `transformer.make_apply_fn` gives it; 0 after the end. In bfloat16 they
+      nothing cut off), as the model's `make_apply_fn` gives it; 0 after the end. In bfloat16 they
       come from that pass itself. Of a mixture, that of the mixture, as it was drawn.
   """
 
@@ -64,7 +75,7 @@ def generate(
   prompt_mask: jax.Array,
   key: jax.Array,
   *,
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   max_new_tokens: int,
   temperature: float = 1.0,
   top_k: int = 0,
@@ -87,7 +98,7 @@ def generate(
   rows.
 
   Args:
-    params: of the model, laid out as in `transformer`.
+    params: of the model, laid out as in `transformer` or `t5`.
     prompt_tokens: `[B, P]` int ids.
     prompt_mask: `[B, P]` non-zero on real tokens; padding may be on the left or on the right. A row
       without any is one start token, `prompt_tokens[b, -1]`.
@@ -171,8 +182,10 @@ def _generate(
   use_top_k,
   use_top_p,
 ):
+  steps: Any = (t5_decoding.start, t5_decoding.decode)
+  start_fn, decode_fn = steps if isinstance(config, t5.T5Config) else (start, decode)
   read = functools.partial(
-    start,
+    start_fn,
     prompt_tokens=prompt_tokens,
     prompt_mask=prompt_mask,
     config=config,
@@ -181,7 +194,8 @@ def _generate(
   )
   merged = [lora.merge(params) for params in models]  # once: each token reads every weight
   decoders, logits, caches = zip(*(read(params) for params in merged), strict=True)
-  batch, prompt_length = len(logits[0]), prompt_tokens.shape[1]
+  batch = len(logits[0])
+  first_slot = caches[0][0][0].shape[2] - max_new_tokens  # of the completion, in the caches
 
   def join(logits):
     return logits[0] if mixture_fn is None else mixture_fn(*logits, beta=beta)
@@ -216,9 +230,9 @@ def _generate(
 
   def step(carry):
     t, samples, token, going, caches = carry
-    slot = prompt_length + t - 1
+    slot = first_slot + t - 1
     results = [
-      decode(decoder, token, slot, cache, config=config)
+      decode_fn(decoder, token, slot, cache, config=config)
       for decoder, cache in zip(decoders, caches, strict=True)
     ]
     logits, caches = zip(*results, strict=True)
@@ -238,7 +252,7 @@ def _generate(
   # Narrow sums in another order are other numbers: the step loop is 0.04 nats a token off the
   # training pass (root mean square, SmolLM2 in bfloat16). Losses compare with the latter.
   rows = sequences.Sequences(samples.tokens, samples.mask, prompt_tokens, prompt_mask)
-  logps = transformer.make_apply_fn(config)(models[0], rows)
+  logps = architectures.make_apply_fn(config)(models[0], rows)
   return samples._replace(logps=jnp.where(samples.mask > 0, logps, 0))
 
 
@@ -246,18 +260,21 @@ class Decoder(NamedTuple):
   """What the steps of one generation share: weights in the layout of the loop, and the prompts.
 
   Attributes:
-    layers: the four matrices of each layer, output features first, and the scales of its norms.
+    layers: the four matrices of each layer, output features first, their biases if they have any,
+      and the weights of its norms.
     embedding: `[V, D]`.
-    final_norm: `[D]`, the scale of the last norm.
+    final_norm: the weights of the last norm.
     head: `[V, D]`.
     padding: `[B]` number of padded slots before each prompt.
+    positions: `[max_length, D]`, the embedding of learned positions, or None.
   """
 
-  layers: tuple[dict[str, jax.Array], ...]
+  layers: tuple[dict[str, Any], ...]
   embedding: jax.Array
-  final_norm: jax.Array
+  final_norm: dict[str, jax.Array]
   head: jax.Array
   padding: jax.Array
+  positions: jax.Array | None
 
 
 # One pair (keys, values) a layer, each [B, num_kv_heads, P + T, head_dim].
@@ -297,11 +314,12 @@ def start(
       for i in layers
     ),
     embedding=params["embed"]["embedding"],
-    final_norm=params["final_norm"]["scale"],
+    final_norm=params["final_norm"],
     head=head.astype(config.dtype),
     padding=copies(jnp.sum(mask == 0, axis=-1, dtype=jnp.int32), axis=0),
+    positions=params["positions"]["embedding"] if config.positions == "learned" else None,
   )
-  logits = transformer.output_logits(hidden[:, -1], head)
+  logits = transformer.output_logits(hidden[:, -1], head, softcap=config.logit_softcap)
   return decoder, copies(logits, axis=0), caches
 
 
@@ -326,62 +344,115 @@ def decode(
   groups = config.num_heads // num_kv_heads
   slots = jnp.arange(span)
   seen = (slots >= decoder.padding[:, None]) & (slots <= slot)
-  bias = jnp.where(seen, 0.0, attention.HIDDEN)[:, None]
-  rope = attention.rope_table(
-    slot - decoder.padding[:, None], config.head_dim, config.rope_theta, config.rope_scaling
-  )
+
+  def bias_of(window):
+    within = seen if window is None else seen & (slots > slot - window)
+    return jnp.where(within, 0.0, attention.HIDDEN)[:, None]
+
+  positions = slot - decoder.padding[:, None]
+  layer_windows, layer_ropes = config.layer_windows(span), config.layer_ropes()
+  biases = {window: bias_of(window) for window in dict.fromkeys(layer_windows)}
+  ropes = {
+    kind: transformer.rope_table(config, positions, kind) for kind in dict.fromkeys(layer_ropes)
+  }
   dtype = jnp.dtype(config.dtype)
-  x = decoder.embedding[token].astype(dtype).T  # [D, B]: see the module docstring
+  x = decoder.embedding[token].astype(dtype)
+  if config.embedding_scale != 1:
+    x = x * jnp.asarray(config.embedding_scale, dtype)
+  if decoder.positions is not None:
+    x = x + decoder.positions[positions[:, 0]].astype(dtype)
+  x = x.T  # [D, B]: see the module docstring
+  activation = decoder_layers.ACTIVATIONS[config.activation]
+  post_norms = config.norm_placement == "pre_and_post"
   updated = []
   # Left alone, XLA folds a transpose into the product before it and undoes that order: 1.3 times
   # slower as a whole.
   in_order = jax.lax.optimization_barrier
-  for layer, (keys, values) in zip(decoder.layers, caches, strict=True):
-    heads = in_order(layer["attention"] @ _normed(x, layer["attention_norm"], config))
+
+  def product(layer, name, x):
+    y = layer[name] @ x
+    bias = layer.get(f"{name}_bias")
+    return y if bias is None else y + bias[:, None]
+
+  def normed(x, weights):
+    return decoder_layers.normalise(x, weights, config, axis=0)
+
+  for i, (layer, (keys, values)) in enumerate(zip(decoder.layers, caches, strict=True)):
+    heads = in_order(product(layer, "attention", normed(x, layer["attention_norm"])))
     heads = heads.T.reshape(batch, 1, -1, head_dim)
-    rotary, value = jnp.split(heads, [config.num_heads + num_kv_heads], axis=2)
-    query, key = jnp.split(attention.rotate(rotary, rope), [config.num_heads], axis=2)
+    rotated, value = jnp.split(heads, [config.num_heads + num_kv_heads], axis=2)
+    if config.head_norms:
+      query, key = jnp.split(rotated, [config.num_heads], axis=2)
+      query = decoder_layers.normalise(query, layer["query_norm"], config)
+      key = decoder_layers.normalise(key, layer["key_norm"], config)
+      rotated = jnp.concatenate([query, key], axis=2)
+    rope = ropes[layer_ropes[i]]
+    if rope is not None:
+      rotated = rotary.rotate(rotated, rope)
+    query, key = jnp.split(rotated, [config.num_heads], axis=2)
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
     keys, values = write(keys, key.swapaxes(1, 2)), write(values, value.swapaxes(1, 2))
     updated.append((keys, values))
-    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, groups, head_dim)
-    scores = jnp.einsum("bkgd,bksd->bkgs", query, keys).astype(jnp.float32) + bias[:, None]
+    query = (query * config.score_scale).reshape(batch, num_kv_heads, groups, head_dim)
+    scores = jnp.einsum("bkgd,bksd->bkgs", query, keys).astype(jnp.float32)
+    scores = attention.soft_cap(scores, config.attention_softcap)
+    scores += biases[layer_windows[i]][:, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     out = jnp.einsum("bkgs,bksd->bkgd", weights, values).reshape(batch, -1)
-    x = x + layer["output"] @ out.T
-    gate, up = jnp.split(layer["mlp"] @ _normed(x, layer["mlp_norm"], config), 2, axis=0)
-    x = x + layer["down"] @ (jax.nn.silu(gate) * up)
-  normed = _normed(x, decoder.final_norm, config)
+    change = product(layer, "output", out.T)
+    if post_norms:
+      change = normed(change, layer["attention_post_norm"])
+    after = x + change
+    read = x if config.norm_placement == "parallel" else after
+    hidden = product(layer, "mlp", normed(read, layer["mlp_norm"]))
+    if config.gated_mlp:
+      gate, up = jnp.split(hidden, 2, axis=0)
+      hidden = activation(gate) * up
+    else:
+      hidden = activation(hidden)
+    change = product(layer, "down", hidden)
+    if post_norms:
+      change = normed(change, layer["mlp_post_norm"])
+    x = after + change
   accumulator = attention.accumulator(dtype)
-  logits = in_order(jnp.dot(decoder.head, normed, preferred_element_type=accumulator))
-  return logits.T, tuple(updated)
+  last = normed(x, decoder.final_norm)
+  logits = in_order(jnp.dot(decoder.head, last, preferred_element_type=accumulator))
+  return attention.soft_cap(logits.T, config.logit_softcap), tuple(updated)
 
 
-def _normed(x: jax.Array, scale: jax.Array, config: transformer.TransformerConfig) -> jax.Array:
-  """RMSNorm over the rows of `[D, B]`, rounded where `transformer.RMSNorm` rounds."""
-  wide = x.astype(attention.accumulator(x.dtype))
-  mean_square = jnp.mean(wide * wide, axis=0, keepdims=True)
-  wide *= jax.lax.rsqrt(mean_square + config.norm_epsilon)
-  return (wide * scale[:, None].astype(wide.dtype)).astype(x.dtype)
-
-
-def _decoder_layer(layer: Any, config: transformer.TransformerConfig) -> dict[str, jax.Array]:
+def _decoder_layer(layer: Any, config: transformer.TransformerConfig) -> dict[str, Any]:
   """Joins and transposes the matrices of one layer; see `Decoder.layers`."""
-  kernels = {name: value["kernel"] for name, value in layer["attention"].items()}
-  query = attention.rotary_columns(kernels["query"], config.num_heads, config.rope_pairing)
-  key = attention.rotary_columns(kernels["key"], config.num_kv_heads, config.rope_pairing)
-  joined = jnp.concatenate([query, key, kernels["value"]], axis=1)
-  mlp = jnp.concatenate([layer["mlp"]["gate"]["kernel"], layer["mlp"]["up"]["kernel"]], axis=1)
-  matrices = {
-    "attention": joined,
-    "output": kernels["output"],
-    "mlp": mlp,
-    "down": layer["mlp"]["down"]["kernel"],
+  attention_weights, mlp = layer["attention"], layer["mlp"]
+
+  def rotary_columns(name, weights):
+    heads = {"query": config.num_heads, "key": config.num_kv_heads}.get(name)
+    if heads is None:
+      return weights
+    return rotary.rotary_columns(weights, heads, config.rope_pairing)
+
+  def joined(part, names, kind):
+    columns = [rotary_columns(name, part[name][kind]) for name in names]
+    return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
+
+  parts = {
+    "attention": (attention_weights, ("query", "key", "value")),
+    "output": (attention_weights, ("output",)),
+    "mlp": (mlp, ("gate", "up") if config.gated_mlp else ("up",)),
+    "down": (mlp, ("down",)),
   }
+  matrices = {name: joined(*part, "kernel") for name, part in parts.items()}
+  result: dict[str, Any] = {name: x.T.astype(config.dtype) for name, x in matrices.items()}
+  for name, (part, names) in parts.items():
+    if "bias" in part[names[0]]:
+      result[f"{name}_bias"] = joined(part, names, "bias").astype(config.dtype)
   # No scale is multiplied into a matrix: in bfloat16 the product would be rounded a second time,
   # and the log-probabilities would be off from those of the training pass.
-  scales = {name: layer[name]["scale"] for name in ("attention_norm", "mlp_norm")}
-  return {name: matrix.T.astype(config.dtype) for name, matrix in matrices.items()} | scales
+  result |= {name: weights for name, weights in layer.items() if name.endswith("_norm")}
+  for name in ("query_norm", "key_norm"):
+    if name in attention_weights:
+      scale = attention_weights[name]["scale"]
+      result[name] = {"scale": rotary.rotary_columns(scale, 1, config.rope_pairing)}
+  return result
 
 
 def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:

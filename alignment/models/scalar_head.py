@@ -1,8 +1,9 @@
-"""A decoder with a scalar head, which returns one number: a value, a reward or a preference.
+"""A language model with a scalar head, which returns one number: a value, reward or preference.
 
-The parameters are the decoder's without its output embedding, plus `scalar_head/kernel` `[D]` and
+The parameters are the model's without its output embedding, plus `scalar_head/kernel` `[D]` and
 `scalar_head/bias` `[]`. The head reads the hidden state of the last real token, after the final
 norm: the last prompt token for the value of a prompt, the last completion token (EOS) for a reward.
+Of an encoder-decoder, whose encoder reads the tokens, it reads the decoder's state at the start.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 import sharding
 from alignment import sequences
-from alignment.models import attention, huggingface, transformer
+from alignment.models import architectures, attention, huggingface, transformer
 from alignment.models import tokenizer as tokenizer_lib
 from sharding import checks
 
@@ -29,7 +30,7 @@ _HEAD_FILE = "scalar_head.safetensors"
 
 SHARDING_RULES: sharding.Rules = (
   ("scalar_head/", PartitionSpec()),
-  *transformer.SHARDING_RULES,
+  *architectures.SHARDING_RULES,
 )
 
 
@@ -50,7 +51,7 @@ def features(
   tokens: jax.Array,
   mask: jax.Array,
   *,
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
 ) -> jax.Array:
   """Returns the features that the head reads: the hidden state of each row's last real token.
 
@@ -73,8 +74,7 @@ def features(
     )
   tokens, mask = attention.justify_prompts(tokens, mask)
   body = {name: value for name, value in params.items() if name != "scalar_head"}
-  hidden = transformer.hidden_states(body, tokens, mask, config=config)[:, -1]
-  return hidden.astype(jnp.float32)
+  return architectures.last_states(body, tokens, mask, config=config).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -83,7 +83,7 @@ def scalars(
   tokens: jax.Array,
   mask: jax.Array,
   *,
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
 ) -> jax.Array:
   """Returns `[B]` float32, one number for each row; arguments and errors as `features`."""
   head = params["scalar_head"]
@@ -92,7 +92,7 @@ def scalars(
 
 @functools.cache
 def make_apply_fn(
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
 ) -> Callable[[Any, sequences.Sequences], jax.Array]:
   """Returns `apply_fn(params, Sequences) -> [B]`, read at the last completion token.
 
@@ -119,14 +119,14 @@ def make_apply_fn(
 
 @functools.cache
 def make_policy_and_value_fn(
-  config: transformer.TransformerConfig, *, logps_chunk: int | None = None
+  config: architectures.Config, *, logps_chunk: int | None = None
 ) -> Callable[[Any, sequences.Sequences], tuple[jax.Array, jax.Array]]:
   """Returns the network that `dro` takes: `apply_fn(params, Sequences) -> ([B, T], [B])`.
 
   `params.policy` belongs to a decoder, `params.value` to a scalar model of the same shape. The
   value is read at the last prompt token, once for each prompt.
   """
-  policy_fn = transformer.make_apply_fn(config, logps_chunk=logps_chunk)
+  policy_fn = architectures.make_apply_fn(config, logps_chunk=logps_chunk)
 
   def apply_fn(params: Any, batch: sequences.Sequences) -> tuple[jax.Array, jax.Array]:
     logps = policy_fn(params.policy, batch)  # also checks that there is a prompt
@@ -138,7 +138,7 @@ def make_policy_and_value_fn(
 
 def save(
   folder: str | os.PathLike[str],
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   params: transformer.Params,
   *,
   tokenizer: tokenizer_lib.Tokenizer,
@@ -170,7 +170,7 @@ def save(
 
 def load(
   folder: str | os.PathLike[str],
-) -> tuple[transformer.TransformerConfig, transformer.Params, tokenizer_lib.Tokenizer]:
+) -> tuple[architectures.Config, transformer.Params, tokenizer_lib.Tokenizer]:
   """Reads a model that `save` wrote: config, parameters as NumPy arrays, tokenizer.
 
   Raises:

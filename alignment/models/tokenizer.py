@@ -39,6 +39,8 @@ class Tokenizer:
     eos_ids: all tokens that end a completion, `eos_id` first; a chat model often has several.
     special_tokens: further special tokens by name, such as `unk_token`, for chat templates.
     generation: the fields of `generation_config.json`, kept for `save`, or None.
+    ends_prompts: an encoder reads the prompts: they end with `eos_id`, and a completion is a text
+      of its own.
   """
 
   backend: tokenizers.Tokenizer
@@ -49,6 +51,7 @@ class Tokenizer:
   eos_ids: tuple[int, ...] = ()
   special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
   generation: Mapping[str, Any] | None = None
+  ends_prompts: bool = False
 
   def __post_init__(self):
     object.__setattr__(self, "eos_ids", tuple(dict.fromkeys((self.eos_id, *self.eos_ids))))
@@ -75,6 +78,8 @@ class Tokenizer:
       settings.append(self.eos_ids)
     if self.special_tokens:
       settings.append(dict(self.special_tokens))
+    if self.ends_prompts:
+      settings.append("ends_prompts")
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
   def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -94,11 +99,14 @@ class Tokenizer:
   def encode_prompt(self, text: str) -> list[int]:
     """Returns the ids of a text that goes on: start token once, no end token that is not in it.
 
+    For an encoder (`ends_prompts`) it ends with one end token.
+
     The start token is there if the tokenizer puts one before texts, or if `text` spells it out, as
     the output of `apply_chat` may; it is there once if both are so.
     """
     ids, start = self.encode(text), self._start_ids
-    return ids if ids[: len(start)] == start else [*start, *ids]
+    ids = ids if ids[: len(start)] == start else [*start, *ids]
+    return [*ids, self.eos_id] if self.ends_prompts and ids[-1:] != [self.eos_id] else ids
 
   def encode_completion(self, text: str, *, prompt: str | None = None) -> list[int]:
     """Returns the ids of a text that follows a prompt, with one end token.
@@ -152,6 +160,8 @@ class Tokenizer:
     return self.backend if changed == stored else tokenizers.Tokenizer.from_str(json.dumps(changed))
 
   def _following(self, text: str, prompt: str | None) -> list[int]:
+    if self.ends_prompts:
+      return self.encode(text)
     if prompt is not None:
       before, both = self.encode(prompt), self.encode(prompt + text)
       if both[: len(before)] == before:
@@ -160,6 +170,8 @@ class Tokenizer:
 
   def _starts_afresh(self, prompt: str | None) -> bool:
     """Whether a text after the prompt is encoded as at the beginning, with a space before it."""
+    if self.ends_prompts:
+      return True
     if prompt is None or self._continuation is self.backend:
       return False
     return self._following("a", prompt) != self._following("a", None)
@@ -233,7 +245,7 @@ def load(folder: _Path) -> Tokenizer:
       `add_bos_token` and `add_eos_token` beside it do not), and the special tokens in
       `tokenizer_config.json` (as text), `config.json` or `generation_config.json` (as ids). Without
       a padding token the end-of-text token serves as padding. Every end token that a file names
-      ends a completion.
+      ends a completion. `is_encoder_decoder` in `config.json` sets `ends_prompts`.
 
   Raises:
     ValueError: a file is absent or unreadable, or no file names the end-of-text token.
@@ -308,6 +320,7 @@ def load(folder: _Path) -> Tokenizer:
       if isinstance(token, str) and name not in ("bos_token", "eos_token", "pad_token")
     },
     generation=generation or None,
+    ends_prompts=bool(model.get("is_encoder_decoder")),
   )
 
 

@@ -1,8 +1,9 @@
-"""A decoder-only transformer of the Llama family, as a Flax Linen module and pure functions.
+"""A decoder-only transformer, as a Flax Linen module and pure functions.
 
-Pre-norm blocks of RMSNorm, grouped-query attention with rotary positions and a SwiGLU feed-forward
-layer; the output head is tied to the embedding or its own. Llama, Mistral, SmolLM and their like
-are choices of `TransformerConfig`. Parameters are a plain dict; the layers are stacked on axis 0:
+By default a Llama: pre-norm blocks of RMSNorm, grouped-query attention with rotary positions and a
+SwiGLU feed-forward layer; the output head is tied to the embedding or its own. Other families
+(Mistral, Qwen, Gemma, GPT-2, Pythia and their like) are choices of `TransformerConfig`. Parameters
+are a plain dict; the layers are stacked on axis 0:
 
   embed/embedding                             [V, D]
   layers/attention_norm/scale                 [L, D]
@@ -14,6 +15,10 @@ are choices of `TransformerConfig`. Parameters are a plain dict; the layers are 
   final_norm/scale                            [D]
   head/kernel                                 [D, V]      only when `tied_head` is False
 
+Some choices add a `bias` beside a `kernel` or a `scale`, `positions/embedding` `[max_length, D]`,
+`layers/attention/{query,key}_norm/scale` `[L, head_dim]` and `layers/{attention,mlp}_post_norm`;
+without `gated_mlp` there is no `mlp/gate`.
+
 The arithmetic runs in `config.dtype`; norms, softmax and logits always in float32. Token positions
 are counted by the mask, so that padding on either side changes no real token.
 
@@ -22,10 +27,9 @@ https://arxiv.org/abs/2104.09864 (rotary positions); Ainslie et al. 2023,
 https://arxiv.org/abs/2305.13245 (grouped queries).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,7 +37,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from alignment import chunked_likelihood, sequences
-from alignment.models import attention, fused_attention
+from alignment.models import attention, decoder_config, decoder_layers, fused_attention, rotary
+from alignment.models.decoder_config import distinct
 from sharding import checks
 
 Params = dict[str, Any]
@@ -47,181 +52,16 @@ SHARDING_RULES = (
   (r"attention/output/kernel", P(None, "tensor", "fsdp")),
   (r"mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
   (r"mlp/down/kernel", P(None, "tensor", "fsdp")),
-  (r"norm/scale", P()),
+  (r"(query|key|value|gate|up)/bias", P(None, "tensor")),
+  (r"(output|down)/bias", P()),
+  (r"positions/embedding", P(None, "fsdp")),
+  (r"norm/(scale|bias)", P()),
 )
 
 
-# Named here too, since users write it beside `TransformerConfig`.
-RopeScaling = attention.RopeScaling
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-  """Shape of a decoder. Hashable, so it can be a static argument of `jax.jit`.
-
-  Attributes:
-    vocab_size: V, number of token ids.
-    num_layers: L.
-    width: D, size of the residual stream.
-    num_heads: query heads.
-    num_kv_heads: key and value heads; divides `num_heads`.
-    head_dim: features of a head; even (`num_heads * head_dim` need not equal `width`).
-    mlp_width: F, hidden features of the feed-forward layer.
-    max_length: the longest context, in tokens; a longer input raises.
-    rope_theta: base of the rotary wavelengths.
-    rope_pairing: features rotated together: "half" pairs i with i + head_dim / 2 (Hugging Face
-      checkpoints), "adjacent" pairs 2i with 2i + 1 (Meta's and GGUF files). The wrong one loads and
-      runs, and predicts badly.
-    rope_scaling: None, or Llama 3's stretch.
-    norm_epsilon: added to the mean square in RMSNorm.
-    tied_head: logits are products with the embedding itself.
-    dtype: of the matrix products, "float32" or "bfloat16".
-    param_dtype: of the parameters made by `init_params`.
-    remat: recompute each layer whole in the backward pass: activations of one layer in place of L,
-      about a third more time. False keeps the products with weights of every layer and recomputes
-      the rest (attention scores, norms, activations), which costs no time on a CPU: it spares the
-      page faults of twice the memory.
-    fused_attention: run attention in bfloat16 through a fused kernel: True wherever there is one
-      (NVIDIA GPUs, a single TPU), False nowhere. None, the default, is True on NVIDIA GPUs alone:
-      on a TPU the kernel has been compiled, but not yet run.
-    scan_layers: compile one layer and loop over it, in place of L copies in a row. On a CPU the
-      copies only take longer to compile. On a GPU they also run a tenth faster, since a loop copies
-      what the backward pass reads into arrays of all layers.
-  """
-
-  vocab_size: int
-  num_layers: int
-  width: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_width: int
-  max_length: int
-  rope_theta: float = 1e4
-  rope_pairing: Literal["half", "adjacent"] = "half"
-  rope_scaling: RopeScaling | None = None
-  norm_epsilon: float = 1e-5
-  tied_head: bool = True
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  param_dtype: Literal["float32", "bfloat16"] = "float32"
-  remat: bool = False
-  fused_attention: bool | None = None
-  scan_layers: bool = True
-
-  def __post_init__(self):
-    for (
-      name
-    ) in "vocab_size num_layers width num_heads num_kv_heads head_dim mlp_width max_length".split():
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})"
-      )
-    if self.head_dim % 2:
-      raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-    if self.rope_pairing not in ("half", "adjacent"):
-      raise ValueError(f"rope_pairing must be 'half' or 'adjacent', got {self.rope_pairing!r}")
-    for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in ("float32", "bfloat16", "float64"):
-        raise ValueError(f"{name} must be 'float32' or 'bfloat16', got {getattr(self, name)!r}")
-
-
-class RMSNorm(nn.Module):
-  """Divides by the root mean square over the features, in float32, and scales."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    config = self.config
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:], config.param_dtype)
-    wide = x.astype(attention.accumulator(x.dtype))
-    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
-    return (wide * scale.astype(wide.dtype)).astype(config.dtype)
-
-
-class Dense(nn.Module):
-  """A matrix product without bias, over flattened leading dimensions.
-
-  Flattened, because the weight gradient of `[B, T, D] @ [D, F]` contracts two dimensions, which
-  XLA runs 2.3 times slower on a CPU than the `[B * T, D]` form.
-  """
-
-  features: int
-  config: TransformerConfig
-  rotary_heads: int = 0  # > 0: the columns are that many heads, about to be rotated
-  wide: bool = False  # the sums are returned as they are, in float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    config = self.config
-    initializer = nn.initializers.normal(0.02)
-    kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
-    kernel = kernel.astype(config.dtype)
-    if self.rotary_heads:
-      kernel = attention.rotary_columns(kernel, self.rotary_heads, config.rope_pairing)
-    dtype = attention.accumulator(config.dtype) if self.wide else None
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
-    if self.has_variable("params", "lora_b"):  # see `lora`
-      factors: Any = self.variables["params"]
-      a, b = (factors[name].astype(config.dtype) for name in ("lora_a", "lora_b"))
-      if self.rotary_heads:
-        b = attention.rotary_columns(b, self.rotary_heads, config.rope_pairing)
-      # As one batch, so that the policy of `remat` keeps the thin product and not the wide one.
-      y += jax.lax.batch_matmul((x.reshape(-1, x.shape[-1]) @ a)[None], b[None])[0]
-    return y.reshape(*x.shape[:-1], self.features)
-
-
-class Attention(nn.Module):
-  """Self-attention with rotary positions; returns its keys and values too."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x, rope, visible) -> tuple[jax.Array, attention.KeysValues]:
-    config = self.config
-    batch, length = x.shape[:2]
-
-    def heads(name, count, rotary):
-      features = count * config.head_dim
-      y = Dense(features, config, rotary_heads=count if rotary else 0, name=name)(x)
-      y = y.reshape(batch, length, count, config.head_dim)
-      return attention.rotate(y, rope) if rotary else y
-
-    queries = heads("query", config.num_heads, True)
-    keys = heads("key", config.num_kv_heads, True).swapaxes(1, 2)
-    values = heads("value", config.num_kv_heads, False).swapaxes(1, 2)
-    out = attention.attend(queries, keys, values, visible).reshape(batch, length, -1)
-    return Dense(config.width, config, name="output")(out), (keys, values)
-
-
-class Mlp(nn.Module):
-  """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    config = self.config
-    gate = Dense(config.mlp_width, config, name="gate")(x)
-    up = Dense(config.mlp_width, config, name="up")(x)
-    return Dense(config.width, config, name="down")(jax.nn.silu(gate) * up)
-
-
-class Block(nn.Module):
-  """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x, rope, visible) -> tuple[jax.Array, attention.KeysValues]:
-    config = self.config
-    normed = RMSNorm(config, name="attention_norm")(x)
-    change, keys_values = Attention(config, name="attention")(normed, rope, visible)
-    x = x + change
-    x = x + Mlp(config, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
-    return x, keys_values
+# Named here too, since users write them beside each other.
+TransformerConfig = decoder_config.TransformerConfig
+RopeScaling = rotary.RopeScaling
 
 
 class Transformer(nn.Module):
@@ -238,10 +78,18 @@ class Transformer(nn.Module):
       param_dtype=config.param_dtype,
       embedding_init=nn.initializers.normal(0.02),
     )
+    if config.positions == "learned":
+      self.positions = nn.Embed(
+        config.max_length,
+        config.width,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        embedding_init=nn.initializers.normal(0.02),
+      )
     policies = jax.checkpoint_policies
     self.layers = nn.scan(
       nn.remat(
-        Block,
+        decoder_layers.Block,
         prevent_cse=False,  # inside a scan nothing can be merged across the two passes
         policy=(
           policies.nothing_saveable
@@ -253,21 +101,21 @@ class Transformer(nn.Module):
       ),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=(nn.broadcast, nn.broadcast, 0),
       length=config.num_layers,
       unroll=1 if config.scan_layers else config.num_layers,
     )(config)
-    self.final_norm = RMSNorm(config)
+    self.final_norm = decoder_layers.Norm(config)
     if not config.tied_head:
-      self.head = Dense(config.vocab_size, config, wide=True)
+      self.head = decoder_layers.Dense(config.vocab_size, config, wide=True)
 
   def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Logits `[B, T, V]` in float32; see `logits`."""
     hidden, _ = self.hidden_states(tokens, mask)
     if not self.config.tied_head:
-      return self.head(hidden)
+      return attention.soft_cap(self.head(hidden), self.config.logit_softcap)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    out = output_logits(flat, self.embed.embedding)
+    out = output_logits(flat, self.embed.embedding, softcap=self.config.logit_softcap)
     return out.reshape(*hidden.shape[:-1], -1)
 
   def _has_kernel(self, length: int) -> bool:
@@ -276,26 +124,53 @@ class Transformer(nn.Module):
     if length == 1 or config.fused_attention is False:
       return False
     kernel = fused_attention.kernel_for(config.dtype, config.head_dim)
-    return kernel == "cudnn" or (kernel is not None and config.fused_attention is True)
+    if kernel == "cudnn":
+      return config.attention_softcap is None  # cuDNN's kernel has no caps
+    return kernel is not None and config.fused_attention is True
 
-  def _rope_table(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    config = self.config
-    return attention.rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+  def _run_layers(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    visible_of: Callable[[int | None], attention.Visible],
+  ) -> tuple[jax.Array, attention.KeysValues]:
+    """Returns what the layers make of tokens `[B, T]` at `positions`, before the final norm.
+
+    `visible_of(window)` is what queries with that window see. Layers of one kind share one table of
+    rotations and one mask. Where there are several kinds, their arrays are stacked, and each layer
+    takes its own.
+    """
+    config, length = self.config, tokens.shape[1]
+    ropes, _ = distinct(config.layer_ropes())
+    rope = _stack([rope_table(config, positions, kind) for kind in ropes])
+    x = self.embed(tokens)
+    if config.embedding_scale != 1:
+      x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    if config.positions == "learned":
+      x = x + self.positions(positions)
+    windows, _ = distinct(config.layer_windows(length))
+    visible = visible_of(windows[0])
+    if isinstance(visible, jax.Array | attention.SharedPromptBias):
+      visible = _stack([visible, *map(visible_of, windows[1:])])
+    out: Any = self.layers(x, rope, visible, decoder_layers.layer_kinds(config, length))
+    return out
 
   def hidden_states(
     self, tokens: jax.Array, mask: jax.Array
   ) -> tuple[jax.Array, attention.KeysValues]:
     """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
     if not self._has_kernel(tokens.shape[1]):
-      rope = self._rope_table(attention.positions_of(mask))
-      x, keys_values = self.layers(self.embed(tokens), rope, attention.attention_bias(mask))
+      x, keys_values = self._run_layers(
+        tokens, attention.positions_of(mask), functools.partial(attention.attention_bias, mask)
+      )
       return self.final_norm(x), keys_values
     length = tokens.shape[1]
     tokens, mask = fused_attention.pad_row(tokens), fused_attention.pad_row(mask)
     order = fused_attention.real_first(mask)
     tokens, mask = (fused_attention.reorder(x, order) for x in (tokens, mask))
-    rope = self._rope_table(attention.positions_of(mask))
-    x, keys_values = self.layers(self.embed(tokens), rope, fused_attention.Rows())
+    x, keys_values = self._run_layers(
+      tokens, attention.positions_of(mask), lambda _: fused_attention.Rows()
+    )
     places = order.inverse[None, :, None, :length, None]
     keys_values = jax.tree.map(
       lambda x: jnp.take_along_axis(x, places, axis=3, mode="promise_in_bounds"), keys_values
@@ -338,24 +213,42 @@ class Transformer(nn.Module):
 
     positions = attention.positions_of(row_mask)
     positions = pack(positions[::group, :prompt_length], positions[:, prompt_length:])
-    visible: attention.Visible
-    if kernel:
-      visible = fused_attention.shared_prompt_rows(row_mask, num_prompts, prompt_length)
-    else:
-      bias = attention.attention_bias(row_mask)
-      visible = attention.SharedPromptBias(
+
+    def visible_of(window) -> attention.Visible:
+      if kernel:
+        return fused_attention.shared_prompt_rows(row_mask, num_prompts, prompt_length)
+      bias = attention.attention_bias(row_mask, window)
+      return attention.SharedPromptBias(
         prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
       )
-    rope = self._rope_table(positions)
-    x, _ = self.layers(self.embed(pack(prompt, tokens)), rope, visible)
+
+    x, _ = self._run_layers(pack(prompt, tokens), positions, visible_of)
     last = jnp.repeat(x[:, prompt_length - 1 : prompt_length], group, axis=0)
     x = x[:, prompt_length:].reshape(num_rows, length, x.shape[-1])
     return self.final_norm(jnp.concatenate([last, x], axis=1))
 
 
+def rope_table(
+  config: TransformerConfig, positions: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array] | None:
+  """Returns the rotations of layers of one kind of `TransformerConfig.layer_ropes`."""
+  if kind == "none":
+    if config.positions == "learned":
+      return None
+    positions = jnp.zeros_like(positions)  # a rotation by nothing, beside layers that rotate
+  theta, scaling = config.rope_theta, config.rope_scaling
+  if kind != "global":
+    theta, scaling = config.local_rope_theta or theta, None
+  return rotary.rope_table(positions, config.rotary_dims or config.head_dim, theta, scaling)
+
+
+def _stack(kinds: list[Any]) -> Any:
+  return kinds[0] if len(kinds) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *kinds)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
-  """Returns fresh parameters (kernels and embedding normal with deviation 0.02, scales one)."""
+  """Returns fresh parameters: kernels and embeddings normal with deviation 0.02, scales neutral."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   return Transformer(config).init(key, tokens, jnp.ones((1, 1)))["params"]
 
@@ -397,17 +290,20 @@ def output_embedding(params: Params) -> jax.Array:
   return params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
 
 
-def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+def output_logits(
+  hidden: jax.Array, embedding: jax.Array, *, softcap: float | None = None
+) -> jax.Array:
   """Returns logits `[N, V]` of hidden states `[N, D]` by an output embedding `[V, D]`.
 
   The factors have the dtype of the hidden states, the sums are float32 or wider: what
   `chunked_likelihood.token_logps` does with slices of the vocabulary.
   """
-  return jnp.dot(
+  logits = jnp.dot(
     hidden,
     embedding.astype(hidden.dtype).T,
     preferred_element_type=attention.accumulator(hidden.dtype),
   )
+  return attention.soft_cap(logits, softcap)
 
 
 @functools.cache
@@ -438,15 +334,7 @@ def make_apply_fn(
   """
 
   def apply_fn(params: Params, batch: sequences.Sequences) -> jax.Array:
-    if batch.prompt_tokens is None or batch.prompt_mask is None or not batch.prompt_tokens.shape[1]:
-      raise ValueError(
-        "prompt_tokens is missing: a decoder predicts a token from those before it, so give at "
-        "least one prompt token (the start or end-of-text id will do) with its prompt_mask"
-      )
-    checks.same_shape(tokens=batch.tokens, mask=batch.mask)
-    checks.same_shape(prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask)
-    for name in ("tokens", "prompt_tokens"):
-      checks.token_ids(name, getattr(batch, name), config.vocab_size)
+    check_sequences(batch, config.vocab_size)
     prompt, prompt_mask = attention.justify_prompts(batch.prompt_tokens, batch.prompt_mask)
     prompt_length, length = prompt.shape[1], batch.tokens.shape[1]
     if prompt_length + length > config.max_length:
@@ -468,9 +356,24 @@ def make_apply_fn(
         variables, prompt, prompt_mask > 0, tokens, mask, method="completion_states"
       )
     embedding = output_embedding(params)
-    return chunked_likelihood.token_logps(hidden, embedding, batch.tokens, chunk_size=logps_chunk)
+    return chunked_likelihood.token_logps(
+      hidden, embedding, batch.tokens, chunk_size=logps_chunk, softcap=config.logit_softcap
+    )
 
   return apply_fn
+
+
+def check_sequences(batch: sequences.Sequences, vocab_size: int) -> None:
+  """Raises `ValueError` for a batch without prompts, of unequal shapes, or with unknown ids."""
+  if batch.prompt_tokens is None or batch.prompt_mask is None or not batch.prompt_tokens.shape[1]:
+    raise ValueError(
+      "prompt_tokens is missing: a language model predicts a token from those before it, so give "
+      "at least one prompt token (the start or end-of-text id will do) with its prompt_mask"
+    )
+  checks.same_shape(tokens=batch.tokens, mask=batch.mask)
+  checks.same_shape(prompt_tokens=batch.prompt_tokens, prompt_mask=batch.prompt_mask)
+  for name in ("tokens", "prompt_tokens"):
+    checks.token_ids(name, getattr(batch, name), vocab_size)
 
 
 def _check_length(tokens: jax.Array, mask: jax.Array, config: TransformerConfig) -> None:

@@ -3,10 +3,16 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import safetensors
+import safetensors.numpy
+
+# Names of the files of a model that is cut into several.
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -36,6 +42,30 @@ def open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str,
       raise ValueError(f"{path} lacks {sorted(wanted - names)[0]}, which the index places there")
     tensors.update({name: (path, file) for name in names})
   return tensors
+
+
+def save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> None:
+  """Writes one file, or several of at most `shard_bytes` (or one tensor) with their index."""
+  shards: list[dict[str, np.ndarray]] = [{}]
+  room = shard_bytes
+  for name, tensor in tensors.items():
+    if shards[-1] and tensor.nbytes > room:
+      shards.append({})
+      room = shard_bytes
+    shards[-1][name] = tensor
+    room -= tensor.nbytes
+  files = {"model.safetensors": shards[0]}
+  if len(shards) > 1:
+    files = {
+      f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)
+    }
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    places = {name: file for file, shard in files.items() for name in shard}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+  for file, shard in files.items():
+    safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
 
 
 def _files(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, set[str] | None]]:

@@ -17,7 +17,7 @@ PRESETS = {
   "bandit": base.Preset(
     "CoPG, IPO and two policy gradients on off-policy pairs (the paper's toy figure)",
     "1 minute",
-    "regret 0.0000; IPO 0.153, policy gradients 0.636 and 0.014",
+    "regret 0.0000 after 300 epochs (paper: 100); IPO 0.153, policy gradients 0.636 and 0.014",
   ),
   "tiny": base.Preset(
     "a random two-layer character model; no weights needed", "20 seconds", "smoke test"

@@ -4,9 +4,9 @@ r"""DRO, Richemond et al. 2024, https://arxiv.org/abs/2405.19107.
 It shows that DRO needs a value for each prompt to learn from single completions. It runs DRO-V,
 the variants of the paper's ablations (one value for all prompts, no value, DRO-P over a batch) and
 KTO. `sentiment` trains DRO-V, a policy and a value, on single completions of a model of 135 million
-parameters. `paper` has the published settings on UltraFeedback, which you supply as JSON lines. The
-paper's networks are encoder-decoders (T5-L, 770 million) trained with AdaFactor; ours is a decoder
-of about that size with Adam.
+parameters. `paper` has the published settings on UltraFeedback, which you supply as JSON lines. As
+in the paper the networks start from FLAN-T5 with 770 million parameters; AdaFactor is replaced by
+Adam.
 
 Command:   python -m experiments.main --config=dro:sentiment --workdir=runs/dro-sentiment
 Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
@@ -32,7 +32,7 @@ PRESETS = {
     "not run",
   ),
   "paper": base.Preset(
-    "UltraFeedback, 1B policy and value; needs data.scored and an accelerator",
+    "UltraFeedback, FLAN-T5-L as policy and value; needs data.scored and an accelerator",
     "hours",
     "not run",
   ),
@@ -52,9 +52,7 @@ def get_config(preset: str = "bandit") -> ml_collections.ConfigDict:
   config.train.batch_size = 32  # completions, four for each prompt: as many steps a pass
   if preset == "paper":
     config.algorithm.update({"tau": 1.0, "num_microbatches": 4})
-    config.network.update(
-      {"model": "meta-llama/Llama-3.2-1B-Instruct", "dtype": "bfloat16", "remat": True}
-    )
+    config.network.update({"model": "google/flan-t5-large", "dtype": "bfloat16", "remat": True})
     config.data.update({"name": "ultrafeedback", "prompt_length": 1024, "completion_length": 1024})
     # Batch 32, 40,000 steps at 1e-4 after 150 of warm-up; no decay is stated.
     config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 150, "final_scale": 1.0})

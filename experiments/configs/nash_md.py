@@ -5,9 +5,9 @@ experiment. It runs mirror descent on two cyclic games beside the theorem's boun
 and the average policy of large steps, and shows where the exact policy gradient stops for each
 mixture. `sentiment` is Nash-MD-PG on a model of 135 million parameters; for Nash-EMA-PG add
 `--config.data.mixture_beta=0 --config.algorithm.ema_decay=0.999`. `paper` is the TL;DR run. Its
-tau, beta and number of steps are the paper's. The paper's policy is an encoder-decoder (T5-L, 770
-million); ours is a decoder of about that size. The paper does not report its optimiser; the
-learning rate is that of a follow-up by the same authors.
+tau, beta and number of steps are the paper's. The paper's policy is a T5 of 770 million parameters,
+tuned on the summaries of TL;DR; ours starts from FLAN-T5 of that size. The paper does not report
+its optimiser; the learning rate is that of a follow-up by the same authors.
 
 Command:   python -m experiments.main --config=nash_md:sentiment --workdir=runs/nash-md-sentiment
 Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
@@ -33,7 +33,7 @@ PRESETS = {
     "win rate 0.88 against the reference, 7.2 nats from it",
   ),
   "paper": base.Preset(
-    "TL;DR with a 1B policy; needs data.prompts, preference and an accelerator",
+    "TL;DR with FLAN-T5-L; needs data.prompts, preference and an accelerator",
     "hours",
     "not run",
   ),
@@ -54,7 +54,7 @@ def get_config(preset: str = "bandit") -> ml_collections.ConfigDict:
   )
   config.data.mixture_beta = 0.125
   if preset == "paper":
-    config.network.update({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "remat": True})
+    config.network.update({"model": "google/flan-t5-large", "dtype": "bfloat16", "remat": True})
     config.data.update({"name": "tldr", "num_prompts": 92_000, "num_samples": 1})
     config.data.update({"prompt_length": 512, "completion_length": 64})
     config.optimizer.update({"learning_rate": 3e-5, "warmup_steps": 0, "final_scale": 1.0})

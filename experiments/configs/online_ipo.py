@@ -3,7 +3,7 @@ r"""Online IPO, Calandriello et al. 2024, https://arxiv.org/abs/2403.08635: a ba
 For IPO-MD, whose completions come from a mixture, add `--config.data.mixture_beta=0.125`. `bandit`
 is ours: random games with cycles. `paper` is the TL;DR run. Published: the task, tau 1, batch 32
 and a learning rate of 1e-4. Our choices: the number of steps, the judge, Adam in place of
-AdaFactor, and a decoder in place of an encoder-decoder (T5-L, 770 million).
+AdaFactor, and FLAN-T5-L in place of a T5-L tuned on summaries.
 
 Command:   python -m experiments.main --config=online_ipo:sentiment --workdir=runs/online-ipo
 Hardware:  two CPU cores (bandit, tiny, sentiment); a TPU or GPU pod (paper)
@@ -29,7 +29,7 @@ PRESETS = {
     "not run",
   ),
   "paper": base.Preset(
-    "TL;DR with a 1B policy; needs data.prompts, preference and an accelerator",
+    "TL;DR with FLAN-T5-L; needs data.prompts, preference and an accelerator",
     "hours",
     "not run",
   ),
@@ -53,7 +53,7 @@ def get_config(preset: str = "sentiment") -> ml_collections.ConfigDict:
   config.train.batch_size = 16  # as many completions a step as in the other presets
   if preset == "paper":
     config.algorithm.tau = 1.0
-    config.network.update({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "remat": True})
+    config.network.update({"model": "google/flan-t5-large", "dtype": "bfloat16", "remat": True})
     config.data.update({"name": "tldr", "num_prompts": 92_000})
     config.data.update({"prompt_length": 512, "completion_length": 64})
     config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 0, "final_scale": 1.0})

@@ -76,15 +76,19 @@ def imitations(key: jax.Array, asked: sequences.Prompts) -> sequences.Sequences:
 
 
 @jax.jit
-def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
+def edits(
+  key: jax.Array, shown: sequences.Sequences, kept: jax.Array | float = 0.0
+) -> sequences.Sequences:
   """Returns revisions of completions by simulated people.
 
-  With probability 0.7 the completion is kept but for two swaps of random neighbours; the mark is
-  drawn again with probability 0.2. Otherwise a new completion of `imitations` replaces it.
+  With probability `kept` the completion stays as it is. Of the others, 70 % are changed by two
+  swaps of random neighbours, and their mark is drawn again with probability 0.2. A new completion
+  of `imitations` replaces the rest.
 
   Args:
     key: PRNG key.
     shown: B completions, each with a prompt row of its own.
+    kept: probability in [0, 1]; may be traced.
   """
   count = len(shown.tokens)
   keys = jax.random.split(key, 5)
@@ -99,8 +103,13 @@ def edits(key: jax.Array, shown: sequences.Sequences) -> sequences.Sequences:
   remark = jax.random.bernoulli(keys[3], 0.2, (count,)) & _has_mark(shown)
   tokens = tokens.at[:, 0].set(jnp.where(remark, _marks(keys[4], count), tokens[:, 0]))
   light = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.7, (count, 1))
-  return shown._replace(
+  changed = shown._replace(
     tokens=jnp.where(light, tokens, fresh.tokens), mask=jnp.where(light, shown.mask, fresh.mask)
+  )
+  stays = jax.random.bernoulli(jax.random.fold_in(key, 2), kept, (count, 1))
+  return shown._replace(
+    tokens=jnp.where(stays, shown.tokens, changed.tokens),
+    mask=jnp.where(stays, shown.mask, changed.mask),
   )
 
 
@@ -146,6 +155,21 @@ def preferences(first: Quality, second: Quality, intransitive: jax.Array | bool)
   by_cycle = jnp.where(ahead == 1, CYCLE_PROB, 1 - CYCLE_PROB)
   styled = (first.styles < NO_STYLE) & (second.styles < NO_STYLE)
   return jnp.where(intransitive & styled & (ahead > 0), by_cycle, by_reward)
+
+
+def against_one_style(styles: Any) -> tuple[float, str]:
+  """Returns the win rate against the worst opponent of one style and equal reward, and its style.
+
+  The opponent has the same rewards in every style as the policy. So the cycle decides between two
+  styles, and within a style, or without one, each side wins half of the games. No run is needed.
+
+  Args:
+    styles: `[N]` of the policy's answers.
+  """
+  lead = (jnp.arange(NUM_STYLES)[:, None] - styles) % NUM_STYLES  # 1: policy wins
+  wins = jnp.select([lead == 1, lead == 2], [CYCLE_PROB, 1 - CYCLE_PROB], 0.5)
+  rates = jnp.where(styles == NO_STYLE, 0.5, wins).mean(1)
+  return float(rates.min()), "abc"[int(rates.argmin())]
 
 
 def text(tokens: Any, mask: Any) -> list[str]:

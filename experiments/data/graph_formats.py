@@ -38,6 +38,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
+from experiments import files
+
 _READ_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 _SPLITS = {"train": "train", "valid": "val", "test": "test"}  # name in files: name here
 _EXPORT = (
@@ -85,7 +87,8 @@ def find(name: str | os.PathLike[str], directory: str | os.PathLike[str] = "") -
   Raises:
     ValueError: none of them exists; the message lists the closest names that do.
   """
-  base, name = pathlib.Path(directory), os.fspath(name)
+  base = files.local_path("config.data.directory", directory)
+  name = os.fspath(files.local_path("config.data.name", name)) if name else ""
   for path in (base / name / f"{name}.npz", base / f"{name}.npz", base / name):
     if name and path.exists():
       return path

@@ -49,6 +49,7 @@ def random_crops(
   min_area: float = 0.08,
   max_aspect: float = 4 / 3,
   num_views: int = 2,
+  rows: np.ndarray | None = None,
   pool: concurrent.futures.Executor | None = None,
 ) -> Crops:
   """Returns random crops of images, resized; each image is read and decoded once.
@@ -61,6 +62,8 @@ def random_crops(
     min_area: smallest area of a crop as a share of the image's.
     max_aspect: largest width / height, and largest height / width, of a crop.
     num_views: crops of each image, 1 or 2.
+    rows: rows of the batch that this process needs (`sharding.local_rows`); the others are zeros
+      and are not read. None for all.
     pool: threads for the images of a batch; None for the thread that calls.
 
   Raises:
@@ -81,7 +84,7 @@ def random_crops(
     ]
     return [image_splits.resized_crop(image, box, size) for box in boxes]
 
-  made, labels = _each(split, ids, size, num_views, views, pool)
+  made, labels = _each(split, ids, size, num_views, views, pool, rows)
   return Crops(made[0], made[1] if num_views == 2 else None, labels)
 
 
@@ -159,16 +162,17 @@ def _each(
   num_views: int,
   views: Callable[[int, np.ndarray], list[np.ndarray]],
   pool: concurrent.futures.Executor | None,
+  rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[num_views, B, size, size, 3]` and labels `[B]`: `views` of each image."""
-  made = np.empty((num_views, len(ids), size, size, 3), np.uint8)
-  labels = np.empty(len(ids), np.int32)
+  """Returns `[num_views, B, size, size, 3]` and labels `[B]`: `views` of each image in `rows`."""
+  made = np.zeros((num_views, len(ids), size, size, 3), np.uint8)
+  labels = np.zeros(len(ids), np.int32)
 
   def one(i: int) -> None:
     image, labels[i] = split.example(int(ids[i]))
     made[:, i] = views(i, image)
 
   each: Any = map if pool is None else pool.map
-  for _ in each(one, range(len(ids))):
+  for _ in each(one, range(len(ids)) if rows is None else rows):
     pass
   return made, labels

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import files
 from experiments.data import image_archives
 from experiments.data.image_splits import Raw, Split
 
@@ -47,8 +48,9 @@ def read(source: str, directory: str | os.PathLike[str] = "") -> Raw:
   if source == "digits":
     return _digits()
   if source.startswith("tfds:"):
-    return _tfds(source, os.fspath(directory))
-  path = pathlib.Path(directory, source)
+    return _tfds(source, os.path.expanduser(directory))  # TFDS reads gs:// itself
+  path = files.local_path("config.data.directory", directory)
+  path /= files.local_path("config.data.source", source)
   if source and path.is_dir():
     return _folder(path)
   if source and path.is_file() and path.suffix == ".npz":
@@ -119,8 +121,8 @@ def _folder_split(top: pathlib.Path, class_names: tuple[str, ...], is_train: boo
   for name in class_names:
     found = sorted(
       os.path.join(folder, file)
-      for folder, _, files in os.walk(top / name, followlinks=True)
-      for file in files
+      for folder, _, names in os.walk(top / name, followlinks=True)
+      for file in names
       if file.lower().endswith(_SUFFIXES) and not file.startswith(".")
     )
     if not found and is_train:

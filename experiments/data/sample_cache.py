@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments import files
+
 # Version of the stored arrays, part of every key. Raise it when the meaning of the arrays changes.
 _FORMAT = 2
 
@@ -82,9 +84,9 @@ class SampleCache:
         sampling.
     """
     if folder is None:
-      root = os.environ.get("BOOTSTRAX_CACHE") or pathlib.Path.home() / ".cache" / "bootstrax"
+      root = os.environ.get("BOOTSTRAX_CACHE") or "~/.cache/bootstrax"
       folder = os.environ.get("BOOTSTRAX_SAMPLE_CACHE") or pathlib.Path(root) / "samples"
-    self.folder = pathlib.Path(folder)
+    self.folder = files.local_path("config.data.cache", folder)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       probe = self.folder / f".probe.{os.getpid()}"

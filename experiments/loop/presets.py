@@ -14,6 +14,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +36,13 @@ _LEAST = {
   "checkpoint.every": 0,
   "checkpoint.keep": 1,
 }
+# Fields that name a file or a folder, or may do so.
+_PATHS = (
+  "cache", "demonstrations", "directory", "folders", "init_from", "model", "preference",
+  "preferences", "prompts", "reward", "scored", "source",
+)  # fmt: skip
+# Sources whose libraries bring file systems of their own.
+_LIBRARIES = ("tfds:", "hf:")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -75,7 +83,7 @@ def resolve(text: str) -> ml_collections.ConfigDict:
   if not colon or preset.endswith(".py"):
     path, preset = text, ""
   if path.endswith(".py"):
-    module = _load_file(pathlib.Path(path))
+    module = _load_file(files.local_path("--config", path))
   else:
     modules = papers()
     if path not in modules:
@@ -108,7 +116,34 @@ def _load_file(path: pathlib.Path) -> Any:
 
 def from_workdir(folder: str) -> ml_collections.ConfigDict:
   """Returns the config of the run in `folder`; errors are those of `run_folder.read_config`."""
-  return run_folder.read_config(pathlib.Path(folder))
+  return run_folder.read_config(files.local_path("--workdir", folder))
+
+
+def completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns the config of an old run with the fields that its preset has got since, for evaluation.
+
+  They are named on stderr. A config whose preset is not known is returned as it is.
+  """
+  try:
+    full = files.flatten(resolve(f"{config.paper}:{config.get('preset')}").to_dict())
+  except ValueError:
+    return config
+  saved = files.flatten(config.to_dict())
+  missing = {
+    name: run_folder.ADDED.get(name, value) for name, value in full.items() if name not in saved
+  }
+  if not missing:
+    return config
+  listed = ", ".join(f"{name}={value}" for name, value in missing.items())
+  print(f"the run is older than these fields of its preset: {listed}", file=sys.stderr)
+  data = config.to_dict()
+  for name, value in missing.items():
+    *sections, last = name.split(".")
+    section = data
+    for part in sections:
+      section = section.setdefault(part, {})
+    section[last] = value
+  return ml_collections.ConfigDict(data)
 
 
 def module_of(config: Any) -> Any:
@@ -195,6 +230,9 @@ def check(config: Any) -> None:
     elif last in _SWITCHES and not isinstance(value, bool):
       # A config file may give any type, and "false" is as true as every text.
       raise ValueError(f"{name} must be True or False, got {value!r}")
+    elif last in _PATHS and isinstance(value, str) and not value.startswith(_LIBRARIES):
+      if last != "directory" or "tfds:" not in str(fields.get("data.source", "")):
+        files.check_local(name, value)
     elif last == "warmup_from":
       checks.choice(name, value, (0, 1))
 

@@ -30,6 +30,16 @@ except ImportError:  # Windows
 # A later command may change these fields: they place arrays on devices and change no result.
 _PLACEMENT = ("sharding.",)
 
+# Fields that were added later, with the value that does what runs without the field did.
+ADDED: dict[str, Any] = {
+  "data.features": "file",
+  "eval.num_fewshot": 0,
+  "eval.task_limit": 0,
+  "eval.tasks": "",
+  "optimizer.decay_all": True,
+  "optimizer.warmup_from": 0,
+}
+
 _PACKAGES = (
   "bootstrax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy", "grain",
   "open-spiel", "transformers", "tokenizers",
@@ -72,19 +82,27 @@ def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Pa
     files.write_file(path, text)
     return folder
   old, new = files.flatten(read_config(folder).to_dict()), files.flatten(json.loads(text))
+  saved, old = old, {**{name: value for name, value in ADDED.items() if name in new}, **old}
   differences = [
     f"  {name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name) and not name.startswith(_PLACEMENT)
   ]
   if differences and (_holds(folder, "metrics.jsonl") or _holds(folder, "checkpoints")):
+    added = [name for name in new if name not in old]
     raise ValueError(
       f"--workdir={folder} holds a run of a different config (its value -> yours):\n"
       + "\n".join(differences)
+      + (
+        f"\nThat run is older than {', '.join(added)}: finish it with the version that "
+        "environment.json names."
+        if added
+        else ""
+      )
       + "\nTo continue that run, repeat its command. To start another, name a new folder. "
       "Nothing was changed."
     )
-  if old != new:
+  if saved != new:
     files.write_file(path, text)
   return folder
 

@@ -15,6 +15,7 @@ import pathlib
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ class Experiment:
     init: `init(key, *init_args) -> State`, pure. `State` has a field `step` that counts its steps.
     update: `update(state, batch, key) -> (State, Metrics)`, pure, with all other arguments bound.
     batches: returns a new data iterator. `__next__` returns (ids `[B]`, batch of NumPy arrays),
-      `get_state()` a JSON value or bytes, and `set_state()` accepts that value.
+      `get_state()` a JSON value or bytes, and `set_state()` accepts that value. Each process of a
+      run over several hosts gets the whole batch; only its `sharding.local_rows` are read.
     headline: the main metric. The progress bar shows it, the report puts it first, and it decides
       which checkpoint is best.
     maximise: whether a higher headline is better.
@@ -125,6 +127,13 @@ def train(
     run.report(history, done[1])
     return Outcome("finished", done[0], history, done[1])
   files.write_json(workdir / "environment.json", run_folder.environment())
+  warmup, num_steps = config.get("optimizer", {}).get("warmup_steps", 0), config.train.num_steps
+  if warmup >= num_steps and run.primary:
+    print(
+      f"config.optimizer.warmup_steps={warmup} is not shorter than the run of {num_steps} steps: "
+      "the learning rate rises to its end",
+      file=sys.stderr,
+    )
   try:
     return run.train(wandb)
   except RunError as error:
@@ -253,6 +262,8 @@ class _Run:
       self._evaluate_if_due(state, step, history)
       while step < num_steps and not signals.stop(step):
         ids, batch = self._next_batch(step)
+        # Each process has the whole batch and places the rows of its own devices.
+        batch = sharding.shard_batch(batch, self.mesh, whole=True)
         state, step_metrics = step_fn(state, batch, self.key)
         if pending is not None:
           self._log(pending, history)
@@ -403,8 +414,12 @@ class _Run:
   def _finish(self, state: Any, step: int, history: records.History) -> results.Result:
     self.progress.close()
     result = self._evaluate(state, step, history)
-    if self.experiment.export is not None:
+    if self.experiment.export is not None and self.primary:
       self.experiment.export(state, self.folder / "model")
+    elif self.experiment.export is not None:
+      # What it computes needs all processes, what it writes only one.
+      with tempfile.TemporaryDirectory() as scratch:
+        self.experiment.export(state, pathlib.Path(scratch) / "model")
     # `results.json` marks the run as finished, so it is written last: the figures of an evaluation
     # cannot be drawn without the evaluation.
     self.report(history, result)

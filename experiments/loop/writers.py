@@ -1,13 +1,16 @@
 """Writers that show a run while it trains: TensorBoard, Weights & Biases, a progress bar."""
 
+import contextlib
 import hashlib
 import math
 import pathlib
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TextIO
 
+from experiments import files
 from experiments.report import records
 
 
@@ -22,20 +25,56 @@ class Writer(Protocol):
 
 
 class TensorBoard:
-  """Writes event files; TensorBoard hides earlier events from `purge_step` on."""
+  """Writes an event file; TensorBoard hides earlier events from `purge_step` on.
+
+  Events are written by the thread that calls. The `SummaryWriter` of tensorboardX has a thread of
+  its own, which a full disk ends with a traceback, and whose callers then wait for ever.
+
+  Raises:
+    OSError: the file cannot be written; the message names it and the remedy.
+  """
 
   def __init__(self, directory: pathlib.Path, purge_step: int = 0):
-    import tensorboardX
+    from tensorboardX import record_writer
+    from tensorboardX.proto import event_pb2
 
-    self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=purge_step or None)
+    self._new_event = event_pb2.Event
+    # In order of time, as TensorBoard reads them.
+    self._path = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+    self._flushed = -math.inf
+    with self._named_errors():
+      directory.mkdir(parents=True, exist_ok=True)
+      self._file = record_writer.RecordWriter(str(self._path))
+    self._add(file_version="brain.Event:2")
+    if purge_step:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._add(step=purge_step, session_log=start)
 
   def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
+    from tensorboardX import summary
+
     for name, value in scalars.items():
       if math.isfinite(value):  # tensorboardX warns at every step about other values
-        self._writer.add_scalar(f"{kind}/{name}", value, step)
+        self._add(step=step, summary=summary.scalar(f"{kind}/{name}", value))
+    if time.monotonic() - self._flushed > 10:  # a flush waits for the disk
+      with self._named_errors():
+        self._file.flush()
+      self._flushed = time.monotonic()
+
+  def _add(self, **fields: Any) -> None:
+    with self._named_errors():
+      self._file.write(self._new_event(wall_time=time.time(), **fields).SerializeToString())
+
+  @contextlib.contextmanager
+  def _named_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise files.write_error(self._path, error) from error
 
   def close(self) -> None:
-    self._writer.close()
+    with self._named_errors():
+      self._file.close()
 
 
 class Wandb:

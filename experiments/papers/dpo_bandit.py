@@ -81,7 +81,8 @@ def build(config: Any) -> training.Experiment:
       ):
         passed = bool(moved and distance.mean() > 0.005)
         checks.append((f"cycles, beta {beta}: {text} (mean difference above 0.005)", passed))
-      rows.append([beta, *(statistics.mean_interval(x) for x in (common, gaps.min(0), writer))])
+      cells = (common, gaps.min(0), writer)
+      rows.append([beta, *(statistics.mean_interval(x, method="log") for x in cells)])
     title = "Cycles: largest difference in probability from DPO's policy, mean over the problems"
     columns = ["beta", "IPO, nearest tau", "IPO, nearest tau of each bandit", "DPO on even pairs"]
     return checks, [results.Table(title, columns, rows)]

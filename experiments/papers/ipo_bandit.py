@@ -131,7 +131,8 @@ def _result(sweep: bandits.Sweep, taus: tuple[float, ...]) -> results.Result:
       dpo_mean = probs["dpo"][i, j].mean(0)
       # Where the gradient noise vanishes at the optimum, the spread is float32 rounding alone.
       within = bool(np.all(np.abs(mean - exact) <= 3 * sd + 1e-4))
-      checks.append((f"IPO on {dataset}, tau {tau}: within 3 sd of the closed form", within))
+      text = "mean within 3 standard deviations of one seed of the closed form"
+      checks.append((f"IPO on {dataset}, tau {tau}: {text}", within))
       if dataset == "D1":
         passed = float(dpo_mean.max()) > 0.99
         checks.append((f"DPO on D1, tau {tau}: one arm above 0.99", passed))
@@ -167,7 +168,7 @@ def _figures(history, taus, num_steps, num_seeds) -> list[results.Figure]:
           tag = f"{name}/{dataset}/{tau}/{arm}"
           mean = np.array([1 / 3, *(record[tag] for record in history)])
           spread = np.array([0.0, *(record[f"{tag}_sd"] for record in history)])
-          half = 1.96 * spread / num_seeds**0.5
+          half = statistics.half_width(spread, num_seeds)
           (line,) = axis.plot(steps, mean, label=f"P({arm})")
           axis.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.2)
           if name == "ipo":

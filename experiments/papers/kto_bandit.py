@@ -175,7 +175,7 @@ def build(config: Any) -> training.Experiment:
       with np.errstate(divide="ignore"):
         distance = oracles.kl(np.log(found), ref_logps)
       cells = (apart, from_shares, between, distance, least)
-      table.append([beta, *(statistics.mean_interval(cell) for cell in cells)])
+      table.append([beta, *(statistics.mean_interval(cell, method="log") for cell in cells)])
     columns = ["beta", "to ref exp(rate / beta)", "to gains", "to z = KL", "KL to ref"]
     title = (
       "KTO with z from the data: largest differences in probability and KL, mean over the problems"

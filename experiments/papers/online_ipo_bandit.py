@@ -90,7 +90,8 @@ def build(config: Any) -> training.Experiment:
         (f"tau {tau}: exploitability is below 1e-4 for online IPO and rises with beta", rising)
       )
       start = preference_games.regularised_exploitability(ref_logps, preferences, ref_logps, tau)
-      rows.append([tau, *(statistics.mean_interval(x) for x in (*exploited, start))])
+      cells = (*exploited, start)
+      rows.append([tau, *(statistics.mean_interval(x, method="log") for x in cells)])
     columns = ["tau", *(method.label for method in methods.values()), "reference"]
     return checks, [results.Table("Exploitability, mean over the problems", columns, rows)]
 

@@ -183,9 +183,10 @@ def _result(config: Any, task: _Task, runs: Runs) -> results.Result:
         NAMES[name],
         statistics.mean_interval(final[name]),
         statistics.mean_interval(mean_returns[name]),
-        statistics.mean_interval(gaps[name]),
-        statistics.mean_interval(distances[name]),
-        statistics.mean_interval(floors),
+        # Values down to -100 round by more than `mean_interval` allows below zero.
+        statistics.mean_interval(np.maximum(gaps[name], 0), method="log"),
+        statistics.mean_interval(distances[name], method="log"),
+        statistics.mean_interval(floors, method="log"),
       ]
     )
   bars, ahead = config.eval, {}
@@ -218,7 +219,10 @@ def _result(config: Any, task: _Task, runs: Runs) -> results.Result:
   metrics |= {
     "criteria_passed": statistics.fraction_passed(criteria),
     "return/optimal": task.optimal_return,
-    **{f"distance/{name}": statistics.mean_interval(distances[name]) for name in METHODS},
+    **{
+      f"distance/{name}": statistics.mean_interval(distances[name], method="log")
+      for name in METHODS
+    },
     **ahead,
     "env_steps": float(np.asarray(runs.agents["dqn"].env_steps)[0]),
   }

@@ -94,7 +94,7 @@ def _result(learners, traces, limits, mrp) -> results.Result:
     highest.append(float(limit[0].max()))
     rows.append(
       [count, highest[-1], float(limit[0].mean()), errors[-1], bounds[-1],
-       statistics.mean_interval(own), statistics.mean_interval(gap)]
+       *(statistics.mean_interval(x, method="log") for x in (own, gap))]
     )  # fmt: skip
   few = np.asarray(limits[min(limits)])[0]
   share = float(np.mean(np.abs(few - top) < 0.1))

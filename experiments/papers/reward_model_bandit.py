@@ -112,7 +112,8 @@ def build(config: Any) -> training.Experiment:
         checks.append((f"cycle {cycle}: Bradley-Terry is over 0.005 nats above the entropy", above))
         apart = bool(at_floor and sources.mean() > 0.05)
         checks.append((f"cycle {cycle}: rewards depend on the pairs (mean over 0.05)", apart))
-      rows.append([cycle, *(statistics.mean_interval(x) for x in (*excess.values(), sources))])
+      cells = (*excess.values(), sources)
+      rows.append([cycle, *(statistics.mean_interval(x, method="log") for x in cells)])
     columns = ["cycle", "Bradley-Terry", "pairwise", "reward difference of two pair distributions"]
     title = "Log-loss above the entropy of the labels, nats, mean over the problems"
     return checks, [results.Table(title, columns, rows)]

@@ -5,12 +5,15 @@ both others, and arm a beats arm b almost always. If the data are full of b, the
 method that averages over its data. All methods train the same table: one row for the answer, and
 one row for the rewrite of each arm.
 
-The revisions need no training; their win rates are closed forms. Ten arms are ordered by quality,
-and the reference rewrites an arm into one near it. (If the reference ignored the arm that it
-rewrites, revisions would not help.)
+The revisions need no training; their win rates are closed forms. In the first problem ten arms are
+ordered by quality, and the reference rewrites an arm into one near it. (If the reference ignored
+the arm that it rewrites, revisions would not help.) The second is a small copy of the language of
+`comparison:digits`: the arms are the orders of four digits and rewrites swap neighbours at random.
+There revisions pay only if the reference often keeps what it is shown.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +23,7 @@ import optax
 
 from alignment import ipo, oracles, preference_games, sequences, srpo
 from alignment.baselines import dpo
+from experiments.data import digits
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits
@@ -34,7 +38,10 @@ METHODS: dict[str, Any] = {"srpo": srpo, "ipo": ipo, "dpo": dpo}
 NAMES = {"srpo": "SRPO", "ipo": "IPO", "dpo": "DPO"}
 UNIFORM = np.full((3, 3), -np.log(3.0))
 REVISION_BETAS = (0.02, 0.05, 0.1, 0.3)
+EDIT_BETAS = (0.5, 0.17)
+KEPT = (0.0, 1 / 3)  # how often the reference keeps the arm that it is shown
 NUM_REVISIONS = 5
+HELPED = "rewritten by SRPO"
 
 
 class _Data(NamedTuple):
@@ -126,6 +133,7 @@ def build(config: Any) -> training.Experiment:
     figures=lambda history, result: [
       _behaviour_figure(history, algorithm, num_steps),
       _revision_figure(),
+      _edit_figure(),
     ],
   )
 
@@ -172,34 +180,86 @@ def _exact(algorithm: Any) -> dict[str, np.ndarray]:
   return {"srpo": np.exp(np.stack([robust] * len(BEHAVIOURS))), "ipo": np.exp(averaging)}
 
 
-def revision_win_rates(beta: float) -> dict[str, np.ndarray]:
-  """Returns win rates against the gold policy after 0 to 5 revisions, all in closed form.
+class RevisionGame(NamedTuple):
+  """A problem of A arms whose answers are rewritten.
 
-  Ten arms have Bradley-Terry qualities from -2 to 2. The reference answers near arm 2 and the gold
-  policy near arm 6. The reference's rewrites move by an arm or two.
+  quality: `[A]` Bradley-Terry log-odds.  reference: `[A]` log-probabilities of an answer.
+  rewrites: `[A, A]` log-probabilities of the reference's rewrite of each arm (rows).
+  opponent: `[A]` probabilities of the policy that win rates are taken against.
+  """
+
+  quality: np.ndarray
+  reference: np.ndarray
+  rewrites: np.ndarray
+  opponent: np.ndarray
+
+
+def ordered_arms() -> RevisionGame:
+  """Returns ten arms with qualities from -2 to 2.
+
+  The reference answers near arm 2 and the gold policy near arm 6. The reference's rewrites move by
+  an arm or two.
   """
   arms = np.arange(10.0)
-  quality = np.linspace(-2, 2, 10)
-  preferences = 1 / (1 + np.exp(quality[None] - quality[:, None]))
 
   def normalise(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
   reference, gold = normalise(-((arms - 2) ** 2) / 4), normalise(-((arms - 6) ** 2) / 4)
   near = normalise(-(((arms[None] - arms[:, None]) / 1.5) ** 2) / 2)
-  answer, rewrite = preference_games.srpo_optimum(preferences, reference, near, beta)
-  policies = [np.exp(answer)]
-  for _ in range(NUM_REVISIONS):
-    policies.append(policies[-1] @ np.exp(rewrite))
-  still = {
+  return RevisionGame(np.linspace(-2, 2, 10), reference, near, np.exp(gold))
+
+
+def digit_orders(kept: float, num_digits: int = 4) -> RevisionGame:
+  """Returns a tabular copy of the language of digits: the arms are the orders of the digits.
+
+  The reward is the share of neighbours in order, on the scale of `data.digits`. The reference
+  writes a random order (60 %), the sorted one (12 %) or the sorted one after two swaps of random
+  neighbours (28 %). It is the opponent as well. It keeps the arm that it is shown with probability
+  `kept`; otherwise it makes two swaps (70 %) or answers anew (30 %).
+  """
+  orders = list(itertools.permutations(range(num_digits)))
+  swapped = np.zeros((len(orders), len(orders)))
+  for row, order in enumerate(orders):
+    for i in range(num_digits - 1):
+      other = (*order[:i], order[i + 1], order[i], *order[i + 2 :])
+      swapped[row, orders.index(other)] += 1 / (num_digits - 1)
+  twice, is_sorted = swapped @ swapped, np.eye(len(orders))[0]
+  reference = 0.6 / len(orders) + 0.12 * is_sorted + 0.28 * is_sorted @ twice
+  rewrites = kept * np.eye(len(orders)) + (1 - kept) * (0.7 * twice + 0.3 * reference)
+  rewards = (np.diff(orders, axis=1) > 0).mean(1)
+  with np.errstate(divide="ignore"):
+    return RevisionGame(
+      rewards / digits.BRADLEY_TERRY_SCALE, np.log(reference), np.log(rewrites), reference
+    )
+
+
+def revision_win_rates(game: RevisionGame, beta: float) -> dict[str, np.ndarray]:
+  """Returns win rates after 0 to 5 revisions `[6]`, all in closed form.
+
+  "SRPO" rewrites its own answers. "IPO", "DPO" and "reference" have their answers rewritten by the
+  reference, because nobody trains them to rewrite. "IPO, rewritten by SRPO" and so on have them
+  rewritten as SRPO's are.
+  """
+  preferences = 1 / (1 + np.exp(game.quality[None] - game.quality[:, None]))
+  reference = game.reference
+  answer, rewrite = preference_games.srpo_optimum(preferences, reference, game.rewrites, beta)
+  wins = preferences @ game.opponent
+
+  def revised(policy, kernel):
+    found = [np.exp(policy)]
+    for _ in range(NUM_REVISIONS):
+      found.append(found[-1] @ np.exp(kernel))
+    return np.array(found) @ wins
+
+  others = {
     "IPO": oracles.psi_po_optimum(preferences, np.exp(reference), reference, beta),
-    "DPO": oracles.kl_regularised_optimum(reference, quality, beta),
+    "DPO": oracles.kl_regularised_optimum(reference, game.quality, beta),
     "reference": reference,
   }
-  wins = preferences @ np.exp(gold)
-  return {"SRPO": np.array(policies) @ wins} | {
-    name: np.array([np.exp(logps) @ wins]) for name, logps in still.items()
-  }
+  own = {name: revised(policy, game.rewrites) for name, policy in others.items()}
+  helped = {f"{name}, {HELPED}": revised(policy, rewrite) for name, policy in others.items()}
+  return {"SRPO": revised(answer, rewrite)} | own | helped
 
 
 def _result(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
@@ -221,13 +281,33 @@ def _result(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
       rows.append([behaviour, NAMES[name], closed, [*map(float, mean[i])]])
   checks.append(("SRPO prefers arm c on all data sets", best["srpo"] == [2, 2, 2]))
   checks.append(("IPO's favourite depends on the behaviour policy", len(set(best["ipo"])) > 1))
-  revised = {beta: revision_win_rates(beta) for beta in REVISION_BETAS}
+  revised = {beta: revision_win_rates(ordered_arms(), beta) for beta in REVISION_BETAS}
   rising = all(bool(np.all(np.diff(rates["SRPO"]) > -1e-9)) for rates in revised.values())
-  checks.append(("SRPO's win rate never falls with a revision", rising))
+  checks.append(("ten arms: SRPO's win rate never falls with a revision", rising))
   revision_rows = [
-    [beta, [*map(float, rates["SRPO"])]]
-    + [float(rates[name][0]) for name in ("IPO", "DPO", "reference")]
+    [beta, name, [*map(float, values)]]
     for beta, rates in revised.items()
+    for name, values in rates.items()
+  ]
+  edits = {
+    (kept, beta): revision_win_rates(digit_orders(kept), beta)
+    for kept in KEPT
+    for beta in EDIT_BETAS
+  }
+  for beta in EDIT_BETAS:
+    never, often = (edits[kept, beta]["SRPO"] for kept in KEPT)
+    gains = [float(rates[-1] - rates[0]) for rates in (never, often)]
+    checks.append(
+      (
+        f"digits, beta {beta}: revisions gain over 0.05 if the reference keeps arms",
+        gains[1] > 0.05,
+      )
+    )
+    checks.append((f"digits, beta {beta}: they gain less if it never does", gains[0] < gains[1]))
+  edit_rows = [
+    [kept, beta, name, [*map(float, values)]]
+    for (kept, beta), rates in edits.items()
+    for name, values in rates.items()
   ]
   return results.Result(
     metrics={"criteria_passed": statistics.fraction_passed(checks)},
@@ -239,9 +319,17 @@ def _result(sweep: bandits.Sweep, algorithm: Any) -> results.Result:
         rows,
       ),
       results.Table(
-        "Win rate against the gold policy after 0 to 5 revisions (closed forms)",
-        ["beta", "SRPO", "IPO", "DPO", "reference"],
+        "Ten arms: win rate against the gold policy after 0 to 5 revisions (closed forms)",
+        ["beta", "policy", "win rates"],
         revision_rows,
+        digits=3,
+      ),
+      results.Table(
+        "Orders of four digits: win rate against the reference after 0 to 5 revisions (closed "
+        "forms)",
+        ["kept by the reference", "beta", "policy", "win rates"],
+        edit_rows,
+        digits=3,
       ),
     ],
   )
@@ -276,14 +364,38 @@ def _behaviour_figure(history, algorithm, num_steps) -> results.Figure:
 def _revision_figure() -> results.Figure:
   figure, axes = plots.subplots(1, len(REVISION_BETAS), sharey=True)
   for axis, beta in zip(axes[0], REVISION_BETAS, strict=True):
-    for name, rates in revision_win_rates(beta).items():
-      values = np.broadcast_to(rates, NUM_REVISIONS + 1) if len(rates) == 1 else rates
-      axis.plot(values, label=name, marker="o" if name == "SRPO" else "")
+    _draw_revisions(axis, ordered_arms(), beta)
     axis.set(title=f"beta = {beta}", xlabel="number of revisions", ylim=(0, 1))
   axes[0][0].set_ylabel("win rate against the gold policy")
   plots.legend_below(figure, axes[0][0])
   caption = (
-    "The curves show SRPO's win rate as it rewrites its own answer, in closed form. The other "
-    "policies do not revise, so their lines are flat."
+    "The curves show win rates after each revision, in closed form. SRPO rewrites its own answers "
+    "(points). Solid lines show the answers of the others as the reference rewrites them, dashed "
+    "lines as SRPO does."
   )
   return results.Figure(name="srpo_revisions", caption=caption, figure=figure)
+
+
+def _edit_figure() -> results.Figure:
+  cases = list(itertools.product(EDIT_BETAS, KEPT))
+  figure, axes = plots.subplots(1, len(cases), sharey=True)
+  for axis, (beta, kept) in zip(axes[0], cases, strict=True):
+    _draw_revisions(axis, digit_orders(kept), beta)
+    share = f"{kept:.0%} kept" if kept else "never kept"
+    axis.set(title=f"beta = {beta}, {share}", xlabel="number of revisions")
+  axes[0][0].set_ylabel("win rate against the reference")
+  plots.legend_below(figure, axes[0][0])
+  caption = (
+    "The arms are the orders of four digits. SRPO's win rate (points) rises with revisions if the "
+    "reference keeps what it is shown in a third of its edits. Lines as in the figure before."
+  )
+  return results.Figure(name="srpo_edits", caption=caption, figure=figure)
+
+
+def _draw_revisions(axis: Any, game: RevisionGame, beta: float) -> None:
+  for name, rates in revision_win_rates(game, beta).items():
+    first = name.split(",")[0]
+    color = plots.PALETTE[("SRPO", "IPO", "DPO", "reference").index(first)]
+    style = "--" if HELPED in name else "-"
+    marker = "o" if name == "SRPO" else ""
+    axis.plot(rates, label=name, color=color, linestyle=style, marker=marker)

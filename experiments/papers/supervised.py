@@ -1,7 +1,6 @@
 """Supervised networks on images: from scratch, fine-tuned from BYOL, or linear layers on BYOL."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -11,11 +10,12 @@ import numpy as np
 import optax
 
 import sharding
+from experiments import files
 from experiments.data import images as image_data
 from experiments.loop import checkpointing, run_folder, training
 from experiments.report import results, statistics
 from experiments.tasks import image_runs
-from representation import image_augmentations, lars
+from representation import image_augmentations
 from representation.baselines import supervised
 from representation.networks import adapters, mlp
 from sharding import checks
@@ -145,7 +145,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
   section = config.optimizer
   checks.fractions("config.optimizer.momentum", section.momentum)
   return optax.chain(
-    optax.add_decayed_weights(section.weight_decay, mask=lars.is_adapted),
+    optax.add_decayed_weights(section.weight_decay, mask=sharding.decay_mask),
     optax.sgd(
       optax.cosine_decay_schedule(section.learning_rate, config.train.num_steps),
       momentum=section.momentum,
@@ -162,7 +162,8 @@ def read_encoder(config: Any) -> tuple[Any, Any]:
       encoder is another one than that of the config.
     CheckpointError: the checkpoint cannot be read.
   """
-  name, folder = "config.network.init_from", pathlib.Path(config.network.init_from)
+  name = "config.network.init_from"
+  folder = files.local_path(name, config.network.init_from)
   try:
     saved = run_folder.read_config(folder)
   except FileNotFoundError as error:

@@ -4,10 +4,15 @@ The methods cannot be compared at equal values of their regularisers, because ea
 enters its loss in a different place. So each method is trained at several values, which gives a
 curve over sequence KL, and all methods are compared at the same KL.
 
-The policy of a method at that KL is a mixture: for each prompt, a coin toss chooses between the two
-neighbouring points of the curve (every curve starts at the reference). So its win rates are
-interpolated win rates, and its comparisons are true binomial trials. The mean log-ratio of all
-methods is then equal. The KL of such a mixture is a little smaller than this mean.
+What a method earns at that KL is read from a curve fitted to all its settings (`digit_frontiers`).
+Games between methods need policies. These are mixtures: for each prompt, a coin toss chooses
+between the two neighbouring points of the curve (every curve starts at the reference). So the
+comparisons are true binomial trials. The mean log-ratio of all methods is then equal. The KL of
+such a mixture is a little smaller than this mean, and it earns a little less than the fitted curve
+says.
+
+A policy that no method in the table beats may still be easy to beat. So an *exploiter* is trained
+against each policy in `config.exploited`: a best response, with a small regulariser.
 """
 
 import dataclasses
@@ -25,12 +30,10 @@ from alignment import sequences
 from alignment.models import sampling
 from experiments.data import digits
 from experiments.loop import suite, training
-from experiments.report import plots, results, statistics
+from experiments.report import results, statistics
 from experiments.studies import digits as runs
-from experiments.tasks import digit_language, digit_methods
+from experiments.tasks import digit_figures, digit_frontiers, digit_language, digit_methods
 from sharding import checks
-
-_CYCLE = digits.ORACLES.index("intransitive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +57,54 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
     raise ValueError(f"config.methods={tuple(config.methods)}: give each method once")
   if not config.methods:
     raise ValueError(f"config.methods is empty: choose from {', '.join(digit_methods.METHODS)}")
+  for name in config.exploited:
+    checks.choice("config.exploited", name, tuple(digit_methods.METHODS))
+  if len(config.algorithm.exploiter.tau) != 1:
+    raise ValueError(f"config.algorithm.exploiter.tau={config.algorithm.exploiter.tau}: give one")
+  checks.positive("config.eval.kl", config.eval.kl)
+  checks.probabilities("config.data.kept_edits", config.data.kept_edits)
   world = runs.World(config, workdir)
 
   def summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
     trained = {name: part.result for name, part in parts.items()}
-    figures = [*_curves(config, trained), *_revisions(config, trained)]
+    figures = [*digit_figures.curves(config, trained), *digit_figures.revisions(config, trained)]
     return suite.Summary(compare(config, trained, world), f"scalar/{config.methods[0]}", figures)
 
   return suite.run(
     config,
     workdir,
-    {name: sub_config(config, name) for name in ("sft", "reward_model", *config.methods)},
+    {
+      name: sub_config(config, name)
+      for name in ("sft", *runs.FITTED, *config.methods, *map(_folder, exploited(config)))
+    },
     summarise,
     build=lambda part, folder: runs.build_in(part, folder, world),
   )
+
+
+def exploited(config: Any) -> tuple[str, ...]:
+  """Returns the methods that get an exploiter: those of `config.exploited` that are compared."""
+  return tuple(name for name in config.exploited if name in config.methods)
+
+
+def _folder(victim: str) -> str:
+  return f"exploiter_of_{victim}"
 
 
 def sub_config(config: Any, name: str) -> ml_collections.ConfigDict:
   """Returns the config of one run. The run can be evaluated on its own, like any other."""
   sub = ml_collections.ConfigDict({"paper": "digits", "preset": name, "seed": config.seed})
   sub.method = name
-  sub.algorithm = dict(config.algorithm.get(name, {}))
+  if name.startswith(_folder("")):
+    sub.method, sub.victim = "exploiter", name.removeprefix(_folder(""))
+  sub.algorithm = dict(config.algorithm.get(sub.method, {}))
   for section in ("network", "data", "optimizer", "sharding", "train", "eval", "checkpoint"):
     sub[section] = config[section].to_dict()
-  if name in ("sft", "reward_model"):
-    sub.train.num_steps = config[name].num_steps
-    sub.train.batch_size = config[name].batch_size
-    sub.optimizer.learning_rate = config[name].learning_rate
+  if name == "sft" or name in runs.FITTED:  # both models learn from the same labels, alike
+    section = config["sft" if name == "sft" else "reward_model"]
+    sub.train.num_steps = section.num_steps
+    sub.train.batch_size = section.batch_size
+    sub.optimizer.learning_rate = section.learning_rate
   return sub
 
 
@@ -104,24 +128,54 @@ def players_at(
 
 def _at_kl(name: str, arrays: Mapping[str, np.ndarray], reference: Player, kl: float) -> Player:
   """Returns the mixture of the two points around `kl`; seeds answer the prompts in turn."""
-  num_settings, num_seeds, count = arrays["rewards"].shape
-  seeds, prompts = np.arange(count) % num_seeds, np.arange(count)
-  points = [reference]
-  for setting in range(num_settings):
-    rewards, styles = (arrays[key][setting][seeds, prompts] for key in ("rewards", "styles"))
-    points.append(Player(name, float(arrays["log_ratios"][setting].mean()), rewards, styles))
-  points.sort(key=lambda point: point.kl)
-  above = next((i for i, point in enumerate(points) if point.kl >= kl), None)
-  if above is None or above == 0:
-    return dataclasses.replace(points[-1 if above is None else 0], name=name)
-  near, far = points[above - 1], points[above]
-  weight = (kl - near.kl) / (far.kl - near.kl)
+  kls = arrays["log_ratios"].mean((1, 2))
+  near, far, weight = digit_methods.neighbours(kls, kl)
+  ends = [reference if setting < 0 else _in_turn(name, arrays, setting) for setting in (near, far)]
+  if near == far:
+    return dataclasses.replace(ends[1], name=name)
+  count = len(reference.rewards)
   toss = np.random.default_rng(zlib.crc32(name.encode())).random(count) < weight
-  return Player(
-    name,
-    kl,
-    np.where(toss, far.rewards, near.rewards),
-    np.where(toss, far.styles, near.styles),
+  rewards, styles = (
+    np.where(toss, getattr(ends[1], key), getattr(ends[0], key)) for key in ("rewards", "styles")
+  )
+  return Player(name, kl, rewards, styles)
+
+
+def _in_turn(name: str, arrays: Mapping[str, np.ndarray], setting: int) -> Player:
+  """Returns the policy of one setting; its seeds answer the prompts in turn."""
+  num_seeds, count = arrays["rewards"].shape[1:]
+  seeds, prompts = np.arange(count) % num_seeds, np.arange(count)
+  rewards, styles = (arrays[key][setting][seeds, prompts] for key in ("rewards", "styles"))
+  return Player(name, float(arrays["log_ratios"][setting].mean()), rewards, styles)
+
+
+def exploiters(config: Any, trained: Mapping[str, results.Result]) -> list[Player]:
+  """Returns the best responses that were trained against single policies."""
+  return [
+    _in_turn(
+      f"exploiter of {digit_methods.METHODS[name].name}",
+      {key: np.asarray(values)[0] for key, values in trained[_folder(name)].arrays.items()},
+      0,
+    )
+    for name in exploited(config)
+  ]
+
+
+def fitted_values(
+  config: Any, arrays: Mapping[str, np.ndarray], reference: Player, judge: int
+) -> tuple[results.Estimate, results.Estimate]:
+  """Returns reward and win rate against the reference at `eval.kl`, from the fitted frontier."""
+  found = {key: np.asarray(values)[judge] for key, values in arrays.items()}
+  start = digits.Quality(reference.rewards, reference.styles)
+  wins = digits.preferences(
+    digits.Quality(found["rewards"], found["styles"]), start, judge == runs.CYCLE
+  )
+  even = np.full(len(reference.rewards), 0.5)
+  return (
+    digit_frontiers.value_at(
+      found["log_ratios"], found["rewards"], reference.rewards, config.eval.kl
+    ),
+    digit_frontiers.value_at(found["log_ratios"], np.asarray(wins), even, config.eval.kl),
   )
 
 
@@ -190,15 +244,26 @@ def compare(
   num_methods = len(config.methods)
   for judge, oracle in enumerate(digits.ORACLES):
     methods = players_at(config, trained, judge, reference)
-    everyone = [*methods, reference, *(marked if judge == _CYCLE else [])]
-    rates = tournament(everyone, judge == _CYCLE)
-    tables.append(_summary(oracle, config, everyone, rates, num_methods))
+    everyone = [*methods, reference, *(marked if judge == runs.CYCLE else [])]
+    trained_against = exploiters(config, trained) if judge == runs.CYCLE else []
+    rates = tournament([*everyone, *trained_against], judge == runs.CYCLE)
+    if judge == runs.CYCLE:
+      tables.append(_outsiders(everyone, trained_against, rates))
+    if trained_against:
+      checks_ += _exploiter_checks(everyone, rates)
+    rates = [row[: len(everyone)] for row in rates[: len(everyone)]]
+    fits = [
+      fitted_values(config, trained[name].arrays, reference, judge) for name in config.methods
+    ]
+    tables.append(_summary(oracle, config, everyone, rates, fits))
     tables.append(_matrix(oracle, everyone, rates))
-    figures.append(_heatmap(oracle, everyone, rates))
-    if judge == _CYCLE:
-      figures.append(_exploited(everyone, rates))
+    figures.append(digit_figures.heatmap(oracle, everyone, rates))
+    if judge == runs.CYCLE:
+      figures.append(digit_figures.exploited(everyone, rates))
     versus = {p.name: row[num_methods] for p, row in zip(methods, rates, strict=False)}
-    worst = {p.name: _worst(everyone, row)[1] for p, row in zip(methods, rates, strict=False)}
+    worst = {
+      p.name: digit_figures.worst(everyone, row)[1] for p, row in zip(methods, rates, strict=False)
+    }
     for name in config.methods:
       label = digit_methods.METHODS[name].name
       found[f"{oracle}/{name}"] = versus[label]
@@ -206,12 +271,6 @@ def compare(
   tables.insert(0, results.checks_table("Expected before the run", checks_))
   tables.append(_curves_table(config, trained))
   return results.Result(metrics=found, tables=tables, figures=figures)
-
-
-def _worst(everyone: list[Player], row: list[results.Estimate]) -> tuple[str, results.Estimate]:
-  """Returns the opponent against which a player wins least, and the player's win rate."""
-  index = min(range(len(row)), key=lambda i: row[i].value)
-  return everyone[index].name, row[index]
 
 
 def _checks(oracle, methods, reference, versus, worst) -> list[tuple[str, bool]]:
@@ -234,10 +293,49 @@ def _checks(oracle, methods, reference, versus, worst) -> list[tuple[str, bool]]
   return checks_
 
 
-def _summary(oracle, config, everyone, rates, num_methods) -> results.Table:
-  rows = []
-  for player, row in zip(everyone, rates, strict=True):
-    opponent, rate = _worst(everyone, row)
+def _outsiders(everyone, trained_against, rates) -> results.Table:
+  """Returns each policy's win rates against its exploiter and against one style of equal reward."""
+  rows: list[list[Any]] = []
+  for player, row in zip(everyone, rates, strict=False):
+    rows.append([player.name, *digits.against_one_style(player.styles)])
+    if not trained_against:
+      continue
+    opponent, rate = digit_figures.worst(trained_against, row[len(everyone) :])
+    found = next(each for each in trained_against if each.name == opponent)
+    shares = [float(np.mean(found.styles == style)) for style in range(digits.NUM_STYLES)]
+    rows[-1] += [rate, opponent, found.kl, float(found.rewards.mean()), *shares]
+  columns = ["policy", "against one style of equal reward", "which"]
+  if trained_against:
+    columns += ["against worst trained opponent", "worst trained opponent", "its KL", "its reward"]
+    columns += [f"its style {letter}" for letter in "abc"]
+  return results.Table(
+    "Judge: intransitive. Each policy against opponents that are not in the table above",
+    columns,
+    rows,
+    digits=3,
+  )
+
+
+def _exploiter_checks(everyone, rates) -> list[tuple[str, bool]]:
+  worst = {
+    player.name: min(row[len(everyone) :], key=lambda rate: rate.value)
+    for player, row in zip(everyone, rates, strict=False)
+  }
+  return [
+    (
+      f"intransitive: {name} does better than RLOO against its worst trained opponent",
+      bool(worst["RLOO"].high < rate.low),
+    )
+    for name, rate in worst.items()
+    if "RLOO" in worst and name.startswith("Nash-MD")
+  ]
+
+
+def _summary(oracle, config, everyone, rates, fits) -> results.Table:
+  rows, num_methods = [], len(fits)
+  fitted = [*fits, *([("", "")] * (len(everyone) - num_methods))]
+  for player, row, fit in zip(everyone, rates, fitted, strict=True):
+    opponent, rate = digit_figures.worst(everyone, row)
     shares = [float(np.mean(player.styles == style)) for style in range(digits.NUM_STYLES)]
     rows.append(
       [
@@ -245,6 +343,7 @@ def _summary(oracle, config, everyone, rates, num_methods) -> results.Table:
         player.kl,
         float(player.rewards.mean()),
         row[num_methods] if player.name != "reference" else "",
+        *fit,
         rate,
         opponent,
         *shares,
@@ -257,11 +356,16 @@ def _summary(oracle, config, everyone, rates, num_methods) -> results.Table:
       "KL",
       "reward",
       "beats reference",
+      "reward, fitted",
+      "beats reference, fitted",
       "against worst opponent",
       "worst opponent",
       *(f"style {letter}" for letter in "abc"),
     ],
     rows,
+    caption="A mixture of the two neighbouring settings plays the games; its intervals are over "
+    "prompts alone. The fitted columns read a curve through all settings at this KL; their "
+    "intervals are over prompts and seeds (bootstrap).",
     digits=3,
   )
 
@@ -290,115 +394,3 @@ def _curves_table(config, trained) -> results.Table:
 
 
 _CURVES = ("kl", "reward", "win_rate")
-
-
-# --- figures --------------------------------------------------------------------------------------
-
-
-def _curves(config: Any, trained: Mapping[str, results.Result]) -> list[results.Figure]:
-  """Draws reward and win rate against KL, with one panel for each family of methods."""
-  start = trained["sft"].metrics["reward"].value
-  families = list(dict.fromkeys(digit_methods.METHODS[name].family for name in config.methods))
-  panels = [("scalar", "reward", start), *((oracle, "win_rate", 0.5) for oracle in digits.ORACLES)]
-  figure, axes = plots.subplots(len(panels), len(families), sharex=True, sharey="row")
-  words = {"reward": "mean reward", "win_rate": "win rate against the reference"}
-  for row, (oracle, key, first) in enumerate(panels):
-    for column, family in enumerate(families):
-      axis = axes[row][column]
-      for name in config.methods:
-        if digit_methods.METHODS[name].family == family:
-          values = config.algorithm[name][digit_methods.METHODS[name].knob]
-          found = trained[name].metrics
-          points = [
-            tuple(found[f"{what}/{oracle}/{value:g}"].value for what in ("kl", key))
-            for value in values
-          ]
-          kls, heights = zip((0.0, first), *sorted(points), strict=True)
-          axis.plot(kls, heights, marker="o", ms=3, label=digit_methods.METHODS[name].name)
-      axis.axvline(config.eval.kl, color="#8a8f98", linestyle=":", linewidth=1)
-      axis.set_title(f"{oracle}: {family}")
-      if row == len(panels) - 1:
-        axis.set_xlabel("sequence KL, nats")
-      axis.legend(fontsize=8)
-    axes[row][0].set_ylabel(words[key])
-  caption = (
-    "Each curve shows one method and each point one value of its regulariser, as a mean over "
-    "seeds. Every curve starts at the reference. The dotted line marks the KL of the tournament."
-  )
-  return [results.Figure("kl_curves", caption, figure)]
-
-
-def _revisions(config: Any, trained: Mapping[str, results.Result]) -> list[results.Figure]:
-  """Draws the win rate against the reference's answers after each revision."""
-  shown = [name for name in digit_methods.REVISED if name in config.methods]
-  if not shown or not config.eval.num_revisions:
-    return []
-  figure, axes = plots.subplots(1, len(digits.ORACLES), sharey=True)
-  for judge, oracle in enumerate(digits.ORACLES):
-    axis = axes[0][judge]
-    for name in shown:
-      method = digit_methods.METHODS[name]
-      values = config.algorithm[name][method.knob]
-      revised = np.asarray(trained[name].arrays["revised"])[judge].mean(1)
-      for value, rates, style in zip(values, revised, ("-", "--", ":", "-."), strict=False):
-        color = plots.PALETTE[shown.index(name)]
-        label = f"{method.name}, {method.knob} = {value:g}"
-        axis.plot(rates, linestyle=style, color=color, marker="o", ms=3, label=label)
-    axis.set(title=f"judge: {oracle}", xlabel="number of revisions")
-  axes[0][0].set_ylabel("win rate against the reference")
-  plots.legend_below(figure, axes[0][0])
-  caption = (
-    "The lines show the win rate against the reference's answers when each policy revises its own "
-    "answers. Each line is a mean over seeds."
-  )
-  return [results.Figure("revisions", caption, figure)]
-
-
-def _exploited(everyone: list[Player], rates: Any) -> results.Figure:
-  """Draws the win rate of every policy against its worst opponent, and its styles."""
-  figure, axes = plots.subplots(1, 2, size=(4.6, 0.28 * len(everyone) + 0.9), sharey=True)
-  places = np.arange(len(everyone))[::-1]
-  for place, player, row in zip(places, everyone, rates, strict=True):
-    opponent, rate = _worst(everyone, row)
-    low, high = np.array([rate.low, rate.high], float)
-    error = [[rate.value - low], [high - rate.value]]
-    axes[0][0].errorbar(rate.value, place, xerr=error, fmt="o", ms=4, color=plots.PALETTE[0])
-    axes[0][0].annotate(opponent, (high, place), (5, -3), textcoords="offset points", size=7)
-    left = 0.0
-    for style, letter in enumerate("abc"):
-      share = float(np.mean(player.styles == style))
-      label = letter if place == 0 else None
-      axes[0][1].barh(place, share, left=left, color=plots.PALETTE[style], label=label)
-      left += share
-  axes[0][0].axvline(0.5, color="#8a8f98", linestyle=":", linewidth=1)
-  axes[0][0].set(xlabel="win rate against the worst opponent (named)", xlim=(None, 0.62))
-  axes[0][0].set_yticks(places, [player.name for player in everyone], fontsize=8)
-  axes[0][1].set(xlabel="share of styles", xlim=(0, 1))
-  plots.legend_below(figure, axes[0][1])
-  caption = (
-    "The left panel shows each policy's win rate against its worst opponent under the intransitive "
-    "judge. At 0.5 no policy beats it. Bars are 95 % intervals. The right panel shows how often "
-    "each policy uses each style."
-  )
-  return results.Figure("worst_opponent", caption, figure)
-
-
-def _heatmap(oracle: str, everyone: list[Player], rates: Any) -> results.Figure:
-  size = 0.42 * len(everyone) + 1.6
-  figure, axes = plots.subplots(1, 1, size=(size / 1.5, size * 0.86))
-  axis = axes[0][0]
-  values = np.array([[rate.value for rate in row] for row in rates])
-  axis.imshow(values, cmap="RdBu", vmin=0.0, vmax=1.0)
-  for i, j in np.ndindex(*values.shape):
-    if i != j:
-      dark = abs(values[i, j] - 0.5) > 0.3
-      text = f"{100 * values[i, j]:.0f}"
-      axis.text(
-        j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black"
-      )
-  names = [player.name for player in everyone]
-  axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
-  axis.set_yticks(range(len(names)), names, fontsize=8)
-  axis.grid(False)
-  caption = f"Each cell shows on how many percent of prompts row beats column. Judge: {oracle}."
-  return results.Figure(f"tournament_{oracle}", caption, figure)

@@ -19,15 +19,20 @@ import numpy as np
 from alignment import dro, reward_model, sequences, srpo
 from alignment.baselines import sft
 from alignment.models import scalar_head, transformer
+from experiments import files
 from experiments.data import digits
-from experiments.loop import training
+from experiments.loop import run_folder, training
 from experiments.report import results, statistics
 from experiments.tasks import bandits, digit_language, digit_methods, language
 from sharding import checks
 
+CYCLE = digits.ORACLES.index("intransitive")
+# Models of the intransitive judge by the name of their run, and their kind.
+FITTED = {"reward_model": "bradley_terry", "preference_model": "pairwise"}
+
 
 class World:
-  """Reference, reward model and data of a comparison, each made once and shared by all methods."""
+  """Reference, fitted models and data of a comparison, made once and shared by all methods."""
 
   def __init__(self, config: Any, folder: pathlib.Path):
     self._config, self._folder = config, folder
@@ -41,8 +46,42 @@ class World:
     return restore_params("reward_model", self._config, self._folder)
 
   @functools.cached_property
+  def preference_params(self) -> Any:
+    return restore_params("preference_model", self._config, self._folder)
+
+  @functools.cached_property
   def data(self) -> digit_methods.Data:
-    return digit_language.make_data(self._config, self.ref_params, self.reward_params)
+    return digit_language.make_data(
+      self._config, self.ref_params, self.reward_params, self.preference_params
+    )
+
+  def opponent(self, name: str) -> digit_methods.Opponent:
+    """Returns the policy of a method at the KL `eval.kl`, under the intransitive judge.
+
+    Leaves have a leading axis over seeds.
+    """
+    folder = self._folder / name
+    saved = run_folder.read_config(folder)
+    log_ratios = files.read_json(
+      folder / "results.json",
+      lambda data: results.Result.from_json(data["result"]).arrays["log_ratios"],
+      otherwise="nobody can exploit its policy",
+    )
+    if log_ratios is None:
+      raise ValueError(f"{folder} has no results.json: finish the run of {name} first")
+    kls = log_ratios[CYCLE].mean((1, 2))
+    near, far, weight = digit_methods.neighbours(kls, self._config.eval.kl)
+    restored = training.restore(build_in(saved, folder, self), saved, folder)
+    params = restored.state.runs[name].params
+    params = params.policy if isinstance(params, dro.Params) else params
+    num_seeds = saved.data.num_seeds
+
+    def point(setting):
+      if setting < 0:
+        return bandits.broadcast(self.ref_params, (num_seeds,))
+      return jax.tree.map(lambda leaf: leaf[CYCLE, setting], params)
+
+    return digit_methods.Opponent(point(near), point(far), jnp.full(num_seeds, weight))
 
 
 def build_in(config: Any, workdir: pathlib.Path, world: World | None = None) -> training.Experiment:
@@ -59,9 +98,12 @@ def build_in(config: Any, workdir: pathlib.Path, world: World | None = None) -> 
   if config.method == "sft":
     return _reference(config)
   world = world or World(config, workdir.parent)
-  if config.method == "reward_model":
-    return _reward_model(config, world)
-  checks.choice("config.method", config.method, tuple(digit_methods.METHODS))
+  if config.method in FITTED:
+    return _fitted_model(config, world)
+  if config.method == "exploiter":
+    checks.choice("config.victim", config.victim, tuple(digit_methods.METHODS))
+  else:
+    checks.choice("config.method", config.method, tuple(digit_methods.METHODS))
   return _method(config, world)
 
 
@@ -84,6 +126,8 @@ def _reference(config: Any) -> training.Experiment:
   num_steps = config.train.num_steps * config.train.inner_steps
   optimizer = language.make_optimizer(config.optimizer, num_steps)
   algorithm_config = sft.Config()
+  kept = config.data.get("kept_edits", 0.0)  # runs from before this field have none
+  checks.probabilities("config.data.kept_edits", kept)
   half = config.train.batch_size
 
   def step(state, key):
@@ -91,7 +135,7 @@ def _reference(config: Any) -> training.Experiment:
     prompts = digits.prompts(prompt_key, 2 * half)
     answers = digits.imitations(answer_key, prompts)
     plain, shown = (jax.tree.map(lambda leaf, i=i: leaf[i::2], answers) for i in (0, 1))
-    better = digits.edits(edit_key, shown)
+    better = digits.edits(edit_key, shown, kept)
     room = [(0, 0), (digits.REVISION_LENGTH - digits.PROMPT_LENGTH, 0)]
     context = [
       jnp.concatenate([jnp.pad(short, room), long])
@@ -134,13 +178,13 @@ def _reference(config: Any) -> training.Experiment:
   )
 
 
-def _reward_model(config: Any, world: World) -> training.Experiment:
-  """Fits Bradley-Terry rewards to the intransitive judge's labels of the offline pairs."""
+def _fitted_model(config: Any, world: World) -> training.Experiment:
+  """Fits Bradley-Terry rewards, or a pairwise model, to the intransitive judge's offline labels."""
   network = digit_language.network_of(config)
   num_steps = config.train.num_steps * config.train.inner_steps
   optimizer = language.make_optimizer(config.optimizer, num_steps)
   ref_params = world.ref_params
-  algorithm_config = reward_model.Config()
+  algorithm_config = reward_model.Config(kind=FITTED[config.method])
   apply_fn = scalar_head.make_apply_fn(network)
 
   def batch_of(data, rows):
@@ -170,7 +214,12 @@ def _reward_model(config: Any, world: World) -> training.Experiment:
       digit_language.sample_rows(network, ref_params, config, name) for name in ("one", "two")
     )
     truth = digits.preferences(digits.quality(first), digits.quality(second), True)
-    margin = apply_fn(state.params, first) - apply_fn(state.params, second)
+    margin = reward_model.preference_logits(
+      state.params,
+      reward_model.Batch(*first[:2], *second),
+      apply_fn=apply_fn,
+      config=algorithm_config,
+    )
     decided = np.asarray(truth != 0.5)
     right = np.asarray((margin > 0) == (truth > 0.5))[decided]
     return results.Result(
@@ -195,8 +244,6 @@ def _reward_model(config: Any, world: World) -> training.Experiment:
 
 def restore_params(method: str, config: Any, folder: pathlib.Path) -> Any:
   """Returns the parameters of the finished run of `method` in `folder`."""
-  from experiments.loop import run_folder
-
   saved = run_folder.read_config(folder / method)
   return training.restore(build_in(saved, folder / method), saved, folder / method).state.params
 
@@ -205,7 +252,14 @@ def restore_params(method: str, config: Any, folder: pathlib.Path) -> Any:
 
 
 def _method(config: Any, world: World) -> training.Experiment:
-  method, network = digit_methods.METHODS[config.method], digit_language.network_of(config)
+  """Trains a method of `METHODS` under both judges, or the exploiter of `config.victim`.
+
+  The exploiter has an opponent that does not move, and only the intransitive judge.
+  """
+  network = digit_language.network_of(config)
+  exploits = config.method == "exploiter"
+  method = digit_methods.EXPLOITER if exploits else digit_methods.METHODS[config.method]
+  judges = (CYCLE,) if exploits else tuple(range(len(digits.ORACLES)))
   values = bandits.positives(config, f"algorithm.{method.knob}")
   settings = method.configs(values)
   num_seeds, inner_steps = config.data.num_seeds, config.train.inner_steps
@@ -215,7 +269,7 @@ def _method(config: Any, world: World) -> training.Experiment:
   logps_fn = transformer.make_apply_fn(network)
   apply_fn = scalar_head.make_policy_and_value_fn(network) if is_dro else logps_fn
   ref_params = world.ref_params
-  shape = (len(digits.ORACLES), len(values), num_seeds)
+  shape = (len(judges), len(values), num_seeds)
 
   def init(key, ref_params):
     del key  # every run starts at the reference
@@ -225,7 +279,7 @@ def _method(config: Any, world: World) -> training.Experiment:
     one = method.algorithm.init(params, optimizer=optimizer, config=settings)
     return bandits.Sweep({config.method: bandits.broadcast(one, shape)}, jnp.zeros((), jnp.int32))
 
-  def run(data, state, key, judged, setting):
+  def run(data, state, key, opponent, judged, setting):
     def step(state, key):
       row_key, draw_key, update_key = jax.random.split(key, 3)
       rows = jax.random.randint(row_key, (config.train.batch_size,), 0, len(data.tokens))
@@ -236,6 +290,7 @@ def _method(config: Any, world: World) -> training.Experiment:
         digit_language.generate_fn(network),
         logps_fn,
         scalar_head.make_apply_fn(network),
+        opponent,
       )
       return method.algorithm.update(
         state,
@@ -248,31 +303,34 @@ def _method(config: Any, world: World) -> training.Experiment:
 
     return scanned(step, inner_steps)(state, key)
 
-  def update(sweep, data, key):
-    over_seeds = jax.vmap(functools.partial(run, data), in_axes=(0, 0, None, None))
-    over_settings = jax.vmap(over_seeds, in_axes=(0, None, None, 0))
-    over_judges = jax.vmap(over_settings, in_axes=(0, None, 0, None))
+  def update(sweep, batch, key):
+    data, opponent = batch
+    over_seeds = jax.vmap(functools.partial(run, data), in_axes=(0, 0, 0, None, None))
+    over_settings = jax.vmap(over_seeds, in_axes=(0, None, None, None, 0))
+    over_judges = jax.vmap(over_settings, in_axes=(0, None, None, 0, None))
     # All settings and judges use the same keys, so they do not differ by chance.
     keys = jax.random.split(key, num_seeds)
-    state, metrics = over_judges(sweep.runs[config.method], keys, data.judged, settings)
+    judged = jax.tree.map(lambda leaf: leaf[jnp.array(judges)], data.judged)
+    state, metrics = over_judges(sweep.runs[config.method], keys, opponent, judged, settings)
     metrics = {name: jnp.mean(each) for name, each in metrics.items()}
     return bandits.Sweep({config.method: state}, sweep.step + 1), metrics
 
   def evaluate(sweep):
     params = sweep.runs[config.method].params
-    return _measure(config, network, params.policy if is_dro else params, ref_params, values)
+    policy = params.policy if is_dro else params
+    return _measure(config, network, policy, ref_params, values, judges)
 
   return training.Experiment(
     init=init,
     init_args=(ref_params,),
     update=update,
-    batches=lambda: bandits.NoData(world.data),
-    headline=f"win_rate/scalar/{values[0]:g}",
+    batches=lambda: bandits.NoData((world.data, world.opponent(config.victim) if exploits else ())),
+    headline=f"win_rate/{digits.ORACLES[judges[0]]}/{values[0]:g}",
     evaluate=evaluate,
   )
 
 
-def _measure(config, network, params, ref_params, values) -> results.Result:
+def _measure(config, network, params, ref_params, values, judges) -> results.Result:
   """Samples one answer to each held-out prompt from every policy, for the comparison of methods.
 
   `arrays` holds `rewards`, `styles` and `log_ratios` `[judge, setting, seed, prompt]` of the
@@ -283,7 +341,8 @@ def _measure(config, network, params, ref_params, values) -> results.Result:
   prompts = digit_language.test_prompts(config)
   reference = digits.quality(digit_language.sample_rows(network, ref_params, config, "sft"))
   shape = jax.tree.leaves(params)[0].shape[:3]
-  seed = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(config.method.encode()))
+  name = config.method + config.get("victim", "")
+  seed = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
   keys = jax.random.split(seed, shape)
 
   @jax.jit
@@ -306,14 +365,14 @@ def _measure(config, network, params, ref_params, values) -> results.Result:
       revision_fn=digits.revision_prompts,
       num_revisions=config.eval.num_revisions if config.method in digit_methods.REVISED else 0,
     )
-    found.append(look(own, ref_params, answers, reference, bool(run[0])))
+    found.append(look(own, ref_params, answers, reference, judges[run[0]] == CYCLE))
   found = [np.stack(values) for values in zip(*jax.device_get(found), strict=True)]
   arrays = {
     name: values.reshape(*shape, -1)
     for name, values in zip(("rewards", "styles", "log_ratios", "revised"), found, strict=True)
   }
   metrics = {}
-  for i, judge in enumerate(digits.ORACLES):
+  for i, judge in enumerate(digits.ORACLES[index] for index in judges):
     for j, value in enumerate(values):
       tag = f"{judge}/{value:g}"
       # Intervals are over seeds; each seed counts with its mean over the prompts.

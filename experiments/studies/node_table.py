@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from experiments import files
 from experiments.data import graph_formats
 from experiments.loop import presets, suite, training
 from experiments.report import plots, results
@@ -52,7 +53,8 @@ def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
       sub.data.directory = config.data.directory
       for section in ("eval", "sharding", "train", "checkpoint"):
         sub[section].update(config[section])
-      configs[config.data.folders.format(name=name, seed=seed)] = sub
+      folder = config.data.folders.format(name=name, seed=seed)
+      configs[str(files.local_path("config.data.folders", folder))] = sub
   if len(configs) < len(names) * num_seeds:
     raise ValueError(
       f"config.data.folders={config.data.folders!r} gives two runs one folder: it must contain "

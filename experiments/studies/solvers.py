@@ -1,27 +1,25 @@
-"""Compares ARMAC with NFSP, MCCFR and CFR on one game: one run for each method, one figure."""
+"""Compares ARMAC with other solvers on one game: one run for each method, one figure."""
 
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.configs import solvers
 from experiments.loop import suite, training
 from experiments.report import results
 from experiments.tasks import game_runs
 
-METHODS = {
-  "armac": "armac:{preset}",
-  "nfsp": "nfsp:{preset}",
-  "mccfr": "cfr:{preset}_sampled",
-  "cfr": "cfr:{preset}",
-}
-
 
 def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
   """Trains each method in its own folder and compares all of them in one report."""
-  known = {name: text.format(preset=config.preset) for name, text in METHODS.items()}
+  known = {name: text.format(preset=config.preset) for name, text in solvers.METHODS.items()}
   parts = suite.configs_of("config.methods", config.methods, known, needs=["environment.game"])
   for part in parts.values():
     part.seed = config.seed
+    if config.game:
+      part.environment.game = config.game
+      if "bar" in part.environment:
+        part.environment.bar = 0.0  # the criterion belongs to the preset's game
   return suite.run(config, workdir, parts, _summarise)
 
 

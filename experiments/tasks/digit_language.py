@@ -56,7 +56,9 @@ def test_prompts(config: Any) -> sequences.Prompts:
   return digits.prompts(key, config.eval.num_prompts)
 
 
-def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods.Data:
+def make_data(
+  config: Any, ref_params: Any, reward_params: Any, preference_params: Any = None
+) -> digit_methods.Data:
   """Draws the offline pairs from the reference and labels them. All methods train on these."""
   network, num_prompts = network_of(config), config.data.num_prompts
   apply_fn, generate = transformer.make_apply_fn(network), generate_fn(network)
@@ -83,13 +85,29 @@ def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods
     logps = sequences.sequence_logps(apply_fn(ref_params, rows), rows.mask, reduction="sum")
     return logps.reshape(chunk, num_answers)
 
+  def six_sums(first, second):
+    shown = [*digits.revision_prompts(first), *digits.revision_prompts(second)]
+    fields: list[Any] = [*first[:2], *second[:2], None, *first[2:], *shown]
+    return sums(srpo.six_sequences(srpo.Batch(*fields)), 6)
+
+  def rewrite(key, tokens, mask, is_rewritten, prompt_tokens, prompt_mask):
+    prompts = sequences.Prompts(prompt_tokens, prompt_mask)
+    first = sequences.Sequences(tokens[:, 0], mask[:, 0], *prompts)
+    drawn = generate(
+      ref_params, *digits.revision_prompts(first), jax.random.fold_in(key, 1), num_samples=1
+    )
+    new_tokens, new_mask = (
+      jnp.where(is_rewritten[:, None], new, old[:, 1])
+      for new, old in zip((drawn.tokens, drawn.mask), (tokens, mask), strict=True)
+    )
+    rows = sequences.Sequences(new_tokens, new_mask, *prompts)
+    return rows.tokens, rows.mask, six_sums(first, rows), digits.quality(rows)
+
   def score(key, tokens, mask, next_tokens, next_mask, prompt_tokens, prompt_mask):
     del key
     prompts = (prompt_tokens, prompt_mask)
     first, second = (sequences.Sequences(tokens[:, i], mask[:, i], *prompts) for i in (0, 1))
-    shown = [*digits.revision_prompts(first), *digits.revision_prompts(second)]
-    batch = srpo.Batch(*first[:2], *second[:2], None, *prompts, *shown)
-    six = sums(srpo.six_sequences(batch), 6)
+    six = six_sums(first, second)
     mismatched = sums(sequences.Sequences(next_tokens, next_mask, *prompts), 1)
     fitted = jnp.zeros((chunk, 2))
     if reward_params is not None:
@@ -101,15 +119,26 @@ def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods
   six, mismatched, fitted, first, second = in_chunks(
     score, samples.tokens, samples.mask, *following, *prompts
   )
+  is_rewritten = jnp.arange(num_prompts) % 2 == 1
+  *others, rewritten_ref_logps, third = in_chunks(
+    rewrite, samples.tokens, samples.mask, is_rewritten, *prompts
+  )
+  tokens, mask = (
+    jnp.stack([each[:, 0], other], axis=1)
+    for each, other in zip((samples.tokens, samples.mask), others, strict=True)
+  )
   # Both judges use the same uniform number for a pair: where they agree, their labels agree too.
   uniform = jax.random.uniform(keys[2], (num_prompts,))
   rewards = jnp.stack([first.rewards, second.rewards], axis=1)
+  first_wins, first_beats_rewrite = (
+    jnp.stack([uniform < digits.preferences(first, other, judge) for judge in (False, True)])
+    for other in (second, third)
+  )
   judged = digit_methods.Judged(
     intransitive=jnp.array([False, True]),
-    first_wins=jnp.stack(
-      [uniform < digits.preferences(first, second, intransitive) for intransitive in (False, True)]
-    ),
+    first_wins=first_wins,
     scores=jnp.stack([rewards, fitted]),
+    first_beats_rewrite=first_beats_rewrite,
   )
   return digit_methods.Data(
     prompts=prompts,
@@ -118,7 +147,9 @@ def make_data(config: Any, ref_params: Any, reward_params: Any) -> digit_methods
     ref_logps=six[:, :2],
     srpo_ref_logps=six,
     mismatched_ref_logps=mismatched,
+    rewritten=digit_methods.Rewritten(tokens, mask, rewritten_ref_logps),
     ref_params=ref_params,
     reward_params=reward_params,
+    preference_params=preference_params,
     judged=judged,
   )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment import copg, dro, ipo, nash_md, sequences, srpo
+from alignment import copg, dro, ipo, nash_md, reward_model, sequences, srpo
 from alignment.baselines import dpo, kto, online_ipo, rloo
 from experiments.data import digits
 
@@ -24,18 +24,33 @@ class Judged(NamedTuple):
 
   intransitive: `[]` bool, which judge this is.  first_wins: `[N]` bool, one label drawn per pair.
   scores: `[N, 2]` rewards; under the intransitive judge, those of the fitted reward model.
+  first_beats_rewrite: `[N]` bool, as `first_wins` for the pairs of `Rewritten`.
   """
 
   intransitive: jax.Array
   first_wins: jax.Array
   scores: jax.Array
+  first_beats_rewrite: jax.Array
+
+
+class Rewritten(NamedTuple):
+  """The pairs of `Data`, where the second completion of every other pair rewrites the first.
+
+  The reference writes it when it is shown the first. Fields as in `Data`.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  srpo_ref_logps: jax.Array
 
 
 class Data(NamedTuple):
-  """N prompts with two completions each from the reference, the reference and the reward model.
+  """N prompts with two completions each from the reference, the reference and the fitted models.
 
   srpo_ref_logps: `[N, 6]` in the order of `srpo.SCORED`, the first completion as the chosen one.
   mismatched_ref_logps: `[N]` of the next prompt's first completion, given this prompt.
+  reward_params, preference_params: a Bradley-Terry and a pairwise model of the intransitive judge,
+  fitted to the same labels.
   """
 
   prompts: sequences.Prompts
@@ -44,9 +59,25 @@ class Data(NamedTuple):
   ref_logps: jax.Array  # [N, 2]
   srpo_ref_logps: jax.Array
   mismatched_ref_logps: jax.Array
+  rewritten: Rewritten
   ref_params: Any
   reward_params: Any
+  preference_params: Any
   judged: Judged
+
+
+class Opponent(NamedTuple):
+  """A fixed policy: for each prompt a coin toss chooses one of two.
+
+  near, far: parameters.  weight: probability of `far`.
+  """
+
+  near: Any
+  far: Any
+  weight: jax.Array
+
+
+PAIRWISE = reward_model.Config(kind="pairwise")
 
 
 class Draw(NamedTuple):
@@ -58,6 +89,7 @@ class Draw(NamedTuple):
   generate: Callable[..., Any]
   apply_fn: Callable[..., jax.Array]
   score_fn: Callable[..., jax.Array]
+  opponent: Any = ()  # an `Opponent`, for `EXPLOITER`
 
   def prompts(self) -> tuple[jax.Array, jax.Array]:
     """Returns tokens and mask, `[B, P]` each."""
@@ -72,6 +104,16 @@ class Draw(NamedTuple):
     """Returns the judge's P(first beats second), `[B]`."""
     intransitive = self.data.judged.intransitive
     return digits.preferences(digits.quality(first), digits.quality(second), intransitive)
+
+  def fitted_preferences(
+    self, first: sequences.Sequences, second: sequences.Sequences
+  ) -> jax.Array:
+    """Returns `preferences`, with the pairwise model in place of the intransitive judge."""
+    batch = reward_model.Batch(*first[:2], *second[:2], *self.prompts())
+    fitted = reward_model.preference_probs(
+      self.data.preference_params, batch, apply_fn=self.score_fn, config=PAIRWISE
+    )
+    return jnp.where(self.data.judged.intransitive, fitted, self.preferences(first, second))
 
   def ref_token_logps(self, rows: sequences.Sequences) -> jax.Array:
     return self.apply_fn(self.data.ref_params, rows)
@@ -127,7 +169,11 @@ def _scored_pairs(state: Any, draw: Draw) -> copg.Batch:
 _SWAPPED = np.array([1, 0, 5, 4, 3, 2])  # `srpo.SCORED` with the two completions exchanged
 
 
-def _revised_pairs(state: Any, draw: Draw) -> srpo.Batch:
+def _revised_pairs(state: Any, draw: Draw, *, rewritten: bool = False) -> srpo.Batch:
+  if rewritten:
+    labels = draw.data.judged._replace(first_wins=draw.data.judged.first_beats_rewrite)
+    own = draw.data.rewritten._asdict()
+    draw = draw._replace(data=draw.data._replace(judged=labels, **own))
   pair = pairs(state, draw)
   prompts = draw.prompts()
 
@@ -169,17 +215,35 @@ def _mixture_fn(draw: Draw, beta: float) -> Callable[..., Any]:
   return functools.partial(draw.generate, ref_params=draw.data.ref_params, **mixture)
 
 
-def _games(state: Any, draw: Draw, *, beta: float) -> nash_md.Batch:
+def _play(state: Any, draw: Draw, opponent_fn: Callable[..., Any], *, fitted: bool = False):
   first, second = nash_md.sample(
     state,
     sequences.Prompts(*draw.prompts()),
     draw.key,
     sample_fn=draw.generate,
-    opponent_fn=_mixture_fn(draw, beta),
+    opponent_fn=opponent_fn,
   )
-  wins = draw.preferences(first, second)
+  wins = (draw.fitted_preferences if fitted else draw.preferences)(first, second)
   logps = draw.ref_token_logps(first)
   return nash_md.Batch(first.tokens, first.mask, logps, wins, *draw.prompts())
+
+
+def _games(state: Any, draw: Draw, *, beta: float, fitted: bool = False) -> nash_md.Batch:
+  return _play(state, draw, _mixture_fn(draw, beta), fitted=fitted)
+
+
+def _exploits(state: Any, draw: Draw) -> nash_md.Batch:
+  """Games against `draw.opponent`, which does not move."""
+  near, far, weight = draw.opponent
+
+  def opponent_fn(params, tokens, mask, key):
+    del params
+    near_key, far_key, toss_key = jax.random.split(key, 3)
+    both = (draw.generate(near, tokens, mask, near_key), draw.generate(far, tokens, mask, far_key))
+    is_far = jax.random.bernoulli(toss_key, weight, (len(tokens), 1))
+    return jax.tree.map(lambda one, other: jnp.where(is_far, other, one), *both)
+
+  return _play(state, draw, opponent_fn)
 
 
 def _judged_pairs(state: Any, draw: Draw, *, beta: float) -> online_ipo.Batch:
@@ -219,19 +283,23 @@ class Method:
     return jax.tree.map(lambda *leaves: jnp.stack(list(map(jnp.float32, leaves))), *each)
 
 
-def _nash(name: str, beta: float, **options: Any) -> Method:
-  batch = functools.partial(_games, beta=beta)
+def _nash(name: str, beta: float, *, fitted: bool = False, **options: Any) -> Method:
+  batch = functools.partial(_games, beta=beta, fitted=fitted)
   return Method(name, NASH, nash_md, batch, "tau", options)
 
 
 OFFLINE, REWARD, NASH = "pairs", "rewards and online pairs", "Nash"
-REVISED = ("srpo", "ipo", "dpo")  # their answers are revised; only SRPO is trained to revise
+# Their answers are revised; only SRPO is trained to revise.
+REVISED = ("srpo", "srpo_rewrites", "ipo", "dpo")
 METHODS: dict[str, Method] = {
   "dpo": Method("DPO", OFFLINE, dpo, pairs, "beta"),
   "ipo": Method("IPO", OFFLINE, ipo, pairs, "tau"),
   "ipo_mean": Method("IPO, mean", OFFLINE, ipo, pairs, "tau", {"reduction": "mean"}),
   "kto": Method("KTO", OFFLINE, kto, _desirable, "beta"),
   "srpo": Method("SRPO", OFFLINE, srpo, _revised_pairs, "beta"),
+  "srpo_rewrites": Method(
+    "SRPO, rewrites", OFFLINE, srpo, functools.partial(_revised_pairs, rewritten=True), "beta"
+  ),
   "dro": Method("DRO-V", REWARD, dro, _scored_singles, "tau"),
   "copg": Method("CoPG", REWARD, copg, _scored_pairs, "beta"),
   "rloo": Method("RLOO", REWARD, rloo, _rollouts, "beta"),
@@ -245,6 +313,29 @@ METHODS: dict[str, Method] = {
   "nash_md_125": _nash("Nash-MD .125", 0.125),
   "nash_md_250": _nash("Nash-MD .25", 0.25),
   "nash_md_500": _nash("Nash-MD .5", 0.5),
+  "nash_md_fitted": _nash("Nash-MD .25, fitted", 0.25, fitted=True),
   "nash_ema": _nash("Nash-EMA", 0.0, ema_decay=0.99),
   "best_response": _nash("best response", 1.0),
 }
+EXPLOITER = Method("exploiter", NASH, nash_md, _exploits, "tau")  # a best response to one policy
+
+
+def neighbours(kls: Any, kl: float) -> tuple[int, int, float]:
+  """Returns the two points around `kl` on a curve that starts at the reference.
+
+  Args:
+    kls: `[S]` mean log-ratios of the settings of a method.
+    kl: where to look.
+
+  Returns:
+    The nearer and the farther setting and the weight of the farther one. Setting -1 is the
+    reference. Where no setting reaches `kl`, the farthest has weight 1.
+  """
+  order = sorted([-1, *range(len(kls))], key=lambda i: 0.0 if i < 0 else float(kls[i]))
+  places = [0.0 if i < 0 else float(kls[i]) for i in order]
+  above = next((i for i, place in enumerate(places) if place >= kl), None)
+  if above is None or above == 0:
+    only = order[-1 if above is None else 0]
+    return only, only, 1.0
+  weight = (kl - places[above - 1]) / (places[above] - places[above - 1])
+  return order[above - 1], order[above], weight

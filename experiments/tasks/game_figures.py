@@ -1,5 +1,6 @@
-"""Figures of policies in games, for reports and notebooks."""
+"""Figures of games and of policies, and policies in words, for reports and notebooks."""
 
+import fractions
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from rl_theory import games, policy_arrays
 
 _MAX_STATES = 60  # more rows are not legible on a page
 _LABEL_LENGTH = 28  # characters of a state's string that fit beside its row
+_MAX_ENDS = 60  # leaves of a tree that are legible on a page
 
 
 def policy_heat_map(
@@ -84,3 +86,111 @@ def _action_labels(game: games.Game) -> list[str]:
     for action, label in names.items():
       found[action].add(label)
   return [labels.pop() if len(labels) == 1 else str(action) for action, labels in enumerate(found)]
+
+
+def draw_tree(game: games.Game, policy: Any = None, *, name: str = "tree") -> results.Figure:
+  """Draws the whole tree of a small game from left to right, with player 0's utility at each end.
+
+  Args:
+    game: the game, with at most 60 ends.
+    policy: `[S, A]`; if given, the width of a line is the probability of the move.
+    name: name of the figure's file.
+
+  Returns:
+    The figure. A colour is a player, and histories with the same label and colour are one
+    information state. Moves of chance are grey and have their probabilities.
+
+  Raises:
+    ValueError: if `policy` is not a policy of the game, or the game has more than 60 ends.
+  """
+  if policy is not None:
+    policy_arrays.check(game, policy)
+  if len(game.terminals) > _MAX_ENDS:
+    raise ValueError(
+      f"game must have {_MAX_ENDS} ends at most to be legible, got {len(game.terminals)} in "
+      f"{game.layout.name}"
+    )
+  parents, players = np.asarray(game.parents), np.asarray(game.players)
+  states, actions = np.asarray(game.info_states), np.asarray(game.actions)
+  probs, utilities = np.asarray(game.chance_probs), np.asarray(game.utilities)
+  names = policy_arrays.action_names(game)
+  heights, depths = _places(game)
+  figure, axes = plots.subplots(size=(1.1 * (depths.max() + 1), 0.8 + 0.24 * len(game.terminals)))
+  axis = axes[0][0]
+  for node in range(1, len(parents)):
+    parent = parents[node]
+    mover, state, action = players[parent], states[parent], int(actions[node])
+    if mover < 0:
+      share = float(probs[node])
+      label, colour = str(fractions.Fraction(share).limit_denominator(1000)), "0.6"
+    else:
+      share = 1.0 if policy is None else float(np.asarray(policy)[state, action])
+      label, colour = names[state].get(action, str(action)), plots.PALETTE[mover]
+    x, y = depths[[parent, node]], heights[[parent, node]]
+    axis.plot(x, y, color=colour, linewidth=0.4 + 3 * share, solid_capstyle="round", zorder=1)
+    axis.text(x.mean(), y.mean(), label, fontsize=6, ha="center", va="center", zorder=3)
+  for node, player in enumerate(players.tolist()):
+    x, y = depths[node], heights[node]
+    if player == games.TERMINAL:
+      axis.text(x + 0.05, y, f"{utilities[node, 0]:g}", fontsize=7, va="center")
+      continue
+    colour = "0.6" if player < 0 else plots.PALETTE[player]
+    axis.plot(x, y, "s" if player < 0 else "o", color=colour, markersize=5, zorder=2)
+    if player >= 0:
+      axis.text(x, y + 0.45, game.state_strings[states[node]], fontsize=6, ha="center")
+  for text in axis.texts:
+    text.set_in_layout(False)  # labels overlap the lines, so they need no room beside the axes
+  axis.margins(x=0.08, y=0.03)
+  axis.set_axis_off()
+  caption = (
+    f"All {len(parents)} histories of {game.layout.name}; the ends have player 0's utility. A "
+    "colour is a player, grey is chance. Nodes of one colour and label are one information state."
+  )
+  if policy is not None:
+    caption += " The width of a line is the probability of the move."
+  return results.Figure(name, caption, figure)
+
+
+def _places(game: games.Game) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the height and the depth of each history in a drawing of the tree."""
+  parents, first = np.asarray(game.parents), np.asarray(game.first_children)
+  counts = np.asarray(game.num_children)
+  depths, heights = np.zeros(len(parents)), np.zeros(len(parents))
+  waiting, ends = [0], 0
+  while waiting:  # depth first, so that lines do not cross
+    node = waiting.pop()
+    if node:
+      depths[node] = depths[parents[node]] + 1
+    if not counts[node]:
+      heights[node], ends = -ends, ends + 1
+    waiting += range(first[node] + counts[node] - 1, first[node] - 1, -1)
+  for node in range(len(parents) - 1, -1, -1):  # children come after their parents
+    if counts[node]:
+      heights[node] = heights[first[node] : first[node] + counts[node]].mean()
+  return heights, depths
+
+
+def policy_in_words(game: games.Game, policy: Any, *, least: float = 0.005) -> list[str]:
+  """Returns one sentence for each information state: who decides, where, and how often what.
+
+  Args:
+    game: the game. The names of states and moves are those of its description or of OpenSpiel.
+    policy: `[S, A]`.
+    least: moves with a smaller probability are left out.
+
+  Raises:
+    ValueError: if `policy` is not a policy of the game.
+  """
+  policy_arrays.check(game, policy)
+  probs, players = np.asarray(policy, float), np.asarray(game.state_players).tolist()
+  sentences = []
+  for state, names in enumerate(policy_arrays.action_names(game)):
+    row = probs[state]
+    played = sorted(np.flatnonzero(row >= least).tolist(), key=lambda action: -row[action])
+    named = [(names.get(action, f"action {action}"), row[action]) for action in played]
+    often = " and ".join(f"{name} {share:.0%} of the time" for name, share in named)
+    if len(named) == 1:
+      often = f"always {named[0][0]}"
+    place = " ".join(game.state_strings[state].split())
+    sentences.append(f"Player {players[state]} at {place!r}: {often}.")
+  return sentences

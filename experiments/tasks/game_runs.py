@@ -159,9 +159,10 @@ def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> results.Figure:
     (axes[0][0], "env_steps", "decisions", "log"),
     (axes[0][1], "seconds", "seconds, with compilation", "linear"),
   ):
-    for method, rows in records.items():
+    for number, (method, rows) in enumerate(records.items()):
       along = np.array([row[name] for row in rows])
-      (line,) = axis.plot(along, [row["nash_conv"] for row in rows], label=method)
+      dashes = "--" if number >= len(plots.PALETTE) else "-"  # the colours start again
+      (line,) = axis.plot(along, [row["nash_conv"] for row in rows], dashes, label=method)
       low, high = ([row[f"nash_conv/{end}"] for row in rows] for end in ("low", "high"))
       axis.fill_between(along, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axis.set(xlabel=label, xscale=scale, yscale="log")

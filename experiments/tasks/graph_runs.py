@@ -57,7 +57,8 @@ def build(
       batching.batches, rows, batch_size=sampler.batch_size, seed=config.seed, make=sampler
     )
     first = sampler(rows[: sampler.batch_size], np.random.default_rng(0))
-    example = sharding.shard_batch(first, training.make_mesh(config.sharding.mesh))
+    mesh = training.make_mesh(config.sharding.mesh)
+    example = sharding.shard_batch(first, mesh, whole=True)
   else:
     example = graph if trained_on is data else place(config, trained_on)
     batches = functools.partial(bandits.NoData, example)
@@ -126,9 +127,13 @@ def place(config: Any, data: graph_data.Graph) -> graphs.Graph:
     features = features.toarray()
   mesh = training.make_mesh(config.sharding.mesh)
   graph = graphs.make_graph(
-    features, data.senders, data.receivers, graph_ids=data.graph_ids, multiple=mesh.size
+    features,
+    data.senders,
+    data.receivers,
+    graph_ids=data.graph_ids,
+    multiple=sharding.num_shards(mesh),
   )
-  return sharding.shard_batch(graph, mesh)
+  return sharding.shard_batch(graph, mesh, whole=True)
 
 
 def make_sampler(config: Any, data: graph_data.Graph) -> neighbour_sampling.Sampler | None:
@@ -142,7 +147,7 @@ def make_sampler(config: Any, data: graph_data.Graph) -> neighbour_sampling.Samp
     data.receivers,
     fan_outs=fan_outs,
     batch_size=config.data.batch_size,
-    num_blocks=training.make_mesh(config.sharding.mesh).size,
+    num_blocks=sharding.num_shards(training.make_mesh(config.sharding.mesh)),
   )
 
 

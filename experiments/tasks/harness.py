@@ -9,7 +9,6 @@ Reference: Gao et al., https://github.com/EleutherAI/lm-evaluation-harness.
 import dataclasses
 import functools
 import importlib.util
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment.models import sampling, transformer
+from experiments import files
 from experiments.report import results
 from experiments.tasks import language_offline
 from sharding import checks
@@ -38,7 +38,7 @@ def _task_name(entry: str) -> str:
   """Returns the name of a task, which its file says if the entry is a file."""
   if not entry.endswith(".yaml"):
     return entry
-  path = pathlib.Path(entry).expanduser()
+  path = files.local_path("config.eval.tasks", entry)
   if not path.is_file():
     raise ValueError(f"eval.tasks: there is no file {entry!r}; name a task or a YAML file of one")
   found = re.search(r"^task:\s*['\"]?([^'\"#\s]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -61,6 +61,11 @@ def extend(result: results.Result, task: language_offline.Task, params: Any) -> 
   entries = [entry.strip() for entry in task.config.eval.tasks.split(",") if entry.strip()]
   if not entries:
     return result
+  if not isinstance(task.network, transformer.TransformerConfig):
+    raise ValueError(
+      f"eval.tasks={task.config.eval.tasks} needs a decoder, and {task.config.network.model} is an "
+      "encoder-decoder: leave eval.tasks empty"
+    )
   if importlib.util.find_spec("lm_eval") is None:
     reason = (
       f"eval.tasks={task.config.eval.tasks} was skipped, because lm_eval is not installed: "
@@ -71,7 +76,8 @@ def extend(result: results.Result, task: language_offline.Task, params: Any) -> 
   import lm_eval
   from lm_eval import tasks as lm_eval_tasks
 
-  folders = {str(pathlib.Path(x).expanduser().parent) for x in entries if x.endswith(".yaml")}
+  paths = [files.local_path("config.eval.tasks", x) for x in entries if x.endswith(".yaml")]
+  folders = {str(path.parent) for path in paths}
   manager = lm_eval_tasks.TaskManager(include_path=sorted(folders) or None)
   wanted, known = [_task_name(entry) for entry in entries], set(manager.all_tasks)
   unknown = [name for name in wanted if name not in known]
@@ -245,7 +251,7 @@ def _scores(params, tokens, mask, targets, places, counted, *, config):
 
   def one(column):  # of one position, since [B, C, V] is large
     states, wanted = column
-    logits = transformer.output_logits(states, embedding)
+    logits = transformer.output_logits(states, embedding, softcap=config.logit_softcap)
     chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1)
 

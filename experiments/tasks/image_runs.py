@@ -127,10 +127,10 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
   if section.name == "lars":
     return lars.lars(schedule, weight_decay=section.weight_decay)
   # Biases and scales are not decayed either, so that the three differ in the step alone.
-  decay = optax.add_decayed_weights(section.weight_decay, mask=lars.is_adapted)
+  decay = optax.add_decayed_weights(section.weight_decay, mask=sharding.decay_mask)
   if section.name == "sgd":
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
-  return optax.adamw(schedule, weight_decay=section.weight_decay, mask=lars.is_adapted)
+  return optax.adamw(schedule, weight_decay=section.weight_decay, mask=sharding.decay_mask)
 
 
 def make_batches(
@@ -140,10 +140,11 @@ def make_batches(
   mesh = training.make_mesh(config.sharding.mesh)
   size, batch_size = len(data.images), config.train.batch_size
   checks.count("config.train.batch_size", batch_size)
-  if batch_size % mesh.size:
+  shards = sharding.num_shards(mesh)
+  if batch_size % shards:
     raise ValueError(
-      f"config.train.batch_size={batch_size} must divide over the {mesh.size} devices of "
-      "config.sharding.mesh: choose a multiple of their number"
+      f"config.train.batch_size={batch_size} must be a multiple of the {shards} data shards of "
+      f"config.sharding.mesh {dict(mesh.shape)}"
     )
   if config.data.from_files:
     return functools.partial(
@@ -151,7 +152,11 @@ def make_batches(
       np.arange(size, dtype=np.int32),
       batch_size=batch_size,
       seed=config.seed,
-      make=functools.partial(data.images.random_crops, **_crop_options(config)),
+      make=functools.partial(
+        data.images.random_crops,
+        rows=sharding.local_rows(mesh, batch_size),
+        **_crop_options(config),
+      ),
     )
   if min(data.images.shape[1:3]) < config.views.size:
     height, width = data.images.shape[1:3]
@@ -161,10 +166,10 @@ def make_batches(
     )
   # Rows of zeros, which no step takes, make the images divide over the devices.
   filled = [
-    np.pad(leaf, [(0, -size % mesh.size)] + [(0, 0)] * (leaf.ndim - 1))
+    np.pad(leaf, [(0, -size % shards)] + [(0, 0)] * (leaf.ndim - 1))
     for leaf in (data.images.reshape(size, -1), data.labels)
   ]
-  images, labels = sharding.shard_batch(filled, mesh)
+  images, labels = sharding.shard_batch(filled, mesh, whole=True)
   return functools.partial(
     batching.batches,
     np.arange(size, dtype=np.int32),
@@ -207,7 +212,7 @@ class Embedder:
     self._encoder, self._seed = encoder, config.seed + 1
     self._batch_size = config.eval.batch_size
     checks.count("config.eval.batch_size", self._batch_size)
-    self._batch_size += -self._batch_size % self.mesh.size
+    self._batch_size += -self._batch_size % sharding.num_shards(self.mesh)
     size = config.eval.size or config.views.size
     share = 1.0 if config.data.from_files else config.eval.crop_share  # the host has cut these
 
@@ -216,12 +221,15 @@ class Embedder:
       images = image_augmentations.standardise(images)
       return encoder(params, network_state, images, train=train)
 
-    self._embed = jax.jit(lambda *args: embed(*args)[0])
+    # Each process of a run over several hosts needs all features.
+    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    self._embed = jax.jit(lambda *args: embed(*args)[0], out_shardings=replicated)
     self._observe = jax.jit(lambda *args: embed(*args, train=True)[1])
     self._shrink = jax.jit(
       lambda images: image_augmentations.centre_crop(
         images, size=min(size, 32), share=share, antialias=True
-      )
+      ),
+      out_shardings=replicated,
     )
     self._example = jnp.zeros((2, size, size, 3))
 
@@ -240,7 +248,7 @@ class Embedder:
       rows = images[start : start + self._batch_size]
       short = self._batch_size - len(rows)  # the last batch is filled up: one shape compiles once
       filled = np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
-      outputs = function(sharding.shard_batch(filled, self.mesh))
+      outputs = function(sharding.shard_batch(filled, self.mesh, whole=True))
       found.append(np.asarray(outputs)[: len(rows)])
     return np.concatenate(found)
 

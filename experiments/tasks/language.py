@@ -11,7 +11,6 @@ are then the parameters of the algorithm, and the state holds the pretrained mod
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import optax
 import sharding
 from alignment import copg, sequences
 from alignment.baselines import sft
-from alignment.models import huggingface, lora, peft, transformer
+from alignment.models import architectures, huggingface, lora, peft
 from experiments.data import batching, text
 from experiments.loop import training
 from experiments.report import results
@@ -31,22 +30,22 @@ from sharding import checks
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """The network that is trained, made from a pretrained decoder; by default the decoder itself.
+  """The network that is trained, made from a pretrained model; by default the model itself.
 
   Attributes:
     make_apply_fn: `make_apply_fn(network_config, logps_chunk=...) -> apply_fn` of the algorithm.
-    make_params: maps the decoder's parameters to the trained parameters.
+    make_params: maps the model's parameters to the trained parameters.
     policy_of: maps the trained parameters to the policy's.
     make_optimizer: maps one optimiser to the optimiser of all trained parameters.
     rules: say how the parameters are split over a mesh.
     adapters: None to train all parameters, else low-rank adapters alone.
   """
 
-  make_apply_fn: Callable[..., Any] = transformer.make_apply_fn
+  make_apply_fn: Callable[..., Any] = architectures.make_apply_fn
   make_params: Callable[[Any], Any] = lambda params: params
   policy_of: Callable[[Any], Any] = lambda params: params
   make_optimizer: Callable[[Any], optax.GradientTransformation] = lambda optimizer: optimizer
-  rules: sharding.Rules = transformer.SHARDING_RULES
+  rules: sharding.Rules = architectures.SHARDING_RULES
   adapters: lora.Config | None = None
 
   def start(self, params: Any, key: jax.Array) -> Any:
@@ -348,7 +347,7 @@ def check_batch_size(config: Any, num_microbatches: int) -> None:
       "choose a divisor"
     )
   mesh = training.make_mesh(config.sharding.mesh)
-  shards = math.prod(mesh.shape.get(axis, 1) for axis in sharding.DATA_AXES)
+  shards = sharding.num_shards(mesh)
   if size % shards:
     raise ValueError(
       f"train.batch_size={size} must be a multiple of the {shards} data shards of sharding.mesh "

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 
 from alignment import sequences
-from alignment.models import sampling, transformer
+from alignment.models import architectures, sampling
 from experiments.data import chats, encoding, pretrained, rewards, sample_cache, templates, text
 from sharding import checks
 
@@ -57,7 +57,7 @@ class Task:
 
   config: Any
   model: pretrained.Pretrained
-  network: transformer.TransformerConfig
+  network: architectures.Config
   apply_fn: Callable[[Any, sequences.Sequences], jax.Array]
   reward_fn: rewards.Reward
   train_prompts: list[str]
@@ -393,7 +393,7 @@ def make_task(config: Any) -> Task:
     config=config,
     model=model,
     network=network,
-    apply_fn=transformer.make_apply_fn(network, logps_chunk=config.network.logps_chunk or None),
+    apply_fn=architectures.make_apply_fn(network, logps_chunk=config.network.logps_chunk or None),
     reward_fn=rewards.resolve(config.reward),
     train_prompts=train[: config.data.num_prompts],
     test_prompts=test,

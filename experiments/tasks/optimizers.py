@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import optax
 
 import sharding
@@ -26,25 +25,10 @@ def schedule(section: Any, num_steps: int, *, warmup_steps: int) -> optax.Schedu
   )
 
 
-def decayed(params: Any) -> Any:
-  """Returns which parameters weight decay shrinks: all but the scales of norms and the biases.
-
-  By name, since the layers of a model may be stacked, so that a scale has two axes.
-
-  Example:
-    >>> decayed({"norm": {"scale": 1}, "dense": {"kernel": 2, "bias": 3}})
-    {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
-  """
-  names = [path.rpartition("/")[2] for path in sharding.tree_paths(params)]
-  return jax.tree.unflatten(
-    jax.tree.structure(params), [name not in ("scale", "bias") for name in names]
-  )
-
-
 def adamw(section: Any, rates: optax.Schedule, **settings: Any) -> optax.GradientTransformation:
   """Returns AdamW with `section.weight_decay`; `section.decay_all` decays scales and biases too.
 
   Without that field all parameters decay, as in the code of BGRL.
   """
-  mask = None if section.get("decay_all", True) else decayed
+  mask = None if section.get("decay_all", True) else sharding.decay_mask
   return optax.adamw(rates, weight_decay=section.weight_decay, mask=mask, **settings)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from alignment import reward_model
-from alignment.models import scalar_head, transformer
+from alignment.models import architectures, scalar_head
 from experiments.data import learned_rewards, pretrained, sample_cache, text
 from experiments.tasks import language
 from sharding import checks
@@ -25,7 +25,7 @@ class Task:
   """A body, and pairs split by prompt. A frozen body runs once, when its features are needed."""
 
   model: pretrained.Pretrained
-  network: transformer.TransformerConfig
+  network: architectures.Config
   params: Any  # the scalar model's, before training
   settings: learned_rewards.Settings
   pairs: list[text.Preference]
@@ -161,7 +161,11 @@ def make_task(config: Any) -> Task:
       f"{config.network.model} ({network.max_length} tokens): lower one of them"
     )
   params = scalar_head.from_decoder(model.params)
-  params["layers"] = jax.tree.map(lambda x: x[:num_layers], params["layers"])
+  # Of an encoder-decoder the encoder is cut: the decoder reads one token.
+  body = params
+  if "encoder" in params:
+    body = params["encoder"] = dict(params["encoder"])
+  body["layers"] = jax.tree.map(lambda x: x[:num_layers], body["layers"])
   lengths = (config.data.prompt_length, config.data.completion_length)
   return Task(
     model=model,

@@ -242,6 +242,7 @@ def average_policy_loss(logits: jax.Array, actions: jax.Array, *, legal: jax.Arr
   return -jnp.sum(played * policy_arrays.log_softmax(logits, legal), axis=-1)
 
 
+@checks.array_arguments
 def best_response(values: jax.Array, legal: jax.Array, epsilon: Any) -> jax.Array:
   """Returns the probabilities `[..., A]` of epsilon-greedy play among legal actions."""
   greedy = jnp.argmax(jnp.where(legal, values, -jnp.inf), axis=-1)

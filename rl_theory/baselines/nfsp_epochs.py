@@ -9,6 +9,7 @@ import optax
 
 from rl_theory import buffers, games, policy_arrays, rollouts
 from rl_theory.baselines import nfsp
+from sharding import checks
 
 _METRICS = ("loss", "grad_norm", "nfsp/best_response_loss", "nfsp/average_policy_loss")
 
@@ -82,6 +83,7 @@ def epoch(
 
 
 def _check_state(state: nfsp.State, game: games.Game, config: nfsp.Config) -> None:
+  checks.given(config)
   found = (*state.replay.items.states.shape, state.reservoir.items.states.shape[1])
   expected = (game.num_players, config.replay_capacity, config.reservoir_capacity)
   if found != expected:

@@ -21,23 +21,30 @@ def _inputs(shape=(2, 3), vocabulary=11, width=5, dtype=jnp.float32, seed=0):
   )
 
 
-def _plain(hidden, embedding, tokens):
+def _plain(hidden, embedding, tokens, softcap=None):
   logits = jnp.einsum("btd,vd->btv", hidden, embedding, preferred_element_type=jnp.float32)
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
   return sequences.token_logps(logits, tokens)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])  # 4 does not divide 11, 100 exceeds it
-def test_equals_the_plain_likelihood_forward_and_backward(chunk_size):
+@pytest.mark.parametrize(
+  ("chunk_size", "softcap"),
+  [(1, None), (4, None), (11, None), (100, None), (4, 6.0), (11, 6.0)],
+)  # 4 does not divide 11, 100 exceeds it
+def test_equals_the_plain_likelihood_forward_and_backward(chunk_size, softcap):
   hidden, embedding, tokens, cotangents = _inputs()
   hidden = hidden * 4  # logits of size 10: a wrong running maximum would show
 
   @jax.jit
   def both(hidden, embedding):
     chunked, pullback = jax.vjp(
-      lambda h, e: chunked_likelihood.token_logps(h, e, tokens, chunk_size=chunk_size),
+      lambda h, e: chunked_likelihood.token_logps(
+        h, e, tokens, chunk_size=chunk_size, softcap=softcap
+      ),
       hidden, embedding,
     )  # fmt: skip
-    plain, plain_pullback = jax.vjp(lambda h, e: _plain(h, e, tokens), hidden, embedding)
+    plain, plain_pullback = jax.vjp(lambda h, e: _plain(h, e, tokens, softcap), hidden, embedding)
     return (chunked, *pullback(cotangents)), (plain, *plain_pullback(cotangents))
 
   chunked, plain = both(hidden, embedding)

@@ -139,8 +139,13 @@ def test_images_that_do_not_fit_are_refused(monkeypatch):
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
   config = _config(train__batch_size=30)
   config.sharding.mesh.data = 8
-  with pytest.raises(ValueError, match=r"train\.batch_size=30 must divide over the 8 devices"):
+  with pytest.raises(ValueError, match=r"train\.batch_size=30 must be a multiple of the 8 data"):
     image_runs.make_batches(config, image_runs.load(config))
+  # Along the tensor axis each device has the whole batch.
+  config.sharding.mesh.update({"data": 2, "tensor": 4})
+  ids, batch = next(image_runs.make_batches(config, image_runs.load(config))())
+  np.testing.assert_array_equal(batch.rows, ids)
+  assert len(ids) == 30
 
 
 @pytest.mark.slow  # compiles two updates

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import sharding
 from representation import lars
 
 GRADS = {"kernel": np.array([[0.6, 0.8]]), "bias": np.array([0.5])}
@@ -55,7 +56,7 @@ def test_five_steps_against_numpy_with_a_changing_rate(x64):
 
 def test_optax_differs_when_the_rate_changes_and_only_then(x64):
   """Its momentum holds steps that are already multiplied by the rates of their time."""
-  masks = {"weight_decay_mask": lars.is_adapted, "trust_ratio_mask": lars.is_adapted}
+  masks = {"weight_decay_mask": sharding.decay_mask, "trust_ratio_mask": sharding.decay_mask}
   constant = _run(optax.lars(0.1, **OPTIONS, **masks), 2)
   np.testing.assert_allclose(
     constant["kernel"], _run(lars.lars(0.1, **OPTIONS), 2)["kernel"], rtol=1e-12
@@ -87,7 +88,7 @@ def test_biases_and_normalisation_layers_are_left_out():
     "BatchNorm_0": {"scale": 0, "bias": 0},
     "Dense_0": {"kernel": 0, "bias": 0},
   }
-  assert lars.is_adapted((params, {"bias_free": 0})) == (
+  assert sharding.decay_mask((params, {"bias_free": 0})) == (
     {
       "Conv_0": {"kernel": True},
       "BatchNorm_0": {"scale": False, "bias": False},

@@ -321,7 +321,7 @@ def _scaled(rewards, mask=None, *, tau):
 @pytest.mark.parametrize(
   ("rewards", "settings", "message"),
   [
-    ([1.0, np.nan], {"tau": 1.0}, "rewards must be finite, got nan at position 1"),
+    ([1.0, np.nan], {"tau": 1.0}, "rewards must be numbers, got nan at position 1"),
     (None, {"tau": 1.0}, "rewards must be given to _scaled, got None"),
     ([1.0], {"tau": None}, "tau must be given to _scaled, got None"),
     ([[1.0], [1.0, 2.0]], {"tau": 1.0}, "rows of equal length"),

@@ -80,6 +80,18 @@ def init(key):
 rows = np.arange(16, dtype=np.float32).reshape(8, 2)
 mine = rows[4 * int(process):][:4]
 assert sharding.shard_batch(mine, mesh).shape == (8, 2)
+np.testing.assert_array_equal(rows[sharding.local_rows(mesh, 8)], mine)
+# All rows are placed as own rows are, also where processes hold the same rows or several parts.
+for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}, {"tensor": 2, "data": 4}):
+  other = sharding.make_mesh(axes)
+  own = sharding.local_rows(other, 8)
+  assert len(own) == (4 if "fsdp" in axes else 8)
+  for batch in (
+    sharding.shard_batch(rows, other, whole=True), sharding.shard_batch(rows[own], other)
+  ):
+    assert batch.shape == (8, 2)
+    for shard in batch.addressable_shards:
+      np.testing.assert_array_equal(shard.data, rows[shard.index])
 try:
   sharding.shard_batch(mine[:3], mesh)
   raise AssertionError

@@ -20,7 +20,7 @@ import pytest
 from jax.experimental import topologies
 
 from alignment import sequences
-from alignment.models import fused_attention, sampling, transformer
+from alignment.models import attention, fused_attention, sampling, transformer
 
 CONFIG = transformer.TransformerConfig(
   vocab_size=37,
@@ -88,8 +88,16 @@ def make_batch(group, length=6):
   )
 
 
-@pytest.mark.parametrize("group", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_log_probabilities_and_gradients_equal_the_written_out_form(kernel, group):
+# Windows of three tokens in all layers, and in the second only.
+WINDOWS = {"sliding_window": 3}, {"sliding_window": 3, "window_layers": (False, True)}
+
+
+@pytest.mark.parametrize(
+  ("group", "changes"),
+  [(1, {}), (2, {}), pytest.param(3, {}, marks=pytest.mark.slow), (2, WINDOWS[1])]
+  + [pytest.param(1, changes, marks=pytest.mark.slow) for changes in WINDOWS],
+)
+def test_log_probabilities_and_gradients_equal_the_written_out_form(kernel, group, changes):
   # Two completions of ten tokens spare too little: their prompts are repeated.
   params, batch = make_params(), make_batch(group, length=10 if group == 2 else 6)
 
@@ -102,7 +110,8 @@ def test_log_probabilities_and_gradients_equal_the_written_out_form(kernel, grou
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
-  ((_, want), want_grads), ((_, got), grads) = run(WRITTEN_OUT), run(CONFIG)
+  configs = (dataclasses.replace(config, **changes) for config in (WRITTEN_OUT, CONFIG))
+  ((_, want), want_grads), ((_, got), grads) = map(run, configs)
   np.testing.assert_allclose(got, want, atol=1e-5)  # the same float32 sums in another order
   chex.assert_trees_all_close(grads, want_grads, atol=2e-4, rtol=1e-4)  # and sums over all rows
 
@@ -223,13 +232,24 @@ def test_a_cpu_and_float32_have_no_kernel():
   assert fused_attention.kernel_for("float32", 64) is None
 
 
-def lower_step(kernel, platform, group, prompt, monkeypatch, sharding=None, span=196):
+def test_caps_are_written_out_where_the_kernel_has_none(monkeypatch):
+  config = dataclasses.replace(CONFIG, attention_softcap=5.0)
+  for kernel, expected in (("cudnn", False), ("splash", True)):
+    monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim, k=kernel: k)
+    assert transformer.Transformer(config)._has_kernel(5) == expected
+  monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim: "cudnn")
+  with pytest.raises(ValueError, match=r"softcap=5.0.*fused_attention=False"):
+    fused_attention._causal(*(jnp.zeros((1, 2, 1, 8)),) * 3, softcap=5.0)
+
+
+def lower_step(kernel, platform, group, prompt, monkeypatch, sharding=None, span=196, changes=None):
   """Lowers the gradient of a model without running it; returns the program and its scores.
 
   Rows have `span` tokens, a number that no other axis has.
   """
   length = span + 1 - prompt
   config = dataclasses.replace(CONFIG, dtype="bfloat16", head_dim=64, max_length=256)
+  config = dataclasses.replace(config, **(changes or {}))
   monkeypatch.setattr(fused_attention, "kernel_for", lambda dtype, head_dim: kernel)
   # The only thing that JAX asks of a GPU while it traces.
   monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
@@ -266,6 +286,15 @@ def test_a_gpu_program_of_a_training_step_holds_no_scores(monkeypatch, group, pr
   assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 
 
+def test_a_gpu_program_of_layers_with_and_without_windows_holds_no_scores(monkeypatch):
+  """Each layer chooses between two kernels; both run once forward, once backward."""
+  lowered, scores = lower_step("cudnn", "cuda", 1, 16, monkeypatch, changes=WINDOWS[1])
+  text = lowered.as_text()
+  assert not scores.search(text)
+  calls = re.findall(r"stablehlo.custom_call @(__cudnn\$\w+)", text)
+  assert sorted(calls) == ["__cudnn$fmhaSoftmax"] * 2 + ["__cudnn$fmhaSoftmaxBackward"] * 2
+
+
 @pytest.mark.parametrize(("group", "prompt"), ROWS)
 def test_a_tpu_program_of_a_training_step_holds_no_scores(monkeypatch, group, prompt):
   """Compiled for a TPU v5e, without one; needs the package libtpu."""
@@ -281,7 +310,8 @@ def test_a_tpu_program_of_a_training_step_holds_no_scores(monkeypatch, group, pr
   assert text.count('custom_call_target="tpu_custom_call"') == 3
 
 
-def test_splash_attention_equals_the_form_for_cpus():
+@pytest.mark.parametrize("settings", [{}, {"window": 5, "softcap": 2.0, "scale": 0.3}])
+def test_splash_attention_equals_the_form_for_cpus(settings):
   keys = jax.random.split(jax.random.key(0), 3)
   queries = jax.random.normal(keys[0], (2, 130, 4, 64))
   pairs = tuple(jax.random.normal(key, (2, 130, 2, 64)) for key in keys[1:])
@@ -293,7 +323,12 @@ def test_splash_attention_equals_the_form_for_cpus():
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(queries, *pairs)
 
-  got = run(functools.partial(fused_attention.splash, interpret=True))
-  want = run(functools.partial(jax.nn.dot_product_attention, is_causal=True))
+  def written_out(queries, keys, values, *, scale=64**-0.5, softcap=None, window=None):
+    bias = attention.attention_bias(jnp.ones((2, 130)), window)
+    pairs = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    return attention.attend(queries, *pairs, bias, scale=scale, softcap=softcap)
+
+  got = run(functools.partial(fused_attention.splash, interpret=True, **settings))
+  want = run(functools.partial(written_out, **settings))
   # float32 sums of up to 130 terms in another order, and the kernel's own exponentials
   chex.assert_trees_all_close(got, want, atol=2e-4, rtol=1e-4)

@@ -381,11 +381,38 @@ def test_shapes_that_differ_are_an_error():
     {"width": 0},
     {"rope_pairing": "interleaved"},
     {"dtype": "float16"},
+    {"norm": "batch"},
+    {"norm_placement": "post"},
+    {"activation": "relu"},
+    {"positions": "sinusoidal"},
+    {"rotary_dims": 5},
+    {"rotary_dims": 8},
+    {"sliding_window": 0},
+    {"window_layers": (True,)},
+    {"rotary_layers": [True] * 4},
+    {"attention_softcap": -1.0},
+    {"logit_softcap": 0.0},
   ],
 )
 def test_a_bad_config_names_the_field(changes):
   with pytest.raises(ValueError, match=next(iter(changes))):
     dataclasses.replace(CONFIG, **changes)
+
+
+def test_choices_that_mean_the_same_are_the_same_config():
+  """So that they compile once."""
+  for changes in (
+    {"attention_scale": CONFIG.head_dim**-0.5},
+    {"rotary_dims": CONFIG.head_dim},
+    {"sliding_window": 5, "window_layers": [False] * 3},
+    {"rotary_layers": [True] * 3},
+    {"local_rope_theta": 10.0},
+  ):
+    assert dataclasses.replace(CONFIG, **changes) == CONFIG
+  alternating = dataclasses.replace(CONFIG, sliding_window=5, window_layers=[True, False, True])
+  assert alternating.layer_windows(6) == (5, None, 5)
+  assert alternating.layer_windows(5) == (None, None, None)
+  assert hash(alternating) != hash(CONFIG)
 
 
 def test_justify_right_keeps_the_order():

@@ -89,6 +89,20 @@ def test_people_answer_in_form_and_in_their_styles(people):
   np.testing.assert_allclose(digits_kept.mean(), 0.9 * 8, atol=0.06)
 
 
+def test_edits_keep_what_they_are_told_to_keep(people):
+  kept = digits.edits(jax.random.key(2), people, 1.0)
+  np.testing.assert_array_equal(kept.tokens, people.tokens)
+  np.testing.assert_array_equal(kept.mask, people.mask)
+  never, third = (digits.edits(jax.random.key(2), people, share) for share in (0.0, 1 / 3))
+  # The draws are the same, so each row is the edit or what was shown.
+  is_edit = np.all(np.asarray(third.tokens == never.tokens), axis=1)
+  is_shown = np.all(np.asarray(third.tokens == people.tokens), axis=1)
+  assert np.all(is_edit | is_shown)
+  moved = np.any(np.asarray(never.tokens != people.tokens), axis=1)
+  share = np.mean(is_shown[moved])
+  assert abs(share - 1 / 3) < 5 * np.sqrt(2 / 9 / moved.sum())  # five standard errors
+
+
 def test_edits_are_light_or_new(people):
   revised = digits.edits(jax.random.key(2), people)
   _check_shape_of_answers(revised)

@@ -67,6 +67,16 @@ def test_crops_are_those_of_the_device_with_antialiasing(files):
   assert crops.labels.tolist() == [0, 1]
 
 
+def test_a_process_makes_its_rows_of_the_batch_alone(files):
+  """The crops are those of the whole batch: the random numbers belong to the rows."""
+  ids, rows = np.array([3, 17, 9, 12]), np.array([1, 3])
+  whole = image_crops.random_crops(files.train, ids, np.random.default_rng(1), size=8)
+  some = image_crops.random_crops(files.train, ids, np.random.default_rng(1), size=8, rows=rows)
+  for found, wanted in zip(some, whole, strict=True):
+    np.testing.assert_array_equal(found[rows], wanted[rows])
+    assert found.shape == wanted.shape and not found[[0, 2]].any() and wanted[rows].any()
+
+
 def test_centre_crops_are_those_of_the_device_with_antialiasing(files):
   crops = image_crops.CentreCrops(files.test, 12)
   made = crops[:]

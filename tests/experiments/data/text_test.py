@@ -285,6 +285,7 @@ def test_json_lines_are_read_as_such_under_any_name(tmp_path, name):
   [
     ("prompts.txt", "id,prompt\n1,The soup was\n", r"is a table \(CSV\)(.|\n)*DictReader"),
     ("prompts.txt", '"prompt"\tanswer\nThe soup\twas\n', "is a table"),
+    ("prompts.txt", 'id,question\n1,"The soup, hot"\n2,The sea\n', "is a table"),
     ("prompts.csv", "The soup was\n", "is a table"),
     ("prompts.TSV", "a\tb\n", "is a table"),
     ("prompts.txt", '[\n{"prompt": "The soup was"}\n]\n', "is a JSON array"),
@@ -302,3 +303,5 @@ def test_lines_that_look_alike_are_prompts(tmp_path):
   path = tmp_path / "prompts.txt"
   path.write_text("[sighs] The soup, prompt as ever, was\n{braces}\n42\n")
   assert len(text.load_prompts(path)) == 3
+  path.write_text("Well, the soup was\nNo, the sea was\n")  # a comma in each line
+  assert len(text.load_prompts(path)) == 2

@@ -7,7 +7,7 @@ import fake_paper
 import ml_collections
 import pytest
 
-from experiments.loop import run_folder
+from experiments.loop import presets, run_folder
 
 
 def test_a_new_folder_gets_the_config_and_gives_it_back(tmp_path):
@@ -38,6 +38,34 @@ def test_fields_that_only_one_side_has_are_shown(tmp_path):
   with pytest.raises(ValueError) as caught:
     run_folder.claim(ml_collections.ConfigDict({"paper": "p", "new": {"x": 2}}), folder)
   assert "  new.x: '(absent)' -> 2\n  old: 1 -> '(absent)'\n" in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version_continues_with_what_it_did(tmp_path, capsys):
+  config = presets.resolve("ipo:tiny")
+  old = ml_collections.ConfigDict(config.to_dict())
+  del old.optimizer.warmup_from, old.optimizer.decay_all, old.network.logps_chunk
+  folder = run_folder.claim(old, tmp_path / "run")
+  (folder / "metrics.jsonl").write_text("{}\n")
+  with pytest.raises(ValueError) as caught:
+    run_folder.claim(config, folder)
+  message = str(caught.value)
+  assert "  optimizer.warmup_from: 0 -> 1\n" in message
+  assert "  optimizer.decay_all: True -> False\n" in message
+  assert "That run is older than network.logps_chunk: finish it with the version" in message
+  # What can be said in fields continues.
+  old.network.logps_chunk = 0
+  (folder / "metrics.jsonl").unlink()
+  run_folder.claim(old, folder)
+  (folder / "metrics.jsonl").write_text("{}\n")
+  config.optimizer.update({"warmup_from": 0, "decay_all": True})
+  run_folder.claim(config, folder)
+  # An evaluation takes what is absent from the preset, and says so.
+  del old.network.logps_chunk
+  assert presets.completed(old).to_dict() == config.to_dict()
+  words = capsys.readouterr().err
+  assert "older than these fields of its preset" in words and "optimizer.warmup_from=0" in words
+  assert presets.completed(config) is config
+  assert presets.completed(fake_paper.get_config()).paper == "fake_paper"
 
 
 def test_only_placement_may_differ(tmp_path):

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import fake_paper
 import jax
@@ -18,7 +20,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 import sharding
-from experiments.loop import checkpointing, training
+from experiments.loop import checkpointing, training, writers
 from experiments.report import plots, records
 
 
@@ -416,6 +418,28 @@ def test_tensorboard_events_are_written(uninterrupted):
     name = "loss" if record["kind"] == "train" else "error"
     found = written[f"{record['kind']}/{name}", record["step"]]
     assert found == np.float32(record[name])  # TensorBoard keeps single precision
+
+
+def test_a_warm_up_as_long_as_the_run_is_noted(tmp_path, capsys):
+  for warmup in (1, 2):
+    _train(tmp_path / f"{warmup}", _config(train__num_steps=2, optimizer__warmup_steps=warmup))
+    noted = "warmup_steps=2 is not shorter than the run of 2 steps" in capsys.readouterr().err
+    assert noted == (warmup == 2)
+
+
+def test_a_full_disk_ends_the_event_file_with_a_message(tmp_path):
+  """A limit on file size stands for the full disk. No thread is left that could print or wait."""
+  threads = threading.active_count()
+  events = writers.TensorBoard(tmp_path / "tensorboard")
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+  try:
+    for failing in (lambda: events.write(1, "train", {"loss": 1.0}), events.close):
+      with pytest.raises(OSError, match=r"cannot write .*tfevents.*File too large.*Free"):
+        failing()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert threading.active_count() == threads
 
 
 @pytest.mark.slow

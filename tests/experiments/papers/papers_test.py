@@ -1,6 +1,7 @@
 """Tests of the wiring of every paper: presets build, tiny runs finish, own data stays as given."""
 
 import importlib
+import itertools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignment import oracles
+from alignment import ipo, oracles
 from alignment.models import huggingface
 from experiments import main
 from experiments.data import pretrained
@@ -298,6 +299,28 @@ def test_bandits_follow_the_published_protocol():
     assert abs(metrics[f"{name}/regret"] - regret) < 0.005
 
 
+def test_ipo_misses_the_optimum_of_copgs_bandit_with_exact_labels_too():
+  """At `ipo_limit` the expected gradient of alignment.ipo vanishes, and the regret does not."""
+  beta, arms = 0.5, range(3)
+  wins = 1 / (1 + np.exp(copg_bandit.REWARDS - copg_bandit.REWARDS[:, None]))
+  weights = np.outer(*copg_bandit.BEHAVIOUR)
+
+  def expected(logps):
+    losses = [
+      weights[i, j] * (wins[i, j] * ipo.ipo_loss(logps[i], logps[j], tau=beta)
+                       + wins[j, i] * ipo.ipo_loss(logps[j], logps[i], tau=beta))
+      for i in arms for j in arms
+    ]  # fmt: skip
+    return sum(losses)
+
+  limit = copg_bandit.ipo_limit(beta)
+  with jax.enable_x64(True):
+    # Rounding of float64 in the pseudo-inverse.
+    np.testing.assert_allclose(jax.grad(expected)(jnp.log(jnp.asarray(limit))), 0, atol=1e-12)
+    low, high = copg_bandit.REGRET_RANGES["ipo"]
+    assert low < copg_bandit.regret(jnp.log(jnp.asarray(limit)), beta) < high
+
+
 @pytest.mark.parametrize(
   "paper",
   [
@@ -344,11 +367,18 @@ def test_win_rates_of_revisions_are_those_of_the_closed_forms():
   rewrites = [tilted(bell(i, 1.5 * 2**0.5), [beats(j, i) for j in arms]) for i in arms]
   # The answer leaves the least to improve: the reference over the normaliser of its rewrite.
   policy, _ = tilted(reference, [-beta * np.log(normaliser) for _, normaliser in rewrites])
-  found, rates = [], srpo_bandit.revision_win_rates(beta)
-  for _ in rates["SRPO"]:
-    found.append(win_rate(policy))
-    policy = [sum(policy[i] * rewrites[i][0][j] for i in arms) for j in arms]
-  np.testing.assert_allclose(rates["SRPO"], found, rtol=1e-9)  # float64 sums in another order
+  rates = srpo_bandit.revision_win_rates(srpo_bandit.ordered_arms(), beta)
+
+  def revised(policy, rows):
+    found = []
+    for _ in rates["SRPO"]:
+      found.append(win_rate(policy))
+      policy = [sum(policy[i] * rows[i][j] for i in arms) for j in arms]
+    return found
+
+  trained, untrained = [row for row, _ in rewrites], [bell(i, 1.5 * 2**0.5) for i in arms]
+  # float64 sums in another order
+  np.testing.assert_allclose(rates["SRPO"], revised(policy, trained), rtol=1e-9)
   average = [sum(reference[j] * beats(i, j) for j in arms) for i in arms]
   quality = [4 / 9 * i for i in arms]
   for name, policy in (
@@ -356,7 +386,52 @@ def test_win_rates_of_revisions_are_those_of_the_closed_forms():
     ("DPO", tilted(reference, quality)[0]),
     ("reference", reference),
   ):
-    np.testing.assert_allclose(rates[name], win_rate(policy), rtol=1e-9)
+    np.testing.assert_allclose(rates[name], revised(policy, untrained), rtol=1e-9)
+    helped = rates[f"{name}, {srpo_bandit.HELPED}"]
+    np.testing.assert_allclose(helped, revised(policy, trained), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kept", [0.0, 1 / 3])
+def test_rewrites_of_digit_orders_are_those_of_a_simulated_editor(kept):
+  game, rng = srpo_bandit.digit_orders(kept, num_digits=3), np.random.default_rng(0)
+  orders = list(itertools.permutations(range(3)))
+  num_draws, shown = 20_000, 3
+
+  def swap(order):
+    left = rng.integers(2)
+    order[left], order[left + 1] = order[left + 1], order[left]
+    return order
+
+  def answer():
+    if rng.random() < 0.6:
+      return list(rng.permutation(3))
+    return [0, 1, 2] if rng.random() < 0.3 else swap(swap([0, 1, 2]))
+
+  def rewrite(order):
+    if rng.random() < kept:
+      return list(order)
+    return swap(swap(list(order))) if rng.random() < 0.7 else answer()
+
+  for logps, draw in (
+    (game.reference, answer),
+    (game.rewrites[shown], lambda: rewrite(orders[shown])),
+  ):
+    drawn = [orders.index(tuple(map(int, draw()))) for _ in range(num_draws)]
+    shares = np.bincount(drawn, minlength=len(orders)) / num_draws
+    np.testing.assert_allclose(shares, np.exp(logps), atol=0.0177)  # five standard errors at 1/2
+  np.testing.assert_allclose(np.exp(game.rewrites).sum(1), 1, rtol=1e-12)
+  # 2, 1 and 0 of two neighbours are in order, in units of the judge's scale.
+  assert game.quality[0] == 10 and game.quality[-1] == 0
+
+
+def test_a_kept_answer_makes_revisions_gain_and_an_editor_that_never_keeps_does_not():
+  for beta in srpo_bandit.EDIT_BETAS:
+    never, often = (
+      srpo_bandit.revision_win_rates(srpo_bandit.digit_orders(kept), beta)["SRPO"]
+      for kept in srpo_bandit.KEPT
+    )
+    assert np.all(np.diff(often) > 0) and often[-1] > never[-1]
+    assert often[-1] - often[0] > 0.05 > never[-1] - never[0]
 
 
 def test_short_training_of_dro_finds_the_value_that_others_lack():

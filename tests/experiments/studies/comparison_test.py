@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignment import dro
+from alignment import dro, sequences, srpo
 from alignment.models import scalar_head, transformer
 from experiments.data import digits
 from experiments.loop import presets, training
 from experiments.report import statistics
 from experiments.studies import comparison
 from experiments.studies import digits as runs
-from experiments.tasks import bandits, digit_language, digit_methods
+from experiments.tasks import bandits, digit_frontiers, digit_language, digit_methods
 
 
 def _arrays(kls, rewards, num_seeds=2, count=4000):
@@ -74,6 +74,24 @@ def test_the_tournament_is_antisymmetric_and_its_intervals_are_binomial():
   assert (rates[1][0].low, rates[1][0].high) == (want.low, want.high)
 
 
+def test_the_worst_single_style_follows_from_the_shares_of_the_styles():
+  styles = np.repeat([0, 1, 2], [46, 15, 39])
+  # c beats a and loses to b; within c half is won.
+  rate, letter = digits.against_one_style(styles)
+  assert letter == "c"
+  np.testing.assert_allclose(rate, 0.46 * 0.2 + 0.15 * 0.8 + 0.39 * 0.5, atol=1e-6)  # float32
+  even = np.array([0, 1, 2, digits.NO_STYLE])
+  np.testing.assert_allclose(digits.against_one_style(even)[0], 0.5, atol=1e-6)
+  # Drawn against an opponent of that style whose rewards are the policy's.
+  rng, count = np.random.default_rng(0), 4000
+  rewards, styles = rng.normal(size=(2, count)) * 0.1, rng.choice(3, count, p=[0.46, 0.15, 0.39])
+  policy = comparison.Player("policy", 1.0, rewards[0], styles)
+  other = comparison.Player("only c", 1.0, rewards[1], np.full(count, 2))
+  drawn = comparison.tournament([policy, other], intransitive=True)[0][1].value
+  # Four standard errors of 4,000 games.
+  np.testing.assert_allclose(drawn, digits.against_one_style(styles)[0], atol=0.032)
+
+
 @functools.cache
 def _problem():
   """Returns abstract parameters and data, enough to trace without computing."""
@@ -81,16 +99,17 @@ def _problem():
   network = digit_language.network_of(config)
   params = jax.eval_shape(lambda: transformer.init_params(network, jax.random.key(0)))
   fitted = jax.eval_shape(scalar_head.from_decoder, params)
-  data = jax.eval_shape(functools.partial(digit_language.make_data, config), params, fitted)
+  make_data = functools.partial(digit_language.make_data, config)
+  data = jax.eval_shape(make_data, params, fitted, fitted)
   one = data._replace(
     judged=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data.judged)
   )
   return network, params, fitted, one
 
 
-@pytest.mark.parametrize("name", digit_methods.METHODS)
+@pytest.mark.parametrize("name", [*digit_methods.METHODS, "exploiter"])
 def test_every_method_makes_a_batch_that_its_loss_takes(name):
-  method = digit_methods.METHODS[name]
+  method = digit_methods.METHODS.get(name, digit_methods.EXPLOITER)
   network, params, fitted, data = _problem()
   knob = method.algorithm.Config(**{method.knob: 0.5}, **method.options)
   logps_fn = transformer.make_apply_fn(network)
@@ -110,6 +129,7 @@ def test_every_method_makes_a_batch_that_its_loss_takes(name):
       digit_language.generate_fn(network),
       logps_fn,
       scalar_head.make_apply_fn(network),
+      digit_methods.Opponent(params, params, jnp.float32(0.5)),
     )
     batch = method.batch(state, draw)
     assert isinstance(batch, method.algorithm.Batch)
@@ -118,6 +138,137 @@ def test_every_method_makes_a_batch_that_its_loss_takes(name):
 
   value = jax.eval_shape(loss, params, fitted, data, jax.random.key(0))
   assert value.shape == () and value.dtype == jnp.float32
+
+
+def _draw(data, opponent=(), num_rows=8):
+  network = digit_language.network_of(presets.resolve("comparison:tiny"))
+  return digit_methods.Draw(
+    data,
+    jnp.arange(num_rows),
+    jax.random.key(1),
+    digit_language.generate_fn(network),
+    transformer.make_apply_fn(network),
+    scalar_head.make_apply_fn(network),
+    opponent,
+  )
+
+
+@functools.cache
+def _small_world():
+  """Returns parameters of a small decoder, of two fitted models, and data drawn from it."""
+  config = presets.resolve("comparison:tiny")
+  config.data.num_prompts = 8
+  network = digit_language.network_of(config)
+  params = transformer.init_params(network, jax.random.key(0))
+  noise = jax.random.normal(jax.random.key(2), (config.network.width,))
+  fitted = scalar_head.from_decoder(params)
+  fitted["scalar_head"] = {"kernel": noise, "bias": jnp.zeros(())}
+  return params, digit_language.make_data(config, params, fitted, fitted)
+
+
+def test_every_other_pair_holds_a_rewrite_with_its_reference_log_probabilities():
+  params, data = _small_world()
+  mixed = data.rewritten
+  np.testing.assert_array_equal(mixed.tokens[:, 0], data.tokens[:, 0])
+  np.testing.assert_array_equal(mixed.tokens[::2], data.tokens[::2])
+  np.testing.assert_array_equal(mixed.srpo_ref_logps[::2], data.srpo_ref_logps[::2])
+  assert np.all(np.any(mixed.tokens[1::2, 1] != data.tokens[1::2, 1], axis=1))
+  # In the order of `srpo.SCORED`: the two answers, and each as a rewrite of each.
+  one = jax.tree.map(lambda leaf: leaf[1], data.judged)
+  state = type("State", (), {"params": params})()
+  draw = _draw(data._replace(judged=one))
+  batch = digit_methods.METHODS["srpo_rewrites"].batch(state, draw)
+  six = srpo.six_sequences(batch)
+  want = sequences.sequence_logps(draw.apply_fn(params, six), six.mask, reduction="sum")
+  # float32 sums in another order.
+  np.testing.assert_allclose(batch.ref_logps, want.reshape(8, 6), atol=1e-4)
+  chosen = np.where(one.first_beats_rewrite[:, None], mixed.tokens[:, 0], mixed.tokens[:, 1])
+  np.testing.assert_array_equal(batch.chosen_tokens, chosen)
+
+
+def test_fitted_preferences_are_antisymmetric_and_replace_only_the_intransitive_judge():
+  _, data = _small_world()
+  first, second = (
+    sequences.Sequences(data.tokens[:, i], data.mask[:, i], *data.prompts) for i in (0, 1)
+  )
+  for judge, oracle in enumerate(digits.ORACLES):
+    draw = _draw(data._replace(judged=jax.tree.map(lambda leaf, i=judge: leaf[i], data.judged)))
+    found, swapped = draw.fitted_preferences(first, second), draw.fitted_preferences(second, first)
+    np.testing.assert_allclose(found + swapped, 1, atol=1e-6)
+    same = np.allclose(found, draw.preferences(first, second))
+    assert same == (oracle == "scalar")
+
+
+def test_an_exploiter_plays_against_the_two_points_of_its_victim():
+  params, data = _small_world()
+  one = jax.tree.map(lambda leaf: leaf[1], data.judged)
+  # A policy that always writes one token, whatever the prompt.
+  fixed = jax.tree.map(jnp.zeros_like, params)
+  drawn = {}
+  nash_md_sample = digit_methods.nash_md.sample
+
+  def spy(*args, **kwargs):
+    drawn["pair"] = nash_md_sample(*args, **kwargs)
+    return drawn["pair"]
+
+  state = type("State", (), {"params": params, "ema_params": params})()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(digit_methods.nash_md, "sample", spy)
+    for weight, played in ((0.0, params), (1.0, fixed)):
+      draw = _draw(data._replace(judged=one), digit_methods.Opponent(params, fixed, weight))
+      digit_methods.EXPLOITER.batch(state, draw)
+      _, opponent_key = jax.random.split(draw.key)
+      near_key, far_key, _ = jax.random.split(opponent_key, 3)
+      want = draw.generate(played, *draw.prompts(), far_key if weight else near_key)
+      np.testing.assert_array_equal(drawn["pair"][1].tokens, want.tokens)
+
+
+def test_neighbours_are_the_settings_around_a_kl():
+  kls = [4.0, 1.0, 2.0]
+  assert digit_methods.neighbours(kls, 3.0) == (2, 0, 0.5)
+  assert digit_methods.neighbours(kls, 0.25) == (-1, 1, 0.25)
+  assert digit_methods.neighbours(kls, 9.0) == (0, 0, 1.0)
+
+
+def _frontier(kl):
+  return 0.2 * np.sqrt(kl) - 0.03 * kl
+
+
+def test_a_fitted_frontier_reads_a_concave_curve_that_a_chord_underestimates():
+  kls = np.array([5.0, 0.3, 1.0])
+  log_ratios = np.broadcast_to(kls[:, None, None], (3, 2, 50))
+  found = digit_frontiers.value_at(log_ratios, 0.5 + _frontier(log_ratios), np.full(50, 0.5), 2.0)
+  near, far, weight = digit_methods.neighbours(kls, 2.0)
+  chord = (1 - weight) * _frontier(kls[near]) + weight * _frontier(kls[far])
+  missed, error = _frontier(2.0) - chord, abs(found.value - 0.5 - _frontier(2.0))
+  assert missed > 0.015 > 5 * error
+  # Without noise every resample is the same, up to rounding.
+  np.testing.assert_allclose([found.low, found.high], found.value, atol=1e-9)
+
+
+def test_a_fitted_frontier_has_no_extremum_between_settings_and_ends_at_the_last():
+  kls, heights = np.array([0.3, 1.0, 4.0, 9.0]), np.array([0.1, 0.3, 0.35, -2.0])  # one diverged
+  fitted = digit_frontiers.curve(kls, heights, 0.0)
+  grid = np.linspace(0, 4, 200)
+  assert np.all(np.diff(fitted(grid)) > -1e-12) and fitted(4.0) == pytest.approx(0.35)
+  np.testing.assert_allclose(fitted(kls), heights, atol=1e-12)
+  np.testing.assert_array_equal(fitted(np.array([9.0, 20.0])), -2.0)
+  # Settings at the reference, some by noise below it, say nothing.
+  np.testing.assert_array_equal(
+    digit_frontiers.curve(np.array([-0.1, 0.0]), kls[:2], 0.5)(1.0), 0.5
+  )
+
+
+def test_the_interval_of_a_frontier_covers_seeds_and_prompts():
+  rng = np.random.default_rng(0)
+  log_ratios = np.broadcast_to(np.array([0.5, 2.0, 4.0])[:, None, None], (3, 3, 400))
+  values = _frontier(log_ratios) + rng.normal(size=(3, 3, 400))
+  found = digit_frontiers.value_at(log_ratios, values, np.zeros(400), 2.0)
+  assert found.low < _frontier(2.0) < found.high
+  shifted = values + np.array([-0.3, 0.0, 0.3])[:, None]  # seeds that differ
+  wider = digit_frontiers.value_at(log_ratios, shifted, np.zeros(400), 2.0)
+  # The seeds' means spread by 0.3 / sqrt(3); a resample of three has 0.14 of it.
+  assert wider.high - wider.low > 0.3 > found.high - found.low
 
 
 def test_the_settings_of_a_method_are_one_config_with_an_axis():
@@ -146,15 +297,18 @@ def test_the_tiny_comparison_runs_and_resumes(tmp_path, capsys):
   assert outcome.status == "finished"
   assert (tmp_path / "figures").is_dir() and (tmp_path / "report.html").stat().st_size > 10_000
   again = comparison.run(config, tmp_path)  # nothing is trained twice
-  assert capsys.readouterr().err.count("is finished") == 4
+  assert capsys.readouterr().err.count("is finished") == 6
+  titles = [table.title for table in again.result.tables]
+  assert any("opponents that are not in the table" in title for title in titles)
   assert again.result.metrics == outcome.result.metrics
   # Each of its runs can be used like any other run.
-  sub = comparison.sub_config(config, "srpo")
-  experiment = runs.build_in(sub, tmp_path / "srpo")
-  state = training.restore(experiment, sub, tmp_path / "srpo").state
-  found = experiment.evaluate(state)
-  saved = training.train(experiment, sub, tmp_path / "srpo").result
-  np.testing.assert_array_equal(found.arrays["revised"], saved.arrays["revised"])
+  for name in ("srpo_rewrites", "exploiter_of_nash_md_fitted"):
+    sub = comparison.sub_config(config, name)
+    experiment = runs.build_in(sub, tmp_path / name)
+    state = training.restore(experiment, sub, tmp_path / name).state
+    found = experiment.evaluate(state)
+    saved = training.train(experiment, sub, tmp_path / name).result
+    np.testing.assert_array_equal(found.arrays["revised"], saved.arrays["revised"])
 
 
 @pytest.mark.slow  # two compilations of a scan

@@ -44,8 +44,39 @@ def test_a_run_of_cfr_is_cfr_and_exports_its_policy(tmp_path, capsys):
   assert "0pb" in capsys.readouterr().out
 
 
+_PENNIES = """EFG 2 R "pennies" { "A" "B" }
+  p "" 1 1 "first" { "heads" "tails" } 0
+    p "" 2 1 "second" { "heads" "tails" } 0
+      t "" 1 "" { 3 -3 }
+      t "" 2 "" { -1 1 }
+    p "" 2 1 "second" { "heads" "tails" } 0
+      t "" 2
+      t "" 3 "" { 1 -1 }
+"""
+
+
+@pytest.mark.parametrize(
+  "paper",
+  ["cfr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("armac", "nfsp", "ppo"))],
+)
+def test_a_game_of_your_own_is_played_from_its_file(paper, tmp_path, capsys):
+  path, folder = tmp_path / "pennies.efg", tmp_path / "run"
+  path.write_text(_PENNIES)
+  assert run(f"{paper}:tiny", folder, f"--config.environment.game={path}") == 0
+  game = games.compile_game(path)
+  policy = policy_files.read_policy(folder / "model" / "policy.json", game)
+  assert games.nash_conv(game, policy) < 4  # what a best response gains from a pure policy
+  assert "heads" in (folder / "model" / "policy.csv").read_text()
+  capsys.readouterr()
+  path.write_text(_PENNIES.replace("3 -3", "3"))
+  assert run(f"{paper}:tiny", tmp_path / "wrong", f"--config.environment.game={path}") == 2
+  assert f"{path}, line 4: outcome 1 must have 2 utilities" in capsys.readouterr().err
+  assert run(f"{paper}:tiny", tmp_path / "absent", "--config.environment.game=no.efg") == 2
+  assert "no.efg" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("paper", ["armac", "nfsp"])
+@pytest.mark.parametrize("paper", ["armac", "nfsp", "ppo"])
 def test_tiny_runs_learn_and_measure(paper, tmp_path):
   folder = tmp_path / "run"
   assert run(f"{paper}:tiny", folder) == 0
@@ -121,6 +152,10 @@ def test_solvers_stand_beside_each_other_and_are_not_run_twice(tmp_path, monkeyp
   assert "NashConv after as many decisions as the shortest run has" in report
   assert run("solvers:kuhn", folder, *arguments) == 0
   assert json.loads((folder / "cfr" / "results.json").read_text()) == results
+  (tmp_path / "pennies.efg").write_text(_PENNIES)
+  folder = tmp_path / "own"
+  assert run("solvers:kuhn", folder, f"--config.game={tmp_path}/pennies.efg", *arguments) == 0
+  assert "information state of pennies" in (folder / "cfr" / "report.html").read_text()
 
 
 def _short(resolve):

@@ -12,7 +12,7 @@ import pytest
 import sharding
 from alignment import dro, sequences, srpo
 from alignment.baselines import kto
-from alignment.models import transformer
+from alignment.models import t5, transformer
 from experiments import main
 from experiments.data import pretrained, rewards
 from experiments.loop import presets, training
@@ -279,21 +279,20 @@ NETWORKS = {
     vocab_size=32_000, num_layers=32, width=4096, num_heads=32, num_kv_heads=32, head_dim=128,
     mlp_width=11_008, tied_head=False, **_WIDE,
   ),
-  "meta-llama/Llama-3.2-1B": transformer.TransformerConfig(
-    vocab_size=128_256, num_layers=16, width=2048, num_heads=32, num_kv_heads=8, head_dim=64,
-    mlp_width=8192, **_WIDE,
+  "google/flan-t5-large": t5.T5Config(
+    vocab_size=32_128, num_layers=24, num_decoder_layers=24, width=1024, num_heads=16, head_dim=64,
+    mlp_width=2816, dtype="bfloat16", remat=True,
   ),
 }  # fmt: skip
-NETWORKS["meta-llama/Llama-3.2-1B-Instruct"] = NETWORKS["meta-llama/Llama-3.2-1B"]
-# Parameters that are trained, in billions: 7B; two networks of 1.24B, without a head for the value.
+# Parameters that are trained, in billions: 7B; two networks of 0.78B, without a head for the value.
 PAPERS = {
   "copg": (copg_paper, 6.74),
-  "dro": (dro_paper, 2.47),
-  "nash_md": (nash_md_paper, 1.24),
+  "dro": (dro_paper, 1.53),
+  "nash_md": (nash_md_paper, 0.78),
   "srpo": (srpo_paper, 6.74),
   "dpo": (dpo_paper, 6.74),
   "kto": (kto_paper, 6.74),
-  "online_ipo": (online_ipo_paper, 1.24),
+  "online_ipo": (online_ipo_paper, 0.78),
   "rloo": (rloo_paper, 6.74),
 }
 _ALWAYS = {"copg", "dro", "nash_md", "srpo"}  # the others have the wiring of one of these
@@ -307,7 +306,8 @@ def test_paper_preset_traces_at_full_size(paper, tmp_path, monkeypatch):
   module, billions = PAPERS[paper]
   config = presets.resolve(f"{paper}:paper")
   network = NETWORKS[config.network.model]
-  shapes = jax.eval_shape(functools.partial(transformer.init_params, network), jax.random.key(0))
+  made_by = t5 if isinstance(network, t5.T5Config) else transformer
+  shapes = jax.eval_shape(functools.partial(made_by.init_params, network), jax.random.key(0))
   words = pretrained.load("tiny-random").tokenizer
   monkeypatch.setattr(
     pretrained, "load", lambda name: pretrained.Pretrained(network, shapes, words, "none")
