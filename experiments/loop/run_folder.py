@@ -36,6 +36,9 @@ ADDED: dict[str, Any] = {
   "eval.num_fewshot": 0,
   "eval.task_limit": 0,
   "eval.tasks": "",
+  "network.lora_alpha": 32.0,
+  "network.lora_rank": 0,
+  "network.lora_targets": "all",
   "optimizer.decay_all": True,
   "optimizer.warmup_from": 0,
 }
