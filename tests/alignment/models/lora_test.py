@@ -285,6 +285,7 @@ def test_sampling_with_adapters_is_sampling_with_merged_weights():
   np.testing.assert_allclose(drawn.logps, logps, atol=1e-4)
 
 
+@pytest.mark.slow  # compiles another sampler
 def test_an_encoder_decoder_is_adapted_and_sampled_like_a_decoder():
   config = t5.T5Config(
     vocab_size=8, num_layers=1, num_decoder_layers=1, width=8, num_heads=2, head_dim=4, mlp_width=16
