@@ -11,8 +11,9 @@ import pytest
 
 import sharding
 from alignment import dro, ipo, nash_md, sequences
-from alignment.models import lora, sampling, scalar_head, transformer
+from alignment.models import huggingface, lora, sampling, scalar_head, t5, transformer
 from tests import contract_test, tiny_checkpoints
+from tests.alignment.models import make_golden
 
 METHODS = (
   "copg", "dpo", "dro", "ipo", "kto", "nash_md", "online_ipo", "reward_model", "rloo", "sft", "srpo"
@@ -20,6 +21,7 @@ METHODS = (
 # Two networks, and an average; the others have a part of this.
 _ALWAYS = {"dro", "nash_md"}
 CONFIG = lora.Config(rank=3, alpha=6.0)
+TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5)
 DECODER = transformer.TransformerConfig(
   vocab_size=8, num_layers=2, width=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16,
   max_length=32,
@@ -225,6 +227,16 @@ def test_merged_weights_are_the_same_function(pairing):
   np.testing.assert_allclose(tiny_checkpoints.logits(merged, config), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi3", "pythia", "qwen2", "qwen3"])
+def test_adapters_fit_every_family(family):
+  config, base = huggingface.load(make_golden.FOLDER / family)
+  joined = lora.join(base, random_adapters(base), config=CONFIG)
+  merged = tiny_checkpoints.logits(lora.merge(joined), config, TOKENS)
+  adapted = tiny_checkpoints.logits(joined, config, TOKENS)
+  assert np.abs(adapted - tiny_checkpoints.logits(base, config, TOKENS)).max() > 0.1
+  np.testing.assert_allclose(merged, adapted, atol=1e-4)  # float32
+
+
 def test_joining_shares_the_base_and_merging_leaves_a_plain_tree_alone():
   base = transformer.init_params(DECODER, jax.random.key(0))
   joined = lora.join(base, random_adapters(base), config=CONFIG)
@@ -271,6 +283,27 @@ def test_sampling_with_adapters_is_sampling_with_merged_weights():
   rows = sequences.Sequences(drawn.tokens, drawn.mask, prompts, ones)
   logps = jax.jit(transformer.make_apply_fn(DECODER))(joined, rows)
   np.testing.assert_allclose(drawn.logps, logps, atol=1e-4)
+
+
+@pytest.mark.slow  # compiles another sampler
+def test_an_encoder_decoder_is_adapted_and_sampled_like_a_decoder():
+  config = t5.T5Config(
+    vocab_size=8, num_layers=1, num_decoder_layers=1, width=8, num_heads=2, head_dim=4, mlp_width=16
+  )
+  base = jax.tree.map(lambda x: 5 * x, t5.init_params(config, jax.random.key(0)))
+  adapters = random_adapters(base)
+  assert set(adapters["decoder"]["layers"]) == {"attention", "cross_attention", "mlp"}
+  joined = lora.join(base, adapters, config=CONFIG)
+  prompts, ones = np.arange(6, dtype=np.int32).reshape(2, 3), np.ones((2, 3), np.float32)
+  drawn = sampling.generate(
+    joined, prompts, ones, jax.random.key(0), config=config, max_new_tokens=4, eos_id=-1, pad_id=0
+  )
+  rows = sequences.Sequences(drawn.tokens, drawn.mask, prompts, ones)
+  apply_fn = jax.jit(t5.make_apply_fn(config))
+  logps = apply_fn(joined, rows)
+  np.testing.assert_allclose(drawn.logps, logps, atol=1e-4)  # float32 sums in another order
+  np.testing.assert_allclose(apply_fn(lora.merge(joined), rows), logps, atol=1e-4)
+  assert np.abs(apply_fn(base, rows) - logps).max() > 0.1
 
 
 # --- meshes ---------------------------------------------------------------------------------------

@@ -127,6 +127,13 @@ def test_peft_reads_what_we_save(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found, adapters)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "pythia"])
+def test_matrices_that_a_family_stores_joined_have_no_place(tmp_path, family):
+  config, params = huggingface.load(make_golden.FOLDER / family)
+  with pytest.raises(ValueError, match="no place for layers/attention/key/lora_a"):
+    peft.save(tmp_path, config, adapters_of(params), adapter_config=CONFIG, base="")
+
+
 def test_the_scale_of_rslora_is_honoured(tmp_path):
   decoder, _, _ = make(tmp_path)
   edit(tmp_path, use_rslora=True)
