@@ -362,11 +362,11 @@ def _behaviour_figure(history, algorithm, num_steps) -> results.Figure:
 
 
 def _revision_figure() -> results.Figure:
-  figure, axes = plots.subplots(1, len(REVISION_BETAS), sharey=True)
-  for axis, beta in zip(axes[0], REVISION_BETAS, strict=True):
+  figure, axes = plots.subplots(len(REVISION_BETAS) // 2, 2, sharex=True, sharey=True)
+  for axis, beta in zip(axes.flat, REVISION_BETAS, strict=True):
     _draw_revisions(axis, ordered_arms(), beta)
-    axis.set(title=f"beta = {beta}", xlabel="number of revisions", ylim=(0, 1))
-  axes[0][0].set_ylabel("win rate against the gold policy")
+    axis.set(title=f"beta = {beta}", ylim=(0, 1))
+  _label(axes, "win rate against the gold policy")
   plots.legend_below(figure, axes[0][0])
   caption = (
     "The curves show win rates after each revision, in closed form. SRPO rewrites its own answers "
@@ -378,18 +378,25 @@ def _revision_figure() -> results.Figure:
 
 def _edit_figure() -> results.Figure:
   cases = list(itertools.product(EDIT_BETAS, KEPT))
-  figure, axes = plots.subplots(1, len(cases), sharey=True)
-  for axis, (beta, kept) in zip(axes[0], cases, strict=True):
+  figure, axes = plots.subplots(len(EDIT_BETAS), len(KEPT), sharex=True, sharey=True)
+  for axis, (beta, kept) in zip(axes.flat, cases, strict=True):
     _draw_revisions(axis, digit_orders(kept), beta)
     share = f"{kept:.0%} kept" if kept else "never kept"
-    axis.set(title=f"beta = {beta}, {share}", xlabel="number of revisions")
-  axes[0][0].set_ylabel("win rate against the reference")
+    axis.set_title(f"beta = {beta}, {share}")
+  _label(axes, "win rate against the reference")
   plots.legend_below(figure, axes[0][0])
   caption = (
     "The arms are the orders of four digits. SRPO's win rate (points) rises with revisions if the "
     "reference keeps what it is shown in a third of its edits. Lines as in the figure before."
   )
   return results.Figure(name="srpo_edits", caption=caption, figure=figure)
+
+
+def _label(axes: Any, win_rate: str) -> None:
+  for axis in axes[:, 0]:
+    axis.set_ylabel(win_rate)
+  for axis in axes[-1]:
+    axis.set_xlabel("number of revisions")
 
 
 def _draw_revisions(axis: Any, game: RevisionGame, beta: float) -> None:
