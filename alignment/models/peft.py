@@ -50,13 +50,13 @@ def save(
     folder: created if it is absent.
     config: of the base. Adapters of "adjacent" rotary pairs are reordered to the "half" pairs of
       the format, as `huggingface.save` reorders the base.
-    adapters: of a decoder, from `lora.init`, fully addressable from this process.
+    adapters: of the model, from `lora.init`, fully addressable from this process.
     adapter_config: the one that `lora.init` got.
     base: name or folder of the base, by which PEFT finds it.
     fingerprint: of the weights of the base, which `load` compares.
 
   Raises:
-    ValueError: the adapters are not those of a decoder of this shape.
+    ValueError: the layout has no place for a matrix, or the adapters have another shape.
     OSError: the disk is full or read-only.
   """
   stems, found = _stems(config), {}
@@ -111,7 +111,7 @@ def load(
   *,
   fingerprint: str = "",
 ) -> tuple[lora.Config, Any]:
-  """Reads adapters of a decoder: their config, and the tree that `lora.join` takes, on the host.
+  """Reads adapters: their config, and the tree that `lora.join` takes, on the host.
 
   Args:
     folder: written by `save` or by PEFT.
