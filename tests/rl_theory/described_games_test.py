@@ -228,6 +228,8 @@ def test_other_arguments_are_checked(tmp_path):
     games.compile_game([1, 2, 3])
   with pytest.raises(ValueError, match="payoffs must be finite"):
     games.compile_game(np.full((2, 2), np.inf))
+  with pytest.raises(ValueError, match=r"utility of size 1e\+39, too large for float32"):
+    games.compile_game([[1e39, 1], [0, 2]])
   with pytest.raises(ValueError, match="name must be left out for a game of OpenSpiel"):
     games.compile_game("kuhn_poker", name="mine")
   with pytest.raises(ValueError, match="at least 58 nodes, more than max_nodes=57"):
