@@ -238,4 +238,9 @@ class _Walk:
 
 def _is_number(value: Any) -> bool:
   real = isinstance(value, numbers.Real) or (np.ndim(value) == 0 and hasattr(value, "dtype"))
-  return real and not isinstance(value, bool) and math.isfinite(value)
+  if not real or isinstance(value, bool):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # an integer or a fraction beyond the floats
+    return False

@@ -19,6 +19,7 @@ Format: "Game representation formats", the manual of Gambit.
 """
 
 import fractions
+import math
 import os
 import pathlib
 import re
@@ -185,7 +186,9 @@ class _Parser:
       if (known.moves, known.probs) != (tuple(moves), tuple(probs)):
         raise self.wrong(token, f"information set {number} had other moves before: {known.moves}")
       return known
-    state = name if name and (player, name) not in self.states else f"{name}#{number}"
+    state = name or f"#{number}"
+    while (player, state) in self.states:
+      state = f"{state}#{number}"
     self.states.add((player, state))
     self.sets[player, number] = _Set(state, tuple(moves), tuple(probs))
     return self.sets[player, number]
@@ -205,6 +208,8 @@ class _Parser:
         raise self.wrong(
           token, f"outcome {number} must have {self.num_players} utilities, got {len(utilities)}"
         )
+      if not number and any(utilities):
+        raise self.wrong(token, "outcome 0 is worth nothing: give it another number")
       if self.outcomes.setdefault(number, tuple(utilities)) != tuple(utilities):
         raise self.wrong(token, f"outcome {number} had other utilities before")
     if not number:
@@ -234,8 +239,13 @@ class _Parser:
   def number(self, what: str) -> fractions.Fraction:
     token = self.take("word", f"expected {what}")
     try:
-      return fractions.Fraction(token.value)
-    except (ValueError, ZeroDivisionError) as error:
+      # The exact number of "1e999999999" would fill the memory.
+      if "/" not in token.value and not math.isfinite(float(token.value)):
+        raise ValueError("not finite")
+      value = fractions.Fraction(token.value)
+      float(value)  # the arrays hold floats
+      return value
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
       raise self.wrong(token, f"expected {what}, a number such as 0.5 or 1/2") from error
 
   def count(self, what: str) -> int:

@@ -275,6 +275,13 @@ def index(tree: openspiel.Tree, dtype: Any, described_actions: tuple[str, ...] =
   def integers(array: np.ndarray) -> np.ndarray:
     return array.astype(np.int32)
 
+  largest = np.max(np.abs(tree.utilities))
+  if largest > np.finfo(dtype).max:
+    raise ValueError(
+      f"game {tree.name} has a utility of size {largest:g}, too large for {np.dtype(dtype).name}: "
+      "divide all utilities by a number"
+    )
+
   game = Game(
     parents=integers(tree.parents),
     actions=integers(tree.actions),

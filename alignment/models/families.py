@@ -119,6 +119,10 @@ def _all_but_every(fields: Fields, layer: int) -> bool:
   return (layer + 1) % pattern != 0
 
 
+def _names_phi3(found: Any) -> bool:
+  return isinstance(found, Mapping) and all("phi3." in str(place) for place in found.values())
+
+
 _LAST_LAYERS = family_parts.typed_window(_above_first, "max_window_layers", switch=True)
 _QWEN_DEFAULTS = {
   **_RMS_DEFAULTS,
@@ -250,7 +254,7 @@ FAMILIES: dict[str, Family] = {
     defaults={**_RMS_DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     inert=frozenset({"original_max_position_embeddings"}),  # read by "longrope" alone
     # Microsoft's files name their own copy of the class that transformers has.
-    neutral={"auto_map": lambda found: all("phi3." in str(place) for place in found.values())},
+    neutral={"auto_map": _names_phi3},
   ),
   "gpt2": Family(
     "GPT2LMHeadModel",

@@ -62,12 +62,19 @@ def numbers(optional: bool = False, /, **names: str) -> Part:
   )
 
 
+def flag(name: str, value: Any) -> bool:
+  """Returns true or false, which null is; `ValueError` names any other value, such as "false"."""
+  if value not in (None, False, True):
+    raise ValueError(f"{name}={value!r} must be true or false")
+  return bool(value)
+
+
 def flags(**names: str) -> Part:
   """Keys that are true or false, for one field or several (with spaces between them)."""
 
   def read(fields):
     return {
-      field: bool(fields.get(key, False)) for key, those in names.items() for field in those.split()
+      field: flag(key, fields.get(key)) for key, those in names.items() for field in those.split()
     }
 
   return Part(
@@ -91,7 +98,7 @@ def activation(key: str, *names: str) -> Part:
   """The activation of the feed-forward layer; the first of `names` with its function is written."""
 
   def read(fields):
-    if fields.get(key) not in _ACTIVATIONS:
+    if str(fields.get(key)) not in _ACTIVATIONS:
       raise ValueError(
         f"{key}={fields.get(key)!r} is not supported: the decoder has {', '.join(_ACTIVATIONS)}; "
         "choose another checkpoint"
@@ -184,7 +191,7 @@ def typed_window(default: Callable[[Fields, int], bool], *keys: str, switch: boo
     window = fields.get("sliding_window")
     if window is not None:
       checks.count("sliding_window", window)
-    if switch and not fields.get("use_sliding_window", False):
+    if switch and not flag("use_sliding_window", fields.get("use_sliding_window")):
       window = None
     layers = tuple(default(fields, i) for i in range(num_layers))
     if types is not None:
@@ -244,7 +251,9 @@ def own_heads(width: str, heads: str) -> Part:
 def gpt2_scores() -> Part:
   return Part(
     frozenset({"scale_attn_weights"}),
-    lambda fields: {"attention_scale": None if fields["scale_attn_weights"] else 1.0},
+    lambda fields: {
+      "attention_scale": None if flag("scale_attn_weights", fields["scale_attn_weights"]) else 1.0
+    },
     lambda config: {"scale_attn_weights": config.attention_scale is None},
   )
 
@@ -261,7 +270,11 @@ def gpt2_inner() -> Part:
 def parallel_residual() -> Part:
   return Part(
     frozenset({"use_parallel_residual"}),
-    lambda fields: {"norm_placement": "parallel" if fields["use_parallel_residual"] else "pre"},
+    lambda fields: {
+      "norm_placement": "parallel"
+      if flag("use_parallel_residual", fields["use_parallel_residual"])
+      else "pre"
+    },
     lambda config: {"use_parallel_residual": config.norm_placement == "parallel"},
   )
 

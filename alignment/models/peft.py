@@ -21,7 +21,16 @@ import safetensors
 import safetensors.numpy
 
 import sharding
-from alignment.models import architectures, families, layout, lora, t5, t5_files, weight_files
+from alignment.models import (
+  architectures,
+  families,
+  family_parts,
+  layout,
+  lora,
+  t5,
+  t5_files,
+  weight_files,
+)
 from sharding import checks
 
 CONFIG_FILE, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -173,7 +182,11 @@ def load(
 
 def base_of(folder: str | os.PathLike[str]) -> str:
   """Returns the name or folder of the base for which an adapter was made."""
-  base = weight_files.read_json(pathlib.Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+  path = pathlib.Path(folder) / CONFIG_FILE
+  try:
+    base = weight_files.read_json(path).get("base_model_name_or_path")
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
   if not isinstance(base, str) or not base:
     raise ValueError(f"{folder}: {CONFIG_FILE} names no base_model_name_or_path: write it there")
   return base
@@ -197,10 +210,11 @@ def _read_config(folder: pathlib.Path) -> tuple[int, float]:
     rank: Any = fields.get("r")
     alpha = fields.get("lora_alpha", 8)  # PEFT's default
     checks.count("r", rank)
-    checks.positive("lora_alpha", alpha)
+    alpha = family_parts.number("lora_alpha", alpha)
+    by_root = family_parts.flag("use_rslora", fields.get("use_rslora"))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-  return rank, float(alpha) * (math.sqrt(rank) if fields.get("use_rslora") else 1.0)
+  return rank, alpha * (math.sqrt(rank) if by_root else 1.0)
 
 
 def _stems(config: architectures.Config) -> dict[str, str]:

@@ -10,7 +10,7 @@ that are trained from the beginning, is refused: the head is missing.
 from collections.abc import Mapping
 from typing import Any
 
-from alignment.models import config_keys, t5
+from alignment.models import config_keys, family_parts, t5
 from sharding import checks
 
 MODEL_TYPE = "t5"
@@ -90,10 +90,11 @@ def from_config_json(fields: Mapping[str, Any]) -> t5.T5Config:
 
   mlp, epsilon = fields.get("feed_forward_proj", "relu"), fields.get("layer_norm_epsilon", 1e-6)
   checks.choice("feed_forward_proj", mlp, t5.MLPS)
-  checks.positive("layer_norm_epsilon", epsilon)
-  scaled = fields.get("scale_decoder_outputs")
-  if scaled is None:
-    scaled = fields.get("tie_word_embeddings") is not False
+  epsilon = family_parts.number("layer_norm_epsilon", 1e-6 if epsilon is None else epsilon)
+  scaled = True
+  for name in ("tie_word_embeddings", "scale_decoder_outputs"):  # the second goes before
+    if fields.get(name) is not None:
+      scaled = family_parts.flag(name, fields[name])
   starts = (fields.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
   start_id = next((index for index in starts if index is not None), 0)
   checks.count("decoder_start_token_id", start_id, least=0)
@@ -109,8 +110,8 @@ def from_config_json(fields: Mapping[str, Any]) -> t5.T5Config:
     num_buckets=integer("relative_attention_num_buckets", 32),
     max_distance=integer("relative_attention_max_distance", 128),
     mlp=mlp,
-    norm_epsilon=float(epsilon),
-    tied_head=bool(scaled),
+    norm_epsilon=epsilon,
+    tied_head=scaled,
     start_id=start_id,
     param_dtype="bfloat16" if stored == "bfloat16" else "float32",
   )

@@ -135,6 +135,8 @@ def _merged(
     base = load(name, cache, param_dtype=param_dtype)
   except ValueError as error:
     raise ValueError(f"{folder} holds adapters of the base {name!r}: {error}") from error
+  except FetchError as error:
+    raise FetchError(f"{folder} holds adapters of the base {name!r}: {error}") from error
   config, adapters = peft.load(folder, base.config, fingerprint=base.fingerprint)
   params = lora.merge(lora.join(base.params, adapters, config=config))
   both = hashlib.sha256(f"{base.fingerprint} {_fingerprint(folder)}".encode()).hexdigest()

@@ -26,12 +26,21 @@ from sharding import checks
 _LENGTHS = 32  # inputs are filled up to a multiple of it, so that few shapes are compiled
 
 
-def check(config: Any) -> None:
-  """Raises ValueError for settings that no evaluation could use."""
+def check(config: Any, network: Any) -> None:
+  """Raises ValueError for settings that no evaluation of a model of this shape could use."""
   checks.count("eval.task_limit", config.eval.task_limit, least=0)
   checks.count("eval.num_fewshot", config.eval.num_fewshot, least=0)
   for name in config.eval.tasks.split(","):
     _task_name(name.strip())
+  if _entries(config) and not isinstance(network, transformer.TransformerConfig):
+    raise ValueError(
+      f"eval.tasks={config.eval.tasks} needs a decoder, and {config.network.model} is an "
+      "encoder-decoder: leave eval.tasks empty"
+    )
+
+
+def _entries(config: Any) -> list[str]:
+  return [entry.strip() for entry in config.eval.tasks.split(",") if entry.strip()]
 
 
 def _task_name(entry: str) -> str:
@@ -58,14 +67,9 @@ def extend(result: results.Result, task: language_offline.Task, params: Any) -> 
   Raises:
     ValueError: if a task is unknown or its data cannot be read.
   """
-  entries = [entry.strip() for entry in task.config.eval.tasks.split(",") if entry.strip()]
+  entries = _entries(task.config)
   if not entries:
     return result
-  if not isinstance(task.network, transformer.TransformerConfig):
-    raise ValueError(
-      f"eval.tasks={task.config.eval.tasks} needs a decoder, and {task.config.network.model} is an "
-      "encoder-decoder: leave eval.tasks empty"
-    )
   if importlib.util.find_spec("lm_eval") is None:
     reason = (
       f"eval.tasks={task.config.eval.tasks} was skipped, because lm_eval is not installed: "

@@ -292,7 +292,7 @@ def experiment(
       evaluates more than one completion per prompt.
   """
   config = task.config
-  harness.check(config)
+  harness.check(config, task.network)
 
   def policy_of(state):
     # A state without a reference has no adapters either, which `join` would look for there.

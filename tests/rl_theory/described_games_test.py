@@ -173,6 +173,7 @@ def test_policies_of_described_games_are_written_and_read(tmp_path):
       Decision(0, "s", {m: Decision(0, "t", {"c": 1, "d": 0}) for m in "ab"}),
       "imperfect recall: at information state 't'",
     ),
+    (Decision(0, "s", {"a": 10**400}), "game mine at 'a': must be a Decision"),
   ],
 )
 def test_a_wrong_tree_is_refused_by_its_node(root, message):
@@ -190,6 +191,10 @@ def test_a_wrong_tree_is_refused_by_its_node(root, message):
     ('EFG 2 R "g" { "A" }\np "" 1 1 "" { "a" } 0', "line 2: expected a node.*got 'the end of"),
     ('EFG 2 R "g" { "A" }\n\nt "" 1 "" { 1 2 }', "line 3: outcome 1 must have 1 utilities, got 2"),
     ('EFG 2 R "g" { "A" }\nt "" 1 "" { 1/0 }', "line 2: expected a utility, a number.*got '1/0'"),
+    ('EFG 2 R "g" { "A" }\nt "" 1 "" { 1e400 }', "line 2: expected a utility.*got '1e400'"),
+    ('EFG 2 R "g" { "A" }\nt "" 1 "" { 1e999999999 }', "line 2: expected a utility"),
+    (f'EFG 2 R "g" {{ "A" }}\nt "" 1 "" {{ 1{"0" * 400}/3 }}', "line 2: expected a utility"),
+    ('EFG 2 R "g" { "A" }\nt "" 0 "" { 5 }', "line 2: outcome 0 is worth nothing"),
     ('EFG 2 R "g" { "A" }\nt "" 7', "line 2: outcome 7 needs its utilities"),
     ('EFG 2 R "g" { "A" }\np "" 1 1 "" 0', "line 2: information set 1 needs its moves"),
     ('EFG 2 R "g" { "A" }\nc "" 1 "" { "h" .5 "t" .4 } 0', "line 2: probabilities must be pos"),
@@ -205,6 +210,17 @@ def test_a_wrong_file_is_refused_by_its_line(body, message, tmp_path):
   assert str(raised.value).startswith(str(path))
 
 
+def test_sets_stay_apart_whatever_their_names():
+  # Sets 5, 3 and 4, of which the first two have the name that the third, or its number, would give.
+  root, _ = efg_files.parse_efg(
+    'EFG 2 R "g" { "A" } c "" 1 "" { "x" 1/3 "y" 1/3 "z" 1/3 } 0 '
+    'p "" 1 5 "#3" { "a" } 0 t "" 0 p "" 1 3 "" { "b" } 0 t "" 0 p "" 1 4 "#3" { "c" } 0 t "" 0'
+  )
+  states = [node.state for _, node in root.moves.values()]
+  assert len(set(states)) == 3
+  assert len(games.compile_game(root, name="g").legal) == 3
+
+
 def test_other_arguments_are_checked(tmp_path):
   with pytest.raises(FileNotFoundError):
     games.compile_game(str(tmp_path / "absent.efg"))
@@ -212,6 +228,8 @@ def test_other_arguments_are_checked(tmp_path):
     games.compile_game([1, 2, 3])
   with pytest.raises(ValueError, match="payoffs must be finite"):
     games.compile_game(np.full((2, 2), np.inf))
+  with pytest.raises(ValueError, match=r"utility of size 1e\+39, too large for float32"):
+    games.compile_game([[1e39, 1], [0, 2]])
   with pytest.raises(ValueError, match="name must be left out for a game of OpenSpiel"):
     games.compile_game("kuhn_poker", name="mine")
   with pytest.raises(ValueError, match="at least 58 nodes, more than max_nodes=57"):

@@ -170,7 +170,9 @@ def test_a_folder_of_adapters_is_a_model_merged_with_its_base(tmp_path):
     ({"a_key_of_the_future": 1}, "a_key_of_the_future"),
     ({"r": 0}, "r must be"),
     ({"r": 4}, r"has shape \[3, 32\].*asks for \[4, 32\]"),
-    ({"lora_alpha": -1}, "lora_alpha must be positive"),
+    ({"lora_alpha": -1}, "lora_alpha=-1 must be a positive number"),
+    ({"lora_alpha": []}, r"lora_alpha=\[\] must be a positive number"),
+    ({"use_rslora": "false"}, "use_rslora='false' must be true or false"),
     ({"base_model_name_or_path": None}, None),
   ],
 )
@@ -184,6 +186,15 @@ def test_keys_that_change_the_function_are_refused(tmp_path, changes, match):
     return
   with pytest.raises(ValueError, match=match):
     peft.load(tmp_path, decoder)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+  path = tmp_path / "adapter_config.json"
+  for text, match in (("[1]", "expected a JSON object"), ('{"r": ', "not JSON")):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=match) as raised:
+      peft.base_of(tmp_path)
+    assert str(path) in str(raised.value)
 
 
 def test_files_of_another_base_or_damaged_ones_are_refused(tmp_path):

@@ -135,6 +135,8 @@ def _with_config(tmp_path, case, **changes):
     ({"d_model": "16"}, "d_model must be an integer"),
     ({"num_layers": None}, "num_layers must be an integer"),
     ({"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
+    ({"layer_norm_epsilon": []}, r"layer_norm_epsilon=\[\] must be a positive number"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
     ({"relative_attention_num_buckets": 6}, "num_buckets must be a multiple of 4"),
     ({"num_experts": 8}, "num_experts=8 is not supported"),
     ({"rope_theta": 1e4}, "rope_theta=10000.0 is not known here"),

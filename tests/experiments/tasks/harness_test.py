@@ -79,11 +79,11 @@ def test_without_the_harness_a_note_says_why(task, monkeypatch, capsys):
     ("num_fewshot", -1, "eval.num_fewshot"),
   ],
 )
-def test_bad_settings_are_named(field, value, message):
+def test_bad_settings_are_named(task, field, value, message):
   config = presets.resolve("copg:tiny")
   config.eval[field] = value
   with pytest.raises(ValueError, match=message):
-    harness.check(config)
+    harness.check(config, task.network)
 
 
 def test_a_task_file_runs_through_the_harness(task, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import tiny_t5
 from alignment.models import huggingface, t5, tokenizer
 from experiments import main
 from experiments.loop import presets
-from experiments.tasks import language_offline
+from experiments.tasks import harness, language_offline
 
 
 def test_sampled_completions_have_the_log_probabilities_of_a_pass_over_them(tmp_path):
@@ -25,6 +25,18 @@ def test_sampled_completions_have_the_log_probabilities_of_a_pass_over_them(tmp_
   scored = task.logps(task.model.params, prompts, drawn["tokens"], drawn["mask"])
   # float32 sums of up to a dozen log-probabilities of about four nats
   np.testing.assert_allclose(drawn["logps"], scored, atol=1e-4)
+
+
+def test_tasks_of_the_harness_are_refused_before_a_run_starts(tmp_path):
+  config = presets.resolve("ipo:tiny")
+  harness.check(config, tiny_t5.make_config())
+  config = presets.override(config, [("eval.tasks", "arc_easy")])
+  with pytest.raises(ValueError, match=r"eval\.tasks=arc_easy needs a decoder"):
+    harness.check(config, tiny_t5.make_config())
+  source, folder = tiny_t5.write_folder(tmp_path / "t5"), tmp_path / "run"
+  arguments = [f"--config.network.model={source}", "--config.eval.tasks=arc_easy"]
+  assert main.run(["--config=ipo:tiny", f"--workdir={folder}", *arguments]) != 0
+  assert not (folder / "checkpoints").exists()
 
 
 @pytest.mark.slow  # a run each, with sampling, training, evaluation and report
