@@ -34,12 +34,13 @@ def read_efg(path: str | os.PathLike[str]) -> tuple[Any, str]:
   """Returns the root of a game, for `games.compile_game`, and its title.
 
   Raises:
-    ValueError: if the file is not a game; the message names the line.
-    OSError: if the file cannot be read.
+    ValueError: if the file is not a game, or cannot be read; the message names the line.
   """
   path = pathlib.Path(path)
   try:
     text = path.read_bytes().decode("utf-8-sig")
+  except OSError as error:
+    raise ValueError(f"game={str(path)!r} cannot be read: {error.strerror}") from error
   except UnicodeDecodeError as error:
     raise ValueError(f"{path} must be UTF-8 text: {error}") from error
   return parse_efg(text, source=str(path))

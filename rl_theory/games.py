@@ -71,7 +71,7 @@ def compile_game(
       'jax.config.update("jax_enable_x64", True) first'
     )
   root = game_or_string
-  if isinstance(root, os.PathLike) or (isinstance(root, str) and root.endswith(".efg")):
+  if isinstance(root, os.PathLike) or (isinstance(root, str) and root.lower().endswith(".efg")):
     root, title = efg_files.read_efg(root)
     name = name or title or pathlib.Path(game_or_string).stem
   elif hasattr(root, "__array__") or isinstance(root, list):

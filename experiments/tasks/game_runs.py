@@ -59,7 +59,7 @@ def compile_game(config: Any) -> games.Game:
   """
   checks.count("config.environment.num_seeds", config.environment.num_seeds)
   game = config.environment.game
-  if game.endswith(".efg"):
+  if game.lower().endswith(".efg"):
     game = str(files.local_path("config.environment.game", game))
   return games.compile_game(game, max_nodes=config.environment.max_nodes)
 

@@ -21,6 +21,7 @@ import sharding
 from alignment import copg, sequences
 from alignment.baselines import sft
 from alignment.models import architectures, huggingface, lora, peft
+from experiments import files
 from experiments.data import batching, text
 from experiments.loop import training
 from experiments.report import results
@@ -310,13 +311,16 @@ def experiment(
     huggingface.save(folder, task.network, merged, tokenizer=task.model.tokenizer)
     if network.adapters is None:
       return
+    base = config.network.model
+    if files.local_path("config.network.model", base).is_dir():  # found from any working folder
+      base = str(files.local_path("config.network.model", base).resolve())
     try:
       peft.save(
         folder.parent / "adapter",
         task.network,
         network.policy_of(trained(state)),
         adapter_config=network.adapters,
-        base=config.network.model,
+        base=base,
         fingerprint=task.model.fingerprint,
       )
     except ValueError as error:  # the merged weights are written

@@ -222,7 +222,7 @@ def test_sets_stay_apart_whatever_their_names():
 
 
 def test_other_arguments_are_checked(tmp_path):
-  with pytest.raises(FileNotFoundError):
+  with pytest.raises(ValueError, match="cannot be read: No such file"):
     games.compile_game(str(tmp_path / "absent.efg"))
   with pytest.raises(ValueError, match=r"payoffs must be \[A, B\] or .*, got shape \[3\]"):
     games.compile_game([1, 2, 3])
