@@ -272,7 +272,7 @@ def test_metrics_describe_the_data():
 
 
 def test_bad_input_raises():
-  with pytest.raises(ValueError, match="rewards must be finite, got nan at position"):
+  with pytest.raises(ValueError, match="rewards must be numbers, got nan at position"):
     copg.copg_loss(np.zeros((1, 2)), np.array([[np.nan, 0]]), beta=0.1)
   with pytest.raises(ValueError, match="beta must be positive and finite, got 0"):
     copg.Config(beta=0)

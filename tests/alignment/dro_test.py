@@ -324,7 +324,7 @@ def test_stochastic_rewards_count_by_their_mean(x64):
     (lambda: dro.Config(rescale="no"), "rescale must be one of True, False, got 'no'"),
     (
       lambda: dro.dro_loss(np.ones(2), np.array([1, np.nan]), np.ones(2), tau=1.0),
-      "rewards must be finite, got nan at position 1",
+      "rewards must be numbers, got nan at position 1",
     ),
     (lambda: oracles.dro_optimum(np.zeros(2), np.zeros(2), 0.0), "tau"),
   ],

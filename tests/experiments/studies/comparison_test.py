@@ -166,6 +166,7 @@ def _small_world():
   return params, digit_language.make_data(config, params, fitted, fitted)
 
 
+@pytest.mark.slow  # compiles a study's program
 def test_every_other_pair_holds_a_rewrite_with_its_reference_log_probabilities():
   params, data = _small_world()
   mixed = data.rewritten
@@ -199,6 +200,7 @@ def test_fitted_preferences_are_antisymmetric_and_replace_only_the_intransitive_
     assert same == (oracle == "scalar")
 
 
+@pytest.mark.slow  # compiles a study's program
 def test_an_exploiter_plays_against_the_two_points_of_its_victim():
   params, data = _small_world()
   one = jax.tree.map(lambda leaf: leaf[1], data.judged)

@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors
 
 import sharding
 from alignment.models import huggingface, lora, scalar_head
@@ -22,8 +23,13 @@ def run(paper, folder, *arguments):
 
 
 def files_of(folder):
-  names = ("model/model.safetensors", "adapter/adapter_model.safetensors")
-  return [(folder / name).read_bytes() for name in names]
+  """Metadata and the bytes of every tensor; a file's own bytes have the metadata in any order."""
+  found = {}
+  for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+    with safetensors.safe_open(folder / name, "np") as file:
+      tensors = {key: file.get_tensor(key).tobytes() for key in file.keys()}
+      found[name] = (file.metadata(), tensors)
+  return found
 
 
 def test_a_resumed_run_leaves_the_same_adapter_and_merged_model_to_the_bit(tmp_path, capsys):
