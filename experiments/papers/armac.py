@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import optax
 
 from experiments.loop import training
 from experiments.tasks import game_runs
@@ -30,16 +29,8 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
   actor = actor_critic.Actor(game.layout.num_actions, *sizes)
   critic = actor_critic.Critic(game.num_players, game.layout.num_actions, *sizes)
   apply_fn = armac.Networks(actor.apply, critic.apply)
-  scale = config.optimizer.final_scale
   num_steps = config.train.num_steps * hyperparameters.num_actor_steps
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(config.optimizer.clip_norm),
-    optax.adam(
-      optax.linear_schedule(
-        config.optimizer.learning_rate, config.optimizer.learning_rate * scale, num_steps
-      )
-    ),
-  )
+  optimizer = game_runs.make_optimizer(config.optimizer, num_steps)
 
   def init(key):
     actor_key, critic_key = jax.random.split(key)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import optax
 
 from experiments.loop import training
 from experiments.tasks import game_runs
@@ -25,13 +24,8 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
   policy = mlp.MLP(game.layout.num_actions, tuple(config.network.widths))
   values = mlp.MLP(1, tuple(config.network.widths))
   apply_fn = ppo.Networks(policy.apply, values.apply)
-  rate, num_steps = config.optimizer.learning_rate, config.train.num_steps
-  schedule = optax.linear_schedule(
-    rate, rate * config.optimizer.final_scale, num_steps * hyperparameters.num_steps
-  )
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(config.optimizer.clip_norm), optax.adam(schedule)
-  )
+  num_steps = config.train.num_steps * hyperparameters.num_steps
+  optimizer = game_runs.make_optimizer(config.optimizer, num_steps)
 
   def init(key):
     keys = jax.random.split(key)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import files
 from experiments.loop import training
@@ -62,6 +63,13 @@ def compile_game(config: Any) -> games.Game:
   if game.lower().endswith(".efg"):
     game = str(files.local_path("config.environment.game", game))
   return games.compile_game(game, max_nodes=config.environment.max_nodes)
+
+
+def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
+  """Returns Adam with clipped gradients; its rate falls linearly to `final_scale` of itself."""
+  rate = config.learning_rate
+  schedule = optax.linear_schedule(rate, rate * config.final_scale, num_steps)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(schedule))
 
 
 def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
