@@ -155,3 +155,11 @@ def _stored(config, params):
     for name in ("gate", "up", "down"):
       stored[f"blk.{i}.ffn_{name}.weight"] = layers["mlp"][name]["kernel"][i].T
   return stored
+
+
+def assert_bit_equal(first, second):
+  """Compares two trees of arrays: structure, dtypes, shapes and bytes."""
+  assert jax.tree.structure(first) == jax.tree.structure(second)
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -34,13 +34,6 @@ def _golden(case):
   return folder, np.load(folder / "logits.npy")
 
 
-def _assert_bit_equal(first, second):
-  assert jax.tree.structure(first) == jax.tree.structure(second)
-  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 # --- parity ---------------------------------------------------------------------------------------
 
 
@@ -132,7 +125,7 @@ def test_round_trip_is_bit_equal(tmp_path, dtype, tied):
   huggingface.save(tmp_path / "a" / "model", config, params)
   loaded_config, loaded = huggingface.load(tmp_path / "a" / "model")
   assert loaded_config == config
-  _assert_bit_equal(params, loaded)
+  tiny_checkpoints.assert_bit_equal(params, loaded)
 
 
 def test_round_trip_keeps_odd_bits(tmp_path):
@@ -140,7 +133,7 @@ def test_round_trip_keeps_odd_bits(tmp_path):
   params = tiny_checkpoints.make_params(config)
   params["final_norm"]["scale"][:4] = [3.4e38, -0.0, -3.4e38, 1e-42]
   huggingface.save(tmp_path / "model", config, params)
-  _assert_bit_equal(params, huggingface.load(tmp_path / "model")[1])
+  tiny_checkpoints.assert_bit_equal(params, huggingface.load(tmp_path / "model")[1])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -432,7 +425,7 @@ def test_save_replaces_an_earlier_checkpoint_and_leaves_nothing_else(tmp_path, t
   huggingface.save(tmp_path / "model", config, params, tokenizer=words)
   changed = jax.tree.map(lambda x: x + 1, params)
   huggingface.save(tmp_path / "model", config, changed, tokenizer=words)
-  _assert_bit_equal(changed, huggingface.load(tmp_path / "model")[1])
+  tiny_checkpoints.assert_bit_equal(changed, huggingface.load(tmp_path / "model")[1])
   assert tokenizer.load(tmp_path / "model").fingerprint == words.fingerprint
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
   fields = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -469,7 +462,7 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, tiny, monkeypatch, step
       tmp_path / "model", config, jax.tree.map(np.zeros_like, params), tokenizer=words
     )
   monkeypatch.undo()
-  _assert_bit_equal(params, huggingface.load(tmp_path / "model")[1])
+  tiny_checkpoints.assert_bit_equal(params, huggingface.load(tmp_path / "model")[1])
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_checkpoints
 import tiny_t5
 
 from alignment.models import huggingface, scalar_head, t5, tokenizer
@@ -33,13 +34,6 @@ def _logits(config, params):
 def _golden(case):
   folder = make_golden_t5.FOLDER / case
   return folder, np.load(folder / "logits.npy")
-
-
-def _assert_bit_equal(first, second):
-  assert jax.tree.structure(first) == jax.tree.structure(second)
-  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 # --- parity ---
@@ -106,7 +100,7 @@ def test_round_trip_is_bit_equal(tmp_path, dtype, changes):
   huggingface.save(tmp_path / "model", config, params)
   loaded_config, loaded = huggingface.load(tmp_path / "model")
   assert loaded_config == config
-  _assert_bit_equal(loaded, params)
+  tiny_checkpoints.assert_bit_equal(loaded, params)
 
 
 def test_a_value_model_is_saved_and_read(tmp_path):
@@ -115,7 +109,7 @@ def test_a_value_model_is_saved_and_read(tmp_path):
   params["scalar_head"]["kernel"] += 0.5
   scalar_head.save(tmp_path / "model", config, params, tokenizer=tiny_t5.make_tokenizer())
   found_config, found, words = scalar_head.load(tmp_path / "model")
-  _assert_bit_equal(found, jax.tree.map(np.asarray, params))
+  tiny_checkpoints.assert_bit_equal(found, jax.tree.map(np.asarray, params))
   assert found_config == dataclasses.replace(config, tied_head=True) and words.ends_prompts
 
 
@@ -174,7 +168,9 @@ def test_copies_of_the_embedding_and_an_unused_table_may_be_in_the_file(tmp_path
   unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
   tensors[unused] = np.ones((8, 2), np.float32)
   safetensors.numpy.save_file(tensors, path)
-  _assert_bit_equal(*(huggingface.load(x)[1] for x in (tmp_path / "model", _golden("first")[0])))
+  tiny_checkpoints.assert_bit_equal(
+    *(huggingface.load(x)[1] for x in (tmp_path / "model", _golden("first")[0]))
+  )
   tensors["decoder.embed_tokens.weight"] += 1
   safetensors.numpy.save_file(tensors, path)
   with pytest.raises(ValueError, match=r"makes decoder\.embed_tokens\.weight a copy of"):
