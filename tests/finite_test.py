@@ -219,6 +219,13 @@ WORST = [
   for number in (0.0, 1.0, 1e30)
   for prob in (0.0, 1.0)
   for mask in (np.zeros((ROWS, COLUMNS), bool), np.eye(ROWS, COLUMNS, dtype=bool))
+] + [  # An importance ratio of 1e29 times an advantage of -1e30.
+  (
+    np.full((6, ROWS, COLUMNS), -1e30),
+    np.tile([1e-30, 1e-30, 1e-30, 0.5], (ROWS, 1)),
+    np.ones((ROWS, COLUMNS), bool),
+    np.zeros(ROWS, int),
+  )
 ]
 
 
