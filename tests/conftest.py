@@ -1,5 +1,6 @@
 """Shared set-up of every test: eight simulated CPU devices, no network, one compilation cache."""
 
+import gc
 import os
 import pathlib
 
@@ -65,3 +66,26 @@ def smollm2():
       pytest.fail(reason)
     pytest.skip(reason)
   return pretrained.load(pretrained.SMOLLM2)
+
+
+# Linux gives a process 65,530 mappings, and every compiled program keeps a few: a worker that runs out
+# of them crashes inside XLA.
+_MAX_MAPPINGS = 30_000
+_tests_run = 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+  """Forgets compiled programs when a worker holds too many of them."""
+  del item, nextitem
+  global _tests_run
+  _tests_run += 1
+  if _tests_run % 10 == 0 and _num_mappings() > _MAX_MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
+
+
+def _num_mappings():
+  try:
+    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+  except OSError:  # No such file beyond Linux.
+    return 0
