@@ -68,10 +68,16 @@ def matrix_game(payoffs: Any) -> Decision:
     >>> matrix_game([[1, -1], [-1, 1]]).moves["0"].state
     'player 1'
   """
-  table = np.asarray(payoffs, float)
+  try:
+    table = np.asarray(payoffs)
+    table = table.astype(float, casting="unsafe" if table.dtype == object else "same_kind")
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"payoffs must be real numbers in rows of one length, got {payoffs!r}"
+    ) from error
   if table.ndim == 2:
-    table = np.stack([table, -table])
-  if table.ndim != len(table) + 1 or not table.size:
+    table = np.stack([table, 0 - table])
+  if not table.ndim or table.ndim != len(table) + 1 or not table.size:
     raise ValueError(
       f"payoffs must be [A, B] or [n, A_1, ..., A_n], got shape {list(np.shape(payoffs))}"
     )

@@ -68,8 +68,8 @@ def smollm2():
   return pretrained.load(pretrained.SMOLLM2)
 
 
-# Linux gives a process 65,530 mappings, and every compiled program keeps a few: a worker that runs out
-# of them crashes inside XLA.
+# Linux gives a process 65,530 mappings, and every compiled program keeps a few: a worker that runs
+# out of them crashes inside XLA.
 _MAX_MAPPINGS = 30_000
 _tests_run = 0
 

@@ -1,4 +1,4 @@
-"""Writing completions with `t5` token by token: the `start` and `decode` of `sampling`.
+"""Writing completions with `t5` token by token: the `start` and `decode` of an encoder-decoder.
 
 Each layer is applied by itself, with a cache of its own: an array of all layers would be copied in
 every step.
@@ -13,7 +13,7 @@ from alignment.models import attention, decoder_layers, t5, transformer
 
 
 class Decoder(NamedTuple):
-  """What the steps of one generation share; see `sampling`.
+  """What the steps of one generation share; see `transformer_decoding`.
 
   Attributes:
     layers: parameters of each layer, matrices in `config.dtype`.
@@ -47,7 +47,7 @@ def start(
   max_new_tokens: int,
   num_samples: int = 1,
 ) -> tuple[Decoder, jax.Array, Caches]:
-  """Reads the prompts: `sampling.start` for an encoder-decoder."""
+  """Reads the prompts: `transformer_decoding.start` for an encoder-decoder."""
   model: Any = t5.T5(config).bind({"params": params})
   prompt = attention.justify_prompts(prompt_tokens, prompt_mask)
   states, padding = model.encode(*prompt)
@@ -82,7 +82,7 @@ def start(
 def decode(
   decoder: Decoder, token: jax.Array, slot: jax.Array, caches: Caches, *, config: t5.T5Config
 ) -> tuple[jax.Array, Caches]:
-  """Reads one more token a row: `sampling.decode` for an encoder-decoder.
+  """Reads one more token a row: `transformer_decoding.decode` for an encoder-decoder.
 
   The row of `positions` hides the slots that are not written yet.
   """

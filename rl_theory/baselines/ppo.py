@@ -189,8 +189,8 @@ def clipped_policy_loss(
   played = jax.nn.one_hot(actions, logits.shape[-1], dtype=logits.dtype)
   logp = jnp.sum(played * policy_arrays.log_softmax(logits, legal), axis=-1)
   before = jnp.sum(played * policies, axis=-1)
-  # An action that was played had a positive probability; padding may have none. No policy moves that
-  # far within an epoch: the bound keeps products with large advantages finite, and their gradients.
+  # An action that was played had a positive probability; padding may have none. No policy moves as
+  # far as the bound within an epoch; with it, products with huge advantages stay finite.
   ratio = jnp.minimum(jnp.exp(logp) / jnp.where(before > 0, before, 1), _MAX_RATIO)
   return -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
 

@@ -226,6 +226,9 @@ def test_other_arguments_are_checked(tmp_path):
     games.compile_game(str(tmp_path / "absent.efg"))
   with pytest.raises(ValueError, match=r"payoffs must be \[A, B\] or .*, got shape \[3\]"):
     games.compile_game([1, 2, 3])
+  for payoffs in ([[1, 2], [3]], [[1j]], [["a"]]):
+    with pytest.raises(ValueError, match="payoffs must be real numbers in rows of one length"):
+      described_games.matrix_game(payoffs)
   with pytest.raises(ValueError, match="payoffs must be finite"):
     games.compile_game(np.full((2, 2), np.inf))
   with pytest.raises(ValueError, match=r"utility of size 1e\+39, too large for float32"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignment import nash_md, sequences
-from alignment.models import sampling, transformer
+from alignment.models import sampling, transformer, transformer_decoding
 
 CONFIG = transformer.TransformerConfig(
   vocab_size=29,
@@ -157,13 +157,13 @@ def test_eos_may_be_the_padding_id(params, prompts):
 
 def test_the_loop_stops_when_all_rows_ended(params, prompts, monkeypatch):
   """What the first token ends takes no further step, at any max_new_tokens."""
-  steps, decode = [], sampling.decode
+  steps, decode = [], transformer_decoding.decode
 
   def counted(*args, **kwargs):
     jax.debug.callback(lambda: steps.append(1))
     return decode(*args, **kwargs)
 
-  monkeypatch.setattr(sampling, "decode", counted)
+  monkeypatch.setattr(transformer_decoding, "decode", counted)
   one = (prompts[0][:1], prompts[1][:1])
   # max_new_tokens of no other test, so that the counting program is compiled, and never reused
   free = generate(params, one, temperature=0.0, max_new_tokens=9)
@@ -262,10 +262,10 @@ def test_bfloat16_logps_are_those_of_the_training_pass(params, prompts, param_dt
 
 def test_bfloat16_logits_are_sums_in_float32(params, prompts):
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
-  start = functools.partial(sampling.start, config=config, max_new_tokens=2)
+  start = functools.partial(transformer_decoding.start, config=config, max_new_tokens=2)
   decoder, first, caches = jax.jit(start)(params, *prompts)
   token = jnp.array([3, 4, 5])
-  second = jax.jit(functools.partial(sampling.decode, config=config))(
+  second = jax.jit(functools.partial(transformer_decoding.decode, config=config))(
     decoder, token, jnp.int32(5), caches
   )[0]
   tokens = jnp.concatenate([prompts[0], token[:, None]], axis=1)
