@@ -13,6 +13,7 @@ on the host: Python numbers, lists of them and NumPy arrays. Three kinds of valu
 import dataclasses
 import functools
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -110,8 +111,8 @@ def preference_matrix(preferences: Any, *, fetch: bool = False, **per_action: An
     )
 
 
-def count(name: str, value: Any, least: int = 1) -> None:
-  """Raises `ValueError` unless `value` is an integer of at least `least`.
+def count(name: str, value: Any, least: int = 1, most: float = math.inf) -> None:
+  """Raises `ValueError` unless `value` is an integer from `least` to `most`.
 
   Example:
     >>> count("num_steps", True)
@@ -121,6 +122,8 @@ def count(name: str, value: Any, least: int = 1) -> None:
   """
   if not is_integer(value) or value < least:
     raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+  if value > most:
+    raise ValueError(f"{name} must be an integer <= {most}, got {value!r}")
 
 
 def choice(name: str, value: Any, choices: Collection[Any]) -> None:

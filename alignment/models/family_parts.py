@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from alignment.models.decoder_config import TransformerConfig
+from alignment.models.decoder_config import MAX_LAYERS, MAX_SIZE, TransformerConfig
 from sharding import checks
 
 Fields = Mapping[str, Any]
@@ -25,8 +25,8 @@ class Part(NamedTuple):
 
 
 def number(name: str, value: Any) -> float:
-  """Returns a positive number; `ValueError` names any other value."""
-  if not (checks.is_integer(value) or isinstance(value, float)) or not 0 < value < math.inf:
+  """Returns a positive number that float32 can hold; `ValueError` names any other value."""
+  if not (checks.is_integer(value) or isinstance(value, float)) or not 0 < value < 3e38:
     raise ValueError(f"{name}={value!r} must be a positive number")
   return float(value)
 
@@ -36,7 +36,8 @@ def counts(**names: str) -> Part:
 
   def read(fields):
     for key in names:
-      checks.count(key, fields.get(key))
+      most = MAX_LAYERS if names[key] == "num_layers" else MAX_SIZE
+      checks.count(key, fields.get(key), most=most)
     return {field: fields[key] for key, field in names.items()}
 
   return Part(
@@ -216,7 +217,7 @@ def gemma_scales() -> Part:
     scalar = number("query_pre_attn_scalar", fields.get("query_pre_attn_scalar"))
     return {
       "attention_scale": scalar**-0.5,
-      "embedding_scale": math.sqrt(fields["hidden_size"]),
+      "embedding_scale": math.sqrt(number("hidden_size", fields["hidden_size"])),
     }
 
   def write(config):

@@ -69,6 +69,11 @@ def from_config_json(fields: Mapping[str, Any]) -> layout.Config:
     500000.0
   """
   name = fields.get("model_type")
+  if fields.get("quantization_config"):
+    raise ValueError(
+      f"quantization_config={fields['quantization_config']!r} is not supported: the models here "
+      "have float weights; choose a checkpoint without"
+    )
   if name == t5_files.MODEL_TYPE:
     return t5_files.from_config_json(fields)
   if not isinstance(name, str) or name not in families.FAMILIES:
@@ -78,11 +83,6 @@ def from_config_json(fields: Mapping[str, Any]) -> layout.Config:
     )
   family = families.FAMILIES[name]
   config_keys.check(fields, honoured=family.keys, inert=family.inert, neutral=family.neutral)
-  if fields.get("quantization_config"):
-    raise ValueError(
-      f"quantization_config={fields['quantization_config']!r} is not supported: the decoder has "
-      "float weights; choose a checkpoint without"
-    )
   return family.read(fields)
 
 

@@ -209,6 +209,9 @@ def test_half_precision_is_widened(tmp_path):
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"hidden_size": None}, "hidden_size must be an integer"),
     ({"hidden_size": "16"}, "hidden_size must be an integer"),
+    ({"hidden_size": 10**400}, "hidden_size must be an integer <= 2147483647"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer <= 10000"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000.* must be a positive number"),
     ({"num_key_value_heads": 3}, "num_kv_heads"),
     ({"model_type": "mistral", "sliding_window": "no"}, "sliding_window must be an integer"),
     # What transformers would go by, although a plain `rope_parameters` stands beside it.

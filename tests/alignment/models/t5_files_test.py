@@ -128,6 +128,8 @@ def _with_config(tmp_path, case, **changes):
     ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
     ({"d_model": "16"}, "d_model must be an integer"),
     ({"num_layers": None}, "num_layers must be an integer"),
+    ({"num_layers": 10**9}, "num_layers must be an integer <= 10000"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
     ({"layer_norm_epsilon": []}, r"layer_norm_epsilon=\[\] must be a positive number"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
