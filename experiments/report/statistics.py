@@ -68,7 +68,8 @@ def mean_interval(
     confidence: two-sided level, between 0 and 1.
     method: "t" for Student's interval; "log" for Student's interval of the logarithm of the mean
       (delta method), which is positive and suits values that cannot be negative, such as distances
-      (those below zero by 1e-6 or less, the rounding of float32, count as zero);
+      (those below zero by 1e-6 or less, the rounding of float32, count as zero); "logit" for that
+      of its log-odds, which stays within (0, 1) and suits shares;
       "bootstrap" for the percentile interval, which suits skewed values. On eight exponential
       values the three cover the mean in 89, 92 and 82 % of cases.
     num_resamples: number of bootstrap samples. Their seed is fixed, so equal values give equal
@@ -78,8 +79,8 @@ def mean_interval(
     The estimate, without an interval if N = 1.
 
   Raises:
-    ValueError: there are no values, `method` is unknown, a value is negative under "log", or
-      `confidence` lies outside (0, 1).
+    ValueError: there are no values, `method` is unknown, a value is negative under "log" or outside
+      [0, 1] under "logit", or `confidence` lies outside (0, 1).
 
   Example:
     >>> print(mean_interval([1.0, 2.0, 3.0]))
@@ -91,21 +92,32 @@ def mean_interval(
   values = np.asarray(values, np.float64).ravel()
   if not values.size:
     raise ValueError("values is empty: a mean needs at least one observation")
-  checks.choice("method", method, ("t", "log", "bootstrap"))
+  checks.choice("method", method, ("t", "log", "logit", "bootstrap"))
   if method == "log":
     if values.min() < -_ROUNDING:
       raise ValueError(
         f"values has {values.min()}: method='log' needs values that are not negative; take 't'"
       )
     values = np.maximum(values, 0)
+  if method == "logit" and not ((values >= 0) & (values <= 1)).all():
+    raise ValueError(
+      f"values lies in [{values.min()}, {values.max()}]: method='logit' needs shares in [0, 1]; "
+      "take 't'"
+    )
   mean, n = float(values.mean()), values.size
   if n == 1:
     return results.Estimate(mean, n=1)
   tail = (1 - confidence) / 2
-  if method in ("t", "log"):
+  if method != "bootstrap":
     half = float(half_width(values.std(ddof=1), n, confidence))
     if method == "t":
       return results.Estimate(mean, mean - half, mean + half, n)
+    if method == "logit":
+      if mean in (0, 1):  # all values are equal
+        return results.Estimate(mean, mean, mean, n)
+      bounds = special.logit(mean) + np.array([-1, 1]) * half / (mean * (1 - mean))
+      low, high = special.expit(bounds)
+      return results.Estimate(mean, float(low), float(high), n)
     ratio = half / mean if mean else 0.0  # the standard error is at most the mean
     return results.Estimate(mean, mean * math.exp(-ratio), mean * math.exp(ratio), n)
   rng = np.random.default_rng(0)

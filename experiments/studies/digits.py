@@ -376,7 +376,9 @@ def _measure(config, network, params, ref_params, values, judges) -> results.Res
     for j, value in enumerate(values):
       tag = f"{judge}/{value:g}"
       # Intervals are over seeds; each seed counts with its mean over the prompts.
-      metrics[f"win_rate/{tag}"] = statistics.mean_interval(arrays["revised"][i, j, :, 0])
+      metrics[f"win_rate/{tag}"] = statistics.mean_interval(
+        arrays["revised"][i, j, :, 0], method="logit"
+      )
       metrics[f"reward/{tag}"] = statistics.mean_interval(arrays["rewards"][i, j].mean(-1))
       metrics[f"kl/{tag}"] = statistics.mean_interval(arrays["log_ratios"][i, j].mean(-1))
   kept = {name: np.round(values, 4) for name, values in arrays.items()}

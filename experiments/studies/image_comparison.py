@@ -67,13 +67,18 @@ def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
 
 def _summarise(config: Any, finished: Mapping[str, suite.Part]) -> suite.Summary:
   scores = {name: found for name, *where in config.rows if (found := _scores(finished, *where))}
-  means = {name: _mean(list(by_seed.values())) for name, by_seed in scores.items()}
+  means = {
+    name: statistics.mean_interval(list(by_seed.values()), method="logit")
+    for name, by_seed in scores.items()
+  }
   criteria, differences = [], []
   for better, worse, margin in config.criteria:
     both = sorted(scores.get(better, {}).keys() & scores.get(worse, {}).keys())
     if not both:
       continue
-    difference = _mean([scores[better][seed] - scores[worse][seed] for seed in both])
+    difference = statistics.mean_interval(
+      [scores[better][seed] - scores[worse][seed] for seed in both]
+    )
     passed = difference.low is not None and difference.low > margin
     by = f" by {100 * margin:g} points" if margin else ""
     criteria.append((f"{better} above {worse}{by}", passed))
@@ -110,13 +115,6 @@ def _scores(finished: Mapping[str, suite.Part], variant: str, metric: str) -> di
   """Returns the metric of each finished run of a variant, by its seed."""
   parts = (part for name, part in finished.items() if name.rpartition("-")[0] == _folder(variant))
   return {part.config.seed: part.result.metrics[metric].value for part in parts}
-
-
-def _mean(values: list[float]) -> results.Estimate:
-  """Returns the mean with its interval; a single seed has none."""
-  if len(values) < 2:
-    return results.Estimate(values[0], n=1)
-  return statistics.mean_interval(np.array(values))
 
 
 def _folder(name: str) -> str:

@@ -82,9 +82,11 @@ def evaluate(
     "accuracy_longer_wins": accuracies["longer wins"],
     "accuracy_length_fit": accuracies["fit to length"],
     "accuracy_coin": accuracies["coin"],
-    "log_loss": statistics.mean_interval(cross_entropy(z, q)),
-    "log_loss_length_fit": statistics.mean_interval(cross_entropy(rules["fit to length"], q)),
-    "brier": statistics.mean_interval(_brier(z, q)),
+    "log_loss": statistics.mean_interval(cross_entropy(z, q), method="log"),
+    "log_loss_length_fit": statistics.mean_interval(
+      cross_entropy(rules["fit to length"], q), method="log"
+    ),
+    "brier": statistics.mean_interval(_brier(z, q), method="logit"),
   }
   if decided.any():
     values["calibration_error"] = statistics.calibration_error(
@@ -146,5 +148,6 @@ def _by_prompt(outcomes: np.ndarray, pairs: Sequence[text.Preference]) -> result
   groups: dict[str, list[float]] = {}
   for outcome, pair in zip(outcomes, pairs, strict=True):
     groups.setdefault(pair.prompt, []).append((1 + outcome) / 2)
-  found = statistics.mean_interval([np.mean(group) for group in groups.values()])
+  means = [np.mean(group) for group in groups.values()]
+  found = statistics.mean_interval(means, method="logit")
   return dataclasses.replace(found, note="prompts; a tie counts as half")

@@ -78,6 +78,21 @@ def test_the_log_interval_is_positive_and_agrees_with_t_where_the_spread_is_smal
     statistics.mean_interval([-1.0, 2.0], method="log")
 
 
+def test_the_logit_interval_is_a_share_and_agrees_with_t_where_the_spread_is_small():
+  values = np.array([1.0, 1.0, 1.0, 0.5])  # t reaches 1.27
+  found = statistics.mean_interval(values, method="logit")
+  # The mean is 7/8 with a standard error of 1/8, so its log-odds have one of 8/7.
+  ends = stats.t.ppf(0.975, 3) * 8 / 7 * np.array([-1, 1]) + np.log(7)
+  np.testing.assert_allclose([found.low, found.high], 1 / (1 + np.exp(-ends)), rtol=1e-12)
+  assert statistics.mean_interval([1.0, 1.0], method="logit") == results.Estimate(1.0, 1.0, 1.0, 2)
+  values = np.random.default_rng(2).normal(0.5, 0.01, 30)
+  found, t = statistics.mean_interval(values, method="logit"), statistics.mean_interval(values)
+  # The log-odds at 1/2 are straight up to the third order: 16/3 of the cube of 0.004.
+  np.testing.assert_allclose([found.low, found.high], [t.low, t.high], atol=1e-5)
+  with pytest.raises(ValueError, match=r"values lies in \[0\.5, 1\.5\]: method=.logit. needs"):
+    statistics.mean_interval([0.5, 1.5], method="logit")
+
+
 def test_the_log_interval_covers_skewed_means_more_often_than_t():
   draws = np.random.default_rng(3).exponential(size=(2000, 8))
   covered = {
