@@ -193,6 +193,16 @@ def nash_conv(game: Game, policy: Any) -> jax.Array:
   return _nash_conv(game, policy_arrays.checked(game, policy))
 
 
+def is_zero_sum(game: Game) -> bool:
+  """Tells whether the game has two players whose utilities sum to zero, up to rounding.
+
+  Only there do the averages of `cfr` and the other methods converge to an equilibrium.
+  """
+  utilities = np.asarray(game.utilities, float)
+  largest = max(1.0, np.abs(utilities).max())
+  return game.num_players == 2 and bool(np.abs(utilities.sum(1)).max() <= 1e-6 * largest)
+
+
 def exploitability(game: Game, policy: Any) -> jax.Array:
   """Returns `nash_conv` divided by the number of players."""
   return nash_conv(game, policy) / game.num_players

@@ -142,7 +142,14 @@ def _result(
     criteria = [(f"NashConv of every seed below {bar:g}", bool(np.all(distances < bar)))]
     tables.insert(0, results.checks_table("Pass criteria", criteria))
     metrics["criteria_passed"] = statistics.fraction_passed(criteria)
-  return results.Result(metrics=metrics, tables=tables, arrays={"policy": np.asarray(policies[0])})
+  notes = []
+  if not games.is_zero_sum(game):
+    notes.append(
+      f"{game.layout.name} is not a two-player zero-sum game. Only in those does the mean policy "
+      "converge to an equilibrium: here NashConv may stay above zero, however long the run."
+    )
+  arrays = {"policy": np.asarray(policies[0])}
+  return results.Result(metrics=metrics, tables=tables, notes=notes, arrays=arrays)
 
 
 def policy_table(game: games.Game, policy: np.ndarray) -> results.Table:

@@ -68,6 +68,11 @@ def test_a_game_of_your_own_is_played_from_its_file(paper, tmp_path, capsys):
   assert games.nash_conv(game, policy) < 4  # what a best response gains from a pure policy
   assert "heads" in (folder / "model" / "policy.csv").read_text()
   capsys.readouterr()
+  report = (folder / "report.html").read_text()
+  assert "not a two-player zero-sum game" not in report
+  path.write_text(_PENNIES.replace("3 -3", "3 3"))
+  assert run(f"{paper}:tiny", tmp_path / "general", f"--config.environment.game={path}") == 0
+  assert "not a two-player zero-sum game" in (tmp_path / "general" / "report.html").read_text()
   path.write_text(_PENNIES.replace("3 -3", "3"))
   assert run(f"{paper}:tiny", tmp_path / "wrong", f"--config.environment.game={path}") == 2
   assert f"{path}, line 4: outcome 1 must have 2 utilities" in capsys.readouterr().err
