@@ -60,13 +60,52 @@ def place(tree: Any, mesh: jax.sharding.Mesh, rules: sharding_rules.Rules) -> An
   return _place(tree, sharding_rules.infer_shardings(tree, rules, mesh))
 
 
+class Step:
+  """The step that `jit_update` returns."""
+
+  def __init__(
+    self,
+    update: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    rules: sharding_rules.Rules,
+    batch_axes: Sequence[str],
+  ):
+    self._update, self._mesh, self._rules, self._batch_axes = update, mesh, rules, batch_axes
+    self._whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    self._jitted: Any = None
+    self._shardings: Any = None
+
+  def __call__(self, state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+    args = self._placed(state, batch, key)
+    return self._jitted(*args)
+
+  def lower(self, state: Any, batch: Any, key: Any) -> jax.stages.Lowered:
+    """Returns the program for these arguments, without running it; the state is not consumed."""
+    args = self._placed(state, batch, key)
+    return self._jitted.lower(*args)
+
+  def _placed(self, state: Any, batch: Any, key: Any) -> tuple[Any, Any, Any]:
+    if self._jitted is None:
+      self._shardings = sharding_rules.infer_shardings(state, self._rules, self._mesh)
+      self._jitted = jax.jit(
+        self._update,
+        in_shardings=(self._shardings, None, self._whole),  # None: the batch comes as it was placed
+        out_shardings=(self._shardings, self._whole),
+        donate_argnums=0,
+      )
+    batch = batches.shard_batch(batch, self._mesh, self._batch_axes)
+    # Without this, a key on one device and a key made from `state.step` would compile twice.
+    key = _place(key, jax.tree.map(lambda _: self._whole, key))
+    return _separate(_place(state, self._shardings), (batch, key)), batch, key
+
+
 def jit_update(
   update: Callable[..., Any],
   mesh: jax.sharding.Mesh,
   rules: sharding_rules.Rules,
   *,
   batch_axes: Sequence[str] = batches.DATA_AXES,
-) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+) -> Step:
   """Returns `update` as a step compiled once for a mesh, which reuses the state's memory.
 
   The step consumes its state: write `state, metrics = step(state, batch, key)` and do not read the
@@ -88,7 +127,8 @@ def jit_update(
     replicated. `batch` is a host batch or a global one (see `shard_batch`); `key` must be the same
     in all processes (a key made from `state.step` is on the mesh already). The step raises
     `ValueError` as `infer_shardings` and `shard_batch` do, or if an earlier step consumed the
-    state.
+    state. `step.lower(state, batch, key)` is the program, such as for
+    `step.lower(...).compile().memory_analysis()`; the step that follows does not compile it again.
 
   Example:
     >>> import sharding
@@ -100,27 +140,7 @@ def jit_update(
     >>> print(state, metrics["mean"])
     1.0 1.0
   """
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  compiled: Callable[..., Any] | None = None
-  shardings: Any = None
-
-  def step(state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
-    nonlocal compiled, shardings
-    if compiled is None:
-      shardings = sharding_rules.infer_shardings(state, rules, mesh)
-      compiled = jax.jit(
-        update,
-        in_shardings=(shardings, None, whole),  # None: the batch comes as it was placed
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-      )
-    batch = batches.shard_batch(batch, mesh, batch_axes)
-    # Without this, a key on one device and a key made from `state.step` would compile twice.
-    key = _place(key, jax.tree.map(lambda _: whole, key))
-    state = _separate(_place(state, shardings), (batch, key))
-    return compiled(state, batch, key)
-
-  return step
+  return Step(update, mesh, rules, batch_axes)
 
 
 def _place(tree: Any, shardings: Any) -> Any:

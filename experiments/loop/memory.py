@@ -3,7 +3,10 @@
 import ctypes
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 GIBIBYTE = 2**30
 
@@ -27,6 +30,42 @@ def _free_on(device: Any) -> int | None:
   if "bytes_limit" not in stats:
     return None
   return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def of_step(program: jax.stages.Lowered, devices: Sequence[Any]) -> str:
+  """Describes the memory of a step before it runs, by the compiler's plan; "" where it has none.
+
+  Args:
+    program: the step for its arguments, from `sharding.jit_update(...).lower`.
+    devices: those of this process.
+  """
+  stats: Any = program.compile().memory_analysis()
+  if stats is None:
+    return ""
+  state = stats.alias_size_in_bytes  # of the arguments, the one that the step reuses
+  batch = stats.argument_size_in_bytes - state
+  others = stats.temp_size_in_bytes + stats.output_size_in_bytes - state
+  each = "" if len(devices) == 1 else " on each device"
+  words = (
+    f"memory of a step{each}: {_size(state)} for the state, {_size(batch)} for the batch, "
+    f"{_size(others)} while it runs"
+  )
+  free = available(devices)
+  if free is None:
+    return words
+  words += f" ({_size(free)} free)"
+  if others * len(devices) > free:
+    words += (
+      ". It may not fit: smaller batches, more algorithm.num_microbatches or network.remat=True "
+      "need less"
+    )
+  return words
+
+
+def _size(num_bytes: int) -> str:
+  if num_bytes < GIBIBYTE / 10:
+    return f"{num_bytes / 2**20:.1f} MiB"
+  return f"{num_bytes / GIBIBYTE:.2f} GiB"
 
 
 def reset_peak() -> None:

@@ -26,7 +26,14 @@ import numpy as np
 
 import sharding
 from experiments import files
-from experiments.loop import checkpointing, interruption, presets, run_folder, writers
+from experiments.loop import (
+  checkpointing,
+  interruption,
+  memory,
+  presets,
+  run_folder,
+  writers,
+)
 from experiments.report import records, results
 
 
@@ -264,6 +271,10 @@ class _Run:
         ids, batch = self._next_batch(step)
         # Each process has the whole batch and places the rows of its own devices.
         batch = sharding.shard_batch(batch, self.mesh, whole=True)
+        if step == start:
+          program = step_fn.lower(state, batch, self.key)
+          if words := memory.of_step(program, self.mesh.local_devices):
+            self.progress.say(words)
         state, step_metrics = step_fn(state, batch, self.key)
         if pending is not None:
           self._log(pending, history)

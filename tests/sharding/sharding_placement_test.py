@@ -142,9 +142,13 @@ def test_one_compilation():
   step = sharding.jit_update(update, mesh, _rules(mesh))
   run_key = jax.random.key(1)
   state = _init(jax.random.key(0))
+  key = jax.random.fold_in(run_key, 0)  # on one device
   with _Compilations() as first:
-    state, _ = step(state, _batch(), jax.random.fold_in(run_key, 0))  # the key on one device
+    step.lower(state, _batch(), key).compile()  # consumes nothing
   assert first.count > 0  # the counter hears
+  with _Compilations() as again:
+    state, _ = step(state, _batch(), key)
+  assert again.count == 0
   batch, key = sharding.shard_batch(_batch(), mesh), jax.random.fold_in(run_key, state.step)
   with _Compilations() as later:
     state, _ = step(state, _batch(), key)  # the key on the mesh, as state.step is

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.loop import memory
@@ -26,6 +28,22 @@ def test_what_is_free_on_accelerators_is_what_their_allocators_have_left():
   known = device({"bytes_limit": 100, "bytes_in_use": 30})
   assert memory.available([known, device({"bytes_limit": 50})]) == 70 + 50
   assert memory.available([known, device(None)]) is None  # nothing is known of one of them
+
+
+def test_the_memory_of_a_step_counts_each_array_once(monkeypatch):
+  """A donated state of 4 MiB, a batch of 1 MiB, and 64 products for each of its numbers."""
+  step = jax.jit(
+    lambda state, batch: (state + jnp.sort(batch[:, None] * state[:64], axis=0).sum(), batch[0]),
+    donate_argnums=0,
+  )
+  program = step.lower(jnp.zeros(2**20), jnp.zeros(2**18))
+  want = "memory of a step: 4.0 MiB for the state, 1.0 MiB for the batch, 64.0 MiB while it runs"
+  monkeypatch.setattr(memory, "available", lambda devices: 2**30)
+  assert memory.of_step(program, ["one"]) == f"{want} (1.00 GiB free)"
+  monkeypatch.setattr(memory, "available", lambda devices: 2**25)
+  assert memory.of_step(program, ["one"]).startswith(f"{want} (32.0 MiB free). It may not fit: ")
+  monkeypatch.setattr(memory, "available", lambda devices: None)
+  assert memory.of_step(program, ["one"]) == want
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -189,6 +190,7 @@ def test_metrics_are_fetched_one_step_late_and_nothing_else_waits(tmp_path, monk
       events.append(("dispatch", number))
       return step(state, batch, key)[0], {"loss": Lazy(number)}
 
+    counting.lower = step.lower
     return counting
 
   monkeypatch.setattr(sharding, "jit_update", jit_update)
@@ -425,6 +427,12 @@ def test_a_warm_up_as_long_as_the_run_is_noted(tmp_path, capsys):
     _train(tmp_path / f"{warmup}", _config(train__num_steps=2, optimizer__warmup_steps=warmup))
     noted = "warmup_steps=2 is not shorter than the run of 2 steps" in capsys.readouterr().err
     assert noted == (warmup == 2)
+
+
+def test_the_memory_of_a_step_is_said_before_the_first(tmp_path, capsys):
+  _train(tmp_path / "run", _config(train__num_steps=2))
+  words = r"memory of a step on each device: .* for the state, .* for the batch, .* while it runs"
+  assert len(re.findall(words, capsys.readouterr().err)) == 1
 
 
 def test_a_full_disk_ends_the_event_file_with_a_message(tmp_path):
