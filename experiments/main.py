@@ -245,10 +245,11 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
         "--multihost found no cluster, so every host would train alone: start the processes on a "
         "TPU pod or through Slurm, Open MPI or Kubernetes, or leave --multihost out"
       )
-  from experiments.loop import presets, run_folder, training
+  from experiments.loop import hub, presets, run_folder, training
 
   if args.mode == "train":
     presets.check(config)
+    hub.check(config)
     training.make_mesh(config.sharding.mesh)  # a bad mesh fails here, before any work
     # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
     first = jax.process_index() == 0
@@ -268,6 +269,8 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     if outcome.result is not None:
       print(_as_text(outcome.result))
     print(f"report: {workdir / 'report.html'}")
+    if first and (address := hub.upload(config, workdir)):
+      print(f"model: {address}")
     return 0
   # Overrides may change the mesh or take fewer prompts. Nothing is trained with them.
   saved = presets.override(presets.completed(run_folder.read_config(workdir)), overrides)

@@ -245,6 +245,7 @@ def language_model(
       "num_fewshot": 0,  # worked examples in a prompt; 0: as the task says
     },
     checkpoint={"every": 20, "keep": 1},
+    export={"hub": ""},  # organisation/model on the Hugging Face hub, to upload the model to
   )
 
 

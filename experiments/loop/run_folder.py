@@ -27,8 +27,8 @@ try:
 except ImportError:  # Windows
   fcntl = None  # type: ignore[assignment]
 
-# A later command may change these fields: they place arrays on devices and change no result.
-_PLACEMENT = ("sharding.",)
+# A later command may change these fields: where arrays and the finished model go changes no result.
+_PLACEMENT = ("export.", "sharding.")
 
 # Fields that were added later, with the value that does what runs without the field did.
 ADDED: dict[str, Any] = {
@@ -36,6 +36,7 @@ ADDED: dict[str, Any] = {
   "eval.num_fewshot": 0,
   "eval.task_limit": 0,
   "eval.tasks": "",
+  "export.hub": "",
   "network.lora_alpha": 32.0,
   "network.lora_rank": 0,
   "network.lora_targets": "all",

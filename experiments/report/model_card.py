@@ -25,8 +25,7 @@ def render(
   parts = [
     f"---\nlibrary_name: transformers\ntags: [bootstrax, {config['paper']}]\n---",
     f"# {title}, from {_cell(base)}",
-    f"The folder `model` beside this file holds {_cell(base)} after {config['train.num_steps']} "
-    "steps of training with bootstrax. `report.html` has the whole report.",
+    f"This is {_cell(base)} after {config['train.num_steps']} steps of training with bootstrax.",
     "## Evaluation",
     _table(["metric", "value [95 % interval]"], metrics),
     *result.notes,
