@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +63,7 @@ class Task:
   train_prompts: list[str]
   test_prompts: list[str]
   cache: sample_cache.SampleCache
-  # What `training_samples` found in the training data, for the results of the run.
+  # What was found in the training data, for the results of the run.
   found: dict[str, float] = dataclasses.field(default_factory=dict)
 
   # --- reference log-probabilities and samples ------------------------------------------------
@@ -228,23 +228,26 @@ class Task:
       min_samples: the fewest completions of a prompt that the method can learn from.
     """
     samples = self._samples(min_samples)
-    self.found.update(self._waste(samples))
-    print("  ".join(f"{name}: {value:.3g}" for name, value in self.found.items()), flush=True)
-    return samples
-
-  def _waste(self, samples: Samples) -> dict[str, float]:
-    """Returns the share of padding in the arrays, and how many rows lost tokens to their length."""
-    masks = (samples.prompt_mask, samples.mask)
-    limit, tokenizer = self.config.data.prompt_length, self.model.tokenizer
-    texts = self._texts(samples.prompts) if self.config.data.truncate else []
     # A completion has no end token if it was cut, or if the model had not ended it.
     full = samples.mask[..., -1] > 0
-    endless = full & ~np.isin(samples.tokens[..., -1], tokenizer.eos_ids)
-    return {
-      "padding": 1 - sum(float(x.sum()) for x in masks) / sum(x.size for x in masks),
-      "prompts_cut": sum(len(tokenizer.encode_prompt(text)) > limit for text in texts),
-      "completions_without_end": int(endless.sum()),
-    }
+    endless = full & ~np.isin(samples.tokens[..., -1], self.model.tokenizer.eos_ids)
+    self.count_waste(
+      samples.prompts,
+      (samples.prompt_mask, samples.mask),
+      completions_without_end=int(endless.sum()),
+    )
+    return samples
+
+  def count_waste(self, prompts: list[str], masks: Sequence[np.ndarray], **counts: int) -> None:
+    """Puts into `found` the share of padding in the arrays, and how many prompts were cut."""
+    limit, encode = self.config.data.prompt_length, self.model.tokenizer.encode_prompt
+    texts = self._texts(prompts) if self.config.data.truncate else []
+    self.found.update(
+      padding=1 - sum(float(x.sum()) for x in masks) / sum(x.size for x in masks),
+      prompts_cut=sum(len(encode(text)) > limit for text in texts),
+      **counts,
+    )
+    print("  ".join(f"{name}: {value:.3g}" for name, value in self.found.items()), flush=True)
 
   def _samples(self, min_samples: int) -> Samples:
     data = self.config.data

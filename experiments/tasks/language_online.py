@@ -151,9 +151,9 @@ def build(
     return language.State(learner, state.ref_params), metrics
 
   def arrays():
-    return Prompts(
-      *task.encode_prompts(task.train_prompts), np.arange(len(task.train_prompts), dtype=np.int32)
-    )
+    tokens, mask = task.encode_prompts(task.train_prompts)
+    task.count_waste(task.train_prompts, [mask])
+    return Prompts(tokens, mask, np.arange(len(task.train_prompts), dtype=np.int32))
 
   return language.experiment(
     task,

@@ -43,8 +43,8 @@ def result(comparison: language_offline.Comparison, task: language_offline.Task)
     "reward": statistics.mean_interval(comparison.rewards),
     "reward_reference": statistics.mean_interval(comparison.ref_rewards),
     "kl": statistics.mean_interval(comparison.log_ratios),
-    "length": statistics.mean_interval(lengths),
-    "length_reference": statistics.mean_interval(ref_lengths),
+    "length": statistics.mean_interval(lengths, method="log"),
+    "length_reference": statistics.mean_interval(ref_lengths, method="log"),
   }
   for n in (1, 2):
     metrics[f"distinct_{n}"] = statistics.distinct_n(comparison.ids, n)

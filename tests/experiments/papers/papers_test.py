@@ -138,6 +138,14 @@ def test_padding_and_cut_rows_of_own_data_are_counted(tmp_path):
   assert task.found == pytest.approx(want)
 
 
+def test_padding_of_prompts_is_counted_for_methods_that_sample(capsys):
+  config = presets.override(
+    presets.resolve("rloo:tiny"), [("data.num_prompts", "8"), ("train.batch_size", "8")]
+  )
+  _, batch = next(rloo_paper.build(config).batches())  # all eight prompts
+  assert f"padding: {1 - batch.mask.mean():.3g}  prompts_cut: 0" in capsys.readouterr().out
+
+
 def test_a_row_of_own_data_that_is_too_long_is_named_by_its_line(tmp_path):
   rows = [
     {"prompt": "one", "chosen": "aa", "rejected": "b"},
