@@ -13,7 +13,6 @@ on the host: Python numbers, lists of them and NumPy arrays. Three kinds of valu
 import dataclasses
 import functools
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -111,8 +110,8 @@ def preference_matrix(preferences: Any, *, fetch: bool = False, **per_action: An
     )
 
 
-def count(name: str, value: Any, least: int = 1, most: float = math.inf) -> None:
-  """Raises `ValueError` unless `value` is an integer from `least` to `most`.
+def count(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> None:
+  """Raises `ValueError` unless `value` is an integer from `least` to `most`, which int32 holds.
 
   Example:
     >>> count("num_steps", True)

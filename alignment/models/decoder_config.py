@@ -7,9 +7,7 @@ from typing import Any, Literal
 from alignment.models import rotary
 from sharding import checks
 
-# Beyond these a file is damaged, and reading on would take all memory or never end.
-MAX_SIZE = 2**31 - 1
-MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000  # beyond, a file is damaged, and reading on would never end
 
 _CHOICES = {
   "rope_pairing": ("half", "adjacent"),
@@ -124,8 +122,7 @@ class TransformerConfig:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-      if value is not None:
-        checks.count(name, value, most=MAX_LAYERS if name == "num_layers" else MAX_SIZE)
+    checks.count("num_layers", self.num_layers, most=MAX_LAYERS)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from alignment.models.decoder_config import MAX_LAYERS, MAX_SIZE, TransformerConfig
+from alignment.models.decoder_config import MAX_LAYERS, TransformerConfig
 from sharding import checks
 
 Fields = Mapping[str, Any]
@@ -36,8 +36,9 @@ def counts(**names: str) -> Part:
 
   def read(fields):
     for key in names:
-      most = MAX_LAYERS if names[key] == "num_layers" else MAX_SIZE
-      checks.count(key, fields.get(key), most=most)
+      checks.count(key, fields.get(key))
+      if names[key] == "num_layers":
+        checks.count(key, fields[key], most=MAX_LAYERS)
     return {field: fields[key] for key, field in names.items()}
 
   return Part(

@@ -108,9 +108,9 @@ class T5Config:
   def __post_init__(self):
     names = "vocab_size num_layers num_decoder_layers width num_heads head_dim mlp_width"
     for name in names.split():
-      is_layers = name in ("num_layers", "num_decoder_layers")
-      most = decoder_config.MAX_LAYERS if is_layers else decoder_config.MAX_SIZE
-      checks.count(name, getattr(self, name), most=most)
+      checks.count(name, getattr(self, name))
+    for name in ("num_layers", "num_decoder_layers"):
+      checks.count(name, getattr(self, name), most=decoder_config.MAX_LAYERS)
     checks.count("num_buckets", self.num_buckets, least=4)
     if self.num_buckets % 4:
       raise ValueError(

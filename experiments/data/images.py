@@ -207,7 +207,7 @@ def open_files(
   Raises:
     ValueError: as `load`, for what is seen without decoding images.
   """
-  checks.count("seed", seed, least=0)
+  checks.count("seed", seed, least=0, most=2**32 - 1)
   checks.count("num_images", num_images, least=0)
   raw = image_formats.read(source, directory)
   notes = {"source": source, **raw.notes}

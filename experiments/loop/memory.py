@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 GIBIBYTE = 2**30
 
 
@@ -32,11 +30,11 @@ def _free_on(device: Any) -> int | None:
   return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def of_step(program: jax.stages.Lowered, devices: Sequence[Any]) -> str:
+def of_step(program: Any, devices: Sequence[Any]) -> str:
   """Describes the memory of a step before it runs, by the compiler's plan; "" where it has none.
 
   Args:
-    program: the step for its arguments, from `sharding.jit_update(...).lower`.
+    program: a `jax.stages.Lowered`, from `sharding.jit_update(...).lower`.
     devices: those of this process.
   """
   stats: Any = program.compile().memory_analysis()
