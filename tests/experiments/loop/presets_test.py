@@ -141,7 +141,7 @@ def test_check_names_field_and_value():
 @pytest.mark.parametrize(
   ("name", "value", "words"),
   [
-    ("seed", 2**32, "config.seed must be an integer <= 4294967295"),
+    ("seed", 2**32, "integer <= 4294967295"),
     ("seed", -1, "integer >= 0"),
     ("optimizer.learning_rate", -1.0, "be positive"),
     ("optimizer.learning_rate", 0.0, "be positive"),  # also what float("1e-400") is
