@@ -983,7 +983,7 @@ _ALWAYS = {
   "a policy and a value function": "dro",
   "a moving target": "nash_md",
   "a loss that couples examples": "kto",
-  "two networks with a state of their own, and a target": "bgrl",
+  "two networks with a state of their own, and a target": "byol",
   "two networks that are trained in turn, and their past": "armac_critic",
   "a table over the states of a process": "qtd",
 }

@@ -164,6 +164,7 @@ def test_the_target_follows_after_the_step(x64):
     np.testing.assert_allclose(new, 0.95 * old + 0.05 * online, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_narrow_parameters_stay_narrow_and_their_average_wide():
   graph = _graph()
   state, bound = _start(graph)

@@ -80,6 +80,7 @@ def _step(state, batch, key):
   return byol.update(state, byol.Batch(*image_runs.take(batch)), key, **BOUND)
 
 
+@pytest.mark.slow
 def test_a_resnet_on_eight_devices_equals_one(x64):
   """Two images on each device: statistics, gradients and metrics are those of all sixteen.
 

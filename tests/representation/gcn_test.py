@@ -115,6 +115,7 @@ def test_graphs_side_by_side_do_not_interact(x64, name):
   np.testing.assert_allclose(found, np.concatenate(parts), atol=1e-10)
 
 
+@pytest.mark.slow
 def test_sparse_features_equal_dense_ones(x64):
   features, senders, receivers, _ = _data()
   module = MODULES["gcn"]

@@ -88,6 +88,7 @@ def test_the_agent_reads_the_past_alone_and_steps_equal_the_unrolled_reading(x64
     before = batch.actions[:, t]
 
 
+@pytest.mark.slow
 def test_what_is_under_the_mask_teaches_nothing(x64):
   apply_fn, params, batch = _problem()
   padding = ~batch.mask

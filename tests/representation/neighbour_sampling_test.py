@@ -111,7 +111,7 @@ def test_all_neighbours_are_drawn_equally_often():
   np.testing.assert_allclose(found / draws, expected, atol=5 * (4 / degree / draws) ** 0.5)
 
 
-@pytest.mark.parametrize("features", ["dense", "sparse"])
+@pytest.mark.parametrize("features", ["dense", pytest.param("sparse", marks=pytest.mark.slow)])
 def test_with_all_neighbours_central_nodes_are_embedded_as_in_the_whole_graph(features):
   data = _data()
   graph = graphs.make_graph(*data)

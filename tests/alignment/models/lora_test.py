@@ -309,6 +309,7 @@ def test_an_encoder_decoder_is_adapted_and_sampled_like_a_decoder():
 # --- meshes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sharded_step_equals_that_of_one_device():
   config = dataclasses.replace(DECODER, width=16, mlp_width=32, num_kv_heads=2)
   apply_fn, optimizer = transformer.make_apply_fn(config), optax.sgd(0.1)

@@ -214,7 +214,8 @@ def test_neither_logits_of_all_positions_nor_copies_of_a_prompt_exist():
   assert not copies
 
 
-@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [1, 2])
 def test_sharded_equals_one_device(group):
   config = dataclasses.replace(CONFIG, vocab_size=32, head_dim=8)
   params = make_params(config)

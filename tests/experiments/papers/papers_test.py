@@ -166,6 +166,7 @@ def test_policy_and_reference_draw_independently():
   assert equal <= len(found.prompts) / 4
 
 
+@pytest.mark.slow
 def test_bfloat16_samples_are_scored_by_the_training_pass():
   task = language_offline.make_task(_tiny(**{"network.dtype": "bfloat16"}))
   drawn = task.generate(task.model.params, task.train_prompts[:4], jax.random.key(0), 2)

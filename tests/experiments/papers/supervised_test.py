@@ -102,6 +102,7 @@ def test_the_start_is_the_encoder_of_byol(byol_run):
   jax.tree.map(np.testing.assert_array_equal, (start.params.encoder, start.network_state), expected)
 
 
+@pytest.mark.slow
 def test_what_is_no_start_is_refused(byol_run, study, tmp_path):
   folder = str(byol_run[0])
   for fields, message in (

@@ -187,6 +187,7 @@ def test_every_other_pair_holds_a_rewrite_with_its_reference_log_probabilities()
   np.testing.assert_array_equal(batch.chosen_tokens, chosen)
 
 
+@pytest.mark.slow
 def test_fitted_preferences_are_antisymmetric_and_replace_only_the_intransitive_judge():
   _, data = _small_world()
   first, second = (

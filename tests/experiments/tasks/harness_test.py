@@ -19,6 +19,7 @@ def task():
   return language_offline.make_task(config)
 
 
+@pytest.mark.slow
 def test_scores_are_the_models_log_probabilities(task):
   rng = np.random.default_rng(0)
   vocabulary = task.network.vocab_size

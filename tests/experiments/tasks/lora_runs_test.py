@@ -32,6 +32,7 @@ def files_of(folder):
   return found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_leaves_the_same_adapter_and_merged_model_to_the_bit(tmp_path, capsys):
   checkpoints = ("--config.checkpoint.every=2", "--config.checkpoint.keep=2")
   assert run("ipo", tmp_path / "run", *checkpoints) == 0
