@@ -215,6 +215,7 @@ def language_model(
       "prompt_template": "{prompt}",  # the model reads this; rewards see the prompt alone
       "prompt_length": 64,  # tokens of the longest prompt that is accepted
       "completion_length": 20,
+      "length_buckets": 1,  # above 1: batches of similar length, cut to so many sets of widths
       "truncate": False,  # cut the start of long prompts and the end of your completions
       "temperature": 1.0,
       "top_k": 0,

@@ -69,6 +69,7 @@ def get_config(preset: str = "human") -> ml_collections.ConfigDict:
     "cache": "",  # folder of the features; empty: user cache
     "prompt_length": 64,  # tokens; a longer prompt loses its beginning
     "completion_length": 256,  # tokens with EOS; a longer completion loses its end
+    "length_buckets": 1,  # above 1: batches of similar length, cut to so many sets of widths
   }
   for name in ("tasks", "task_limit", "num_fewshot"):  # they ask a policy
     del config.eval[name]

@@ -1,10 +1,14 @@
 """Shuffled batches of arrays in memory, with Grain; a saved position resumes at the same batch."""
 
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+
+from experiments.data import buckets
 
 
 def batches(
@@ -15,6 +19,7 @@ def batches(
   num_epochs: int | None = None,
   drop_remainder: bool = True,
   make: Callable[[Any, np.random.Generator], Any] | None = None,
+  length_buckets: int = 1,
 ) -> "Batches":
   """Returns an iterator over shuffled batches of N examples.
 
@@ -31,9 +36,13 @@ def batches(
     drop_remainder: whether to drop a last, smaller batch, which only occurs with `num_epochs`.
     make: `make(examples, rng) -> batch`, which two threads call ahead of time. The random numbers
       of `rng` depend only on `seed` and the number of the batch.
+    length_buckets: above 1, batches hold rows of similar length and are cut to this many sets of
+      widths (`buckets.Buckets`); for endless batches of a NamedTuple without `make`. An epoch then
+      has whole batches only, and leaves out other rows each time if `batch_size` does not divide N.
 
   Raises:
-    ValueError: the leading axes differ, there are no examples, or `batch_size` lies outside 1..N.
+    ValueError: the leading axes differ, there are no examples, `batch_size` lies outside 1..N, or
+      there are no tokens whose length could be compared.
   """
   named = jax.tree_util.tree_leaves_with_path(arrays)
   sizes = {
@@ -59,22 +68,41 @@ def batches(
     "num_epochs": num_epochs,
     "drop_remainder": drop_remainder,
   }
-  return Batches(arrays, order, make)
+  if length_buckets == 1:
+    return Batches(arrays, order, make)
+  assert make is None and num_epochs is None
+  order["length_buckets"] = length_buckets
+  return Batches(arrays, order, lengths=buckets.Buckets(arrays, length_buckets))
 
 
 class Batches(Iterator[tuple[np.ndarray, Any]]):
   """Yields (ids `[B]` of the examples, batch); see `batches`."""
 
-  def __init__(self, arrays: Any, order: dict[str, Any], make: Callable[..., Any] | None = None):
+  def __init__(
+    self,
+    arrays: Any,
+    order: dict[str, Any],
+    make: Callable[..., Any] | None = None,
+    lengths: buckets.Buckets | None = None,
+  ):
     import grain
+
+    self.padding: float | None = None  # its share in an epoch, where batches are cut
 
     def read(ids, rng=None):
       examples = jax.tree.map(lambda leaf: np.asarray(leaf)[ids], arrays)
+      if lengths is not None:
+        examples = lengths.cut(examples, ids)
       return ids, examples if make is None else make(examples, rng)
 
     dataset = grain.MapDataset.source(range(order["num_examples"])).seed(order["seed"]).shuffle()
     dataset = dataset.repeat(order["num_epochs"])
-    dataset = dataset.batch(order["batch_size"], drop_remainder=order["drop_remainder"])
+    if lengths is None:
+      dataset = dataset.batch(order["batch_size"], drop_remainder=order["drop_remainder"])
+    else:
+      rows = _Rows(lengths, dataset, order)
+      self.padding = lengths.padding(rows[i] for i in range(rows.per_epoch))
+      dataset = grain.MapDataset.source(rows)
     dataset = dataset.map(read) if make is None else dataset.random_map(read)
     # Taking rows of arrays is fast; only `make` is worth threads and a prefetch buffer.
     threads, ahead = (0, 0) if make is None else (2, 4)
@@ -105,3 +133,28 @@ class Batches(Iterator[tuple[np.ndarray, Any]]):
         "with the data and settings of the saved run"
       )
     self._iterator.set_state(state["position"])
+
+
+class _Rows:
+  """The rows of each batch, as a source of Grain: windows lie within epochs."""
+
+  def __init__(self, lengths: buckets.Buckets, shuffled: Any, order: dict[str, Any]):
+    self._lengths, self._shuffled, self._seed = lengths, shuffled, order["seed"]
+    self._num_rows, self._batch_size = order["num_examples"], order["batch_size"]
+    self.per_epoch = self._num_rows // self._batch_size
+    self._window = functools.lru_cache(maxsize=2)(self._make_window)
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, number: int) -> np.ndarray:
+    epoch, place = divmod(number, self.per_epoch)
+    return self._window(epoch, place // buckets.WINDOW)[place % buckets.WINDOW]
+
+  def _make_window(self, epoch: int, number: int) -> np.ndarray:
+    first = number * buckets.WINDOW
+    last = min(first + buckets.WINDOW, self.per_epoch)
+    places = range(first * self._batch_size, last * self._batch_size)
+    rows = np.array([self._shuffled[epoch * self._num_rows + i] for i in places])
+    rng = np.random.default_rng((self._seed, epoch, number))
+    return rng.permutation(self._lengths.sorted(rows).reshape(-1, self._batch_size))

@@ -33,6 +33,7 @@ _PLACEMENT = ("export.", "sharding.")
 # Fields that were added later, with the value that does what runs without the field did.
 ADDED: dict[str, Any] = {
   "data.features": "file",
+  "data.length_buckets": 1,
   "eval.num_fewshot": 0,
   "eval.task_limit": 0,
   "eval.tasks": "",

@@ -10,7 +10,7 @@ import numpy as np
 import sharding
 from alignment import reward_model
 from alignment.models import lora, scalar_head
-from experiments.data import batching, learned_rewards, text
+from experiments.data import learned_rewards, text
 from experiments.loop import training
 from experiments.papers import reward_model_bandit
 from experiments.report import results
@@ -40,11 +40,6 @@ def build(config: Any) -> training.Experiment:
   def params_of(state):
     return network.join(trained(state), getattr(state, "ref_params", None))
 
-  def batches():
-    return batching.batches(
-      task.train_batch(), batch_size=config.train.batch_size, seed=config.seed
-    )
-
   logits = jax.jit(functools.partial(reward_model.preference_logits, **bound))
 
   def log_odds(params):
@@ -71,7 +66,7 @@ def build(config: Any) -> training.Experiment:
     init=init,
     init_args=(task.trained_params,),
     update=update,
-    batches=batches,
+    batches=lambda: language.batches(config, task.train_batch()),
     headline="accuracy",
     rules=(*network.rules, *sharding.REPLICATED),
     evaluate=evaluate,

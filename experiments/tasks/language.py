@@ -330,9 +330,7 @@ def experiment(
     init=init,
     init_args=(task.model.params,),
     update=update,
-    batches=lambda: batching.batches(
-      arrays(), batch_size=config.train.batch_size, seed=config.seed
-    ),
+    batches=lambda: batches(config, arrays()),
     headline="win_rate",
     rules=(*network.rules, *sharding.REPLICATED),
     evaluate=evaluate,
@@ -340,6 +338,19 @@ def experiment(
     export=export,
     figures=language_report.figures,
   )
+
+
+def batches(config: Any, arrays: Any) -> batching.Batches:
+  """Returns the batches of training examples that the sections `data` and `train` ask for."""
+  found = batching.batches(
+    arrays,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    length_buckets=config.data.get("length_buckets", 1),
+  )
+  if found.padding is not None:
+    print(f"padding in batches of similar length: {found.padding:.3g}", flush=True)
+  return found
 
 
 def check_batch_size(config: Any, num_microbatches: int) -> None:

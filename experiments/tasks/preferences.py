@@ -122,6 +122,11 @@ def make_task(config: Any) -> Task:
       f"network.lora_rank={config.network.lora_rank} adapts the body, and network.train='head' "
       "freezes it: give network.train='all', or network.lora_rank=0"
     )
+  if config.network.train == "head" and config.data.get("length_buckets", 1) != 1:
+    raise ValueError(
+      f"data.length_buckets={config.data.length_buckets} is for tokens, and network.train='head' "
+      "trains on features: set it to 1"
+    )
   for name in ("prompt_length", "completion_length"):
     checks.count(f"data.{name}", config.data[name])
   pairs = _load_pairs(config)
