@@ -249,7 +249,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
 
   if args.mode == "train":
     presets.check(config)
-    hub.check(config)
+    hub.check(config, jax.process_count())
     training.make_mesh(config.sharding.mesh)  # a bad mesh fails here, before any work
     # The paper may load weights or write data, so the folder is claimed first. Hosts share it.
     first = jax.process_index() == 0
@@ -269,7 +269,7 @@ def _start(args: argparse.Namespace, config: Any, workdir: pathlib.Path, overrid
     if outcome.result is not None:
       print(_as_text(outcome.result))
     print(f"report: {workdir / 'report.html'}")
-    if first and (address := hub.upload(config, workdir)):
+    if address := hub.upload(config, workdir):
       print(f"model: {address}")
     return 0
   # Overrides may change the mesh or take fewer prompts. Nothing is trained with them.

@@ -70,8 +70,10 @@ def matrix_game(payoffs: Any) -> Decision:
   """
   try:
     table = np.asarray(payoffs)
+    if table.dtype == object and not all(isinstance(x, numbers.Real) for x in table.flat):
+      raise TypeError
     table = table.astype(float, casting="unsafe" if table.dtype == object else "same_kind")
-  except (TypeError, ValueError) as error:
+  except (OverflowError, TypeError, ValueError) as error:
     raise ValueError(
       f"payoffs must be real numbers in rows of one length, got {payoffs!r}"
     ) from error

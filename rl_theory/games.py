@@ -193,14 +193,14 @@ def nash_conv(game: Game, policy: Any) -> jax.Array:
   return _nash_conv(game, policy_arrays.checked(game, policy))
 
 
-def is_zero_sum(game: Game) -> bool:
-  """Tells whether the game has two players whose utilities sum to zero, up to rounding.
+def is_constant_sum(game: Game) -> bool:
+  """Tells whether there are two players whose utilities have the same sum at every end of the game.
 
-  Only there do the averages of `cfr` and the other methods converge to an equilibrium.
+  Only there is it proved that the averages of `cfr` and the other methods near an equilibrium.
   """
-  utilities = np.asarray(game.utilities, float)
-  largest = max(1.0, np.abs(utilities).max())
-  return game.num_players == 2 and bool(np.abs(utilities.sum(1)).max() <= 1e-6 * largest)
+  utilities = np.asarray(game.utilities, float)[np.asarray(game.terminals)]
+  # Rounding of the sum of two float32.
+  return game.num_players == 2 and bool(np.ptp(utilities.sum(1)) <= 1e-6 * np.abs(utilities).max())
 
 
 def exploitability(game: Game, policy: Any) -> jax.Array:

@@ -80,7 +80,7 @@ class Step:
     return self._jitted(*args)
 
   def lower(self, state: Any, batch: Any, key: Any) -> jax.stages.Lowered:
-    """Returns the program for these arguments, without running it; the state is not consumed."""
+    """Returns the program for these arrays, without running it; the state is not consumed."""
     args = self._placed(state, batch, key)
     return self._jitted.lower(*args)
 

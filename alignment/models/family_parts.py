@@ -26,8 +26,8 @@ class Part(NamedTuple):
 
 def number(name: str, value: Any) -> float:
   """Returns a positive number that float32 can hold; `ValueError` names any other value."""
-  if not (checks.is_integer(value) or isinstance(value, float)) or not 0 < value < 3e38:
-    raise ValueError(f"{name}={value!r} must be a positive number")
+  if not (checks.is_integer(value) or isinstance(value, float)) or not 1e-45 < value < 3.4e38:
+    raise ValueError(f"{name}={value!r} must be a positive number that float32 holds")
   return float(value)
 
 

@@ -1,8 +1,8 @@
 """The starting points that the configs of the papers share.
 
 Every config has the same sections in the same order: seed, algorithm, network, data, optimizer,
-sharding, train, eval, checkpoint. A config of games has `environment` in place of `data`. A paper's
-config fills `algorithm` and overrides what differs.
+sharding, train, eval, checkpoint; those of language models have `export` too. A config of games
+has `environment` in place of `data`. A paper's config fills `algorithm` and overrides what differs.
 """
 
 from typing import Any, NamedTuple

@@ -261,6 +261,7 @@ def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
   With the same seed, those of a smaller count are among those of a larger one.
   """
+  checks.count("seed", seed, least=0, most=2**32 - 1)
   ranks, draws = _ranks(labels, (seed, _SUBSET))
   return np.sort(np.lexsort((draws, ranks))[:count])
 

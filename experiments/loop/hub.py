@@ -6,22 +6,34 @@ any, under `adapter/`. A repository that does not exist yet is made, and is priv
 
 import os
 import pathlib
-import re
 from typing import Any
 
-_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+from experiments import files
 
 
-def check(config: Any) -> None:
+def check(config: Any, num_hosts: int = 1) -> None:
   """Raises `ValueError` before any work if `config.export.hub` cannot be uploaded to."""
   name = _repository(config)
   if not name:
     return
-  if not _NAME.fullmatch(name) or ".." in name:
-    raise ValueError(f"export.hub={name!r} must be organisation/model, such as 'me/my-model'")
+  if num_hosts > 1:
+    raise ValueError(
+      f"export.hub={name!r} uploads from one host, and this run has {num_hosts}: leave it out, and "
+      f"upload with `hf upload {name} WORKDIR/model`"
+    )
   import huggingface_hub  # takes half a second, and most runs do not need it
-  from huggingface_hub import constants
+  from huggingface_hub import constants, utils
 
+  try:
+    utils.validate_repo_id(name)
+    valid = name.count("/") == 1
+  except utils.HFValidationError:
+    valid = False
+  if not valid:
+    raise ValueError(
+      f"export.hub={name!r} must be organisation/model, such as 'me/my-model': letters, digits, "
+      "'-', '_' and '.', at most 96 of them"
+    )
   if constants.HF_HUB_OFFLINE:
     raise ValueError(
       f"export.hub={name!r} needs the network, and HF_HUB_OFFLINE is set: leave one of them out"
@@ -45,16 +57,19 @@ def upload(config: Any, workdir: pathlib.Path) -> str:
     return ""
   import huggingface_hub
 
-  operations = [
-    huggingface_hub.CommitOperationAdd(path_in_repo=place, path_or_fileobj=path)
-    for place, path in sorted(_files(workdir).items())
-  ]
+  found = _files(workdir)
+  if "config.json" not in found:
+    raise OSError(f"{workdir / 'model'} has no config.json, so nothing was uploaded to {name!r}")
   api = huggingface_hub.HfApi()
   try:
+    operations = [
+      huggingface_hub.CommitOperationAdd(path_in_repo=place, path_or_fileobj=path)
+      for place, path in sorted(found.items())
+    ]
     address = str(api.create_repo(name, private=True, exist_ok=True))
     api.create_commit(name, operations, commit_message="Upload a model trained with bootstrax")
   except Exception as error:  # network, authorisation and quota each have their own classes
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     raise OSError(
       f"the run is finished in {workdir}, but the hub did not take {name!r}: {reason}; repeat the "
       "command to upload again"
@@ -63,14 +78,14 @@ def upload(config: Any, workdir: pathlib.Path) -> str:
 
 
 def _repository(config: Any) -> str:
-  return str(config.get("export", {}).get("hub", ""))
+  return str(files.flatten(config.to_dict()).get("export.hub") or "")
 
 
 def _files(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns the files to upload by their place in the repository."""
   found = {}
   for folder, prefix in (("model", ""), ("adapter", "adapter/")):
-    for parent, _, names in os.walk(workdir / folder):
+    for parent, _, names in os.walk(workdir / folder, followlinks=True):
       for path in (pathlib.Path(parent) / name for name in names):
         found[prefix + path.relative_to(workdir / folder).as_posix()] = path
   card = workdir / "model_card.md"

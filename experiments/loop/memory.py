@@ -1,4 +1,4 @@
-"""Memory of a run: what is available, the peak so far, and how malloc treats freed blocks."""
+"""Memory of a run: what a step needs, what is free, the peak, and what malloc keeps."""
 
 import ctypes
 import pathlib
@@ -30,12 +30,13 @@ def _free_on(device: Any) -> int | None:
   return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def of_step(program: Any, devices: Sequence[Any]) -> str:
+def of_step(program: Any, devices: Sequence[Any], levers: Sequence[str] = ()) -> str:
   """Describes the memory of a step before it runs, by the compiler's plan; "" where it has none.
 
   Args:
     program: a `jax.stages.Lowered`, from `sharding.jit_update(...).lower`.
     devices: those of this process.
+    levers: settings of the run by which a step needs less.
   """
   stats: Any = program.compile().memory_analysis()
   if stats is None:
@@ -48,15 +49,16 @@ def of_step(program: Any, devices: Sequence[Any]) -> str:
     f"memory of a step{each}: {_size(state)} for the state, {_size(batch)} for the batch, "
     f"{_size(others)} while it runs"
   )
-  free = available(devices)
+  if devices[0].platform == "cpu":
+    free, where, needed = available(devices), "on this host", others * len(devices)
+  else:  # the fullest device decides
+    known = [_free_on(device) for device in devices]
+    free, where, needed = min((x for x in known if x is not None), default=None), "there", others
   if free is None:
     return words
-  words += f" ({_size(free)} free)"
-  if others * len(devices) > free:
-    words += (
-      ". It may not fit: smaller batches, more algorithm.num_microbatches or network.remat=True "
-      "need less"
-    )
+  words += f" ({_size(free)} free {where})"
+  if needed > free:
+    words += ". It may not fit" + (f": change {', '.join(levers)}" if levers else "")
   return words
 
 

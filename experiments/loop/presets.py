@@ -134,8 +134,9 @@ def completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   }
   if not missing:
     return config
-  listed = ", ".join(f"{name}={value}" for name, value in missing.items())
-  print(f"the run is older than these fields of its preset: {listed}", file=sys.stderr)
+  listed = [f"{name}={value}" for name, value in missing.items() if name != "export.hub"]
+  if listed:
+    print(f"the run is older than these fields of its preset: {', '.join(listed)}", file=sys.stderr)
   data = config.to_dict()
   for name, value in missing.items():
     *sections, last = name.split(".")

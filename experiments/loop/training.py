@@ -26,15 +26,11 @@ import numpy as np
 
 import sharding
 from experiments import files
-from experiments.loop import (
-  checkpointing,
-  interruption,
-  memory,
-  presets,
-  run_folder,
-  writers,
-)
+from experiments.loop import checkpointing, interruption, memory, presets, run_folder, writers
 from experiments.report import records, results
+
+# Settings by which a step needs less memory.
+_MEMORY_SETTINGS = ("train.batch_size", "algorithm.num_microbatches", "network.remat")
 
 
 class RunError(RuntimeError):
@@ -214,8 +210,6 @@ def make_mesh(axes: Any) -> jax.sharding.Mesh:
 
 
 class _Run:
-  """A run of the loop: the state that `train` and `restore` share."""
-
   """One run: the experiment, its folder, and the steps between them."""
 
   def __init__(
@@ -272,9 +266,7 @@ class _Run:
         # Each process has the whole batch and places the rows of its own devices.
         batch = sharding.shard_batch(batch, self.mesh, whole=True)
         if step == start:
-          program = step_fn.lower(state, batch, self.key)
-          if words := memory.of_step(program, self.mesh.local_devices):
-            self.progress.say(words)
+          self._say_memory(step_fn.lower(state, batch, self.key))
         state, step_metrics = step_fn(state, batch, self.key)
         if pending is not None:
           self._log(pending, history)
@@ -326,6 +318,12 @@ class _Run:
     return jax.tree.map(
       lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, shardings
     )
+
+  def _say_memory(self, program: jax.stages.Lowered) -> None:
+    fields = files.flatten(self.config.to_dict())
+    levers = [name for name in _MEMORY_SETTINGS if name in fields]
+    if words := memory.of_step(program, self.mesh.local_devices, levers):
+      self.progress.say(words)
 
   def _next_batch(self, step: int) -> tuple[np.ndarray, Any]:
     try:

@@ -67,8 +67,10 @@ def parts(config: Any) -> dict[str, ml_collections.ConfigDict]:
 
 def _summarise(config: Any, finished: Mapping[str, suite.Part]) -> suite.Summary:
   scores = {name: found for name, *where in config.rows if (found := _scores(finished, *where))}
+  # Accuracies are shares; other metrics may be any number.
+  methods = {row[0]: "logit" if row[-1].endswith("accuracy") else "t" for row in config.rows}
   means = {
-    name: statistics.mean_interval(list(by_seed.values()), method="logit")
+    name: statistics.mean_interval(list(by_seed.values()), method=methods[name])
     for name, by_seed in scores.items()
   }
   criteria, differences = [], []

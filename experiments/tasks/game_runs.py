@@ -143,10 +143,10 @@ def _result(
     tables.insert(0, results.checks_table("Pass criteria", criteria))
     metrics["criteria_passed"] = statistics.fraction_passed(criteria)
   notes = []
-  if not games.is_zero_sum(game):
+  if game.num_players > 1 and not games.is_constant_sum(game):
     notes.append(
-      f"{game.layout.name} is not a two-player zero-sum game. Only in those does the mean policy "
-      "converge to an equilibrium: here NashConv may stay above zero, however long the run."
+      f"{game.layout.name} is not a two-player zero-sum game. Only in those is it proved that the "
+      "mean policy nears an equilibrium: here NashConv may stay above zero, however long the run."
     )
   arrays = {"policy": np.asarray(policies[0])}
   return results.Result(metrics=metrics, tables=tables, notes=notes, arrays=arrays)

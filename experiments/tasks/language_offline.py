@@ -238,16 +238,22 @@ class Task:
     )
     return samples
 
-  def count_waste(self, prompts: list[str], masks: Sequence[np.ndarray], **counts: int) -> None:
+  def count_waste(
+    self, prompts: list[str], masks: Sequence[np.ndarray], name: str = "padding", **counts: int
+  ) -> None:
     """Puts into `found` the share of padding in the arrays, and how many prompts were cut."""
     limit, encode = self.config.data.prompt_length, self.model.tokenizer.encode_prompt
     texts = self._texts(prompts) if self.config.data.truncate else []
+    self.found[name] = 1 - sum(float(x.sum()) for x in masks) / sum(x.size for x in masks)
     self.found.update(
-      padding=1 - sum(float(x.sum()) for x in masks) / sum(x.size for x in masks),
       prompts_cut=sum(len(encode(text)) > limit for text in texts),
       **counts,
     )
-    print("  ".join(f"{name}: {value:.3g}" for name, value in self.found.items()), flush=True)
+    words = [
+      f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}"
+      for key, value in self.found.items()
+    ]
+    print("  ".join(words), flush=True)
 
   def _samples(self, min_samples: int) -> Samples:
     data = self.config.data

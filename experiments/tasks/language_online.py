@@ -152,7 +152,7 @@ def build(
 
   def arrays():
     tokens, mask = task.encode_prompts(task.train_prompts)
-    task.count_waste(task.train_prompts, [mask])
+    task.count_waste(task.train_prompts, [mask], "prompt_padding")
     return Prompts(tokens, mask, np.arange(len(task.train_prompts), dtype=np.int32))
 
   return language.experiment(

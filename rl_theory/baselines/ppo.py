@@ -25,7 +25,9 @@ https://arxiv.org/abs/1506.02438 (advantages).
 
 Deviations: advantages are not divided by their standard deviation, so alpha has the unit of
 utility. There is no penalty on the distance from the last policy beside the clipping. The
-temperature decays exponentially with the decisions played. `ppo_epochs` plays and runs epochs.
+temperature decays exponentially with the decisions played. The ratio of the two policies ends at
+1e6: no policy moves that far within an epoch, and products with huge advantages stay finite.
+`ppo_epochs` plays and runs epochs.
 """
 
 import dataclasses
@@ -189,8 +191,7 @@ def clipped_policy_loss(
   played = jax.nn.one_hot(actions, logits.shape[-1], dtype=logits.dtype)
   logp = jnp.sum(played * policy_arrays.log_softmax(logits, legal), axis=-1)
   before = jnp.sum(played * policies, axis=-1)
-  # An action that was played had a positive probability; padding may have none. No policy moves as
-  # far as the bound within an epoch; with it, products with huge advantages stay finite.
+  # An action that was played had a positive probability; padding may have none.
   ratio = jnp.minimum(jnp.exp(logp) / jnp.where(before > 0, before, 1), _MAX_RATIO)
   return -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
 

@@ -226,7 +226,7 @@ def test_other_arguments_are_checked(tmp_path):
     games.compile_game(str(tmp_path / "absent.efg"))
   with pytest.raises(ValueError, match=r"payoffs must be \[A, B\] or .*, got shape \[3\]"):
     games.compile_game([1, 2, 3])
-  for payoffs in ([[1, 2], [3]], [[1j]], [["a"]]):
+  for payoffs in ([[1, 2], [3]], [[1j]], [["a"]], [[None]], [[10**400]]):
     with pytest.raises(ValueError, match="payoffs must be real numbers in rows of one length"):
       described_games.matrix_game(payoffs)
   with pytest.raises(ValueError, match="payoffs must be finite"):
@@ -252,3 +252,14 @@ def test_payoffs_change_under_vmap():
   found = jax.jit(jax.vmap(value))(jnp.array([1.0, 3.0]))
   # A 2 by 2 game without a saddle: (ad - bc) / (a + d - b - c); CFR+ is within 1e-3 of it.
   np.testing.assert_allclose(found, [0.0, 2 / 6], atol=1e-3)
+
+
+def test_which_games_have_a_constant_sum():
+  chicken = np.array([[0.0, -1.0], [1.0, -10.0]])
+  constant = np.array([[1.0, 0.0], [0.0, 1.0]])
+  for scale in (1.0, 1e-7, 1e6):
+    assert games.is_constant_sum(games.compile_game(scale * chicken))  # zero-sum
+    assert games.is_constant_sum(games.compile_game(scale * np.stack([constant, 1 - constant])))
+    assert not games.is_constant_sum(games.compile_game(scale * np.stack([chicken, chicken])))
+  three = np.stack([np.ones((2, 2, 2)), -np.ones((2, 2, 2)), np.zeros((2, 2, 2))])
+  assert not games.is_constant_sum(games.compile_game(three))

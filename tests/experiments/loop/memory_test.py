@@ -39,11 +39,24 @@ def test_the_memory_of_a_step_counts_each_array_once(monkeypatch):
   program = step.lower(jnp.zeros(2**20), jnp.zeros(2**18))
   want = "memory of a step: 4.0 MiB for the state, 1.0 MiB for the batch, 64.0 MiB while it runs"
   monkeypatch.setattr(memory, "available", lambda devices: 2**30)
-  assert memory.of_step(program, ["one"]) == f"{want} (1.00 GiB free)"
+  cpu = [types.SimpleNamespace(platform="cpu")]
+  assert memory.of_step(program, cpu) == f"{want} (1.00 GiB free on this host)"
   monkeypatch.setattr(memory, "available", lambda devices: 2**25)
-  assert memory.of_step(program, ["one"]).startswith(f"{want} (32.0 MiB free). It may not fit: ")
+  assert memory.of_step(program, cpu) == f"{want} (32.0 MiB free on this host). It may not fit"
+  found = memory.of_step(program, cpu, ["train.batch_size", "network.remat"])
+  assert found.endswith("It may not fit: change train.batch_size, network.remat")
   monkeypatch.setattr(memory, "available", lambda devices: None)
-  assert memory.of_step(program, ["one"]) == want
+  assert memory.of_step(program, cpu) == want
+
+
+def test_the_fullest_accelerator_decides_whether_a_step_fits():
+  def device(free):
+    stats = {"bytes_limit": 2**40, "bytes_in_use": 2**40 - free}
+    return types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+
+  program = jax.jit(lambda x: jnp.sort(x[:, None] * x[:64], axis=0).sum()).lower(jnp.zeros(2**18))
+  words = memory.of_step(program, [device(2**35), device(2**25)])
+  assert "memory of a step on each device: " in words and "(32.0 MiB free there). It may" in words
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -143,7 +143,7 @@ def test_padding_of_prompts_is_counted_for_methods_that_sample(capsys):
     presets.resolve("rloo:tiny"), [("data.num_prompts", "8"), ("train.batch_size", "8")]
   )
   _, batch = next(rloo_paper.build(config).batches())  # all eight prompts
-  assert f"padding: {1 - batch.mask.mean():.3g}  prompts_cut: 0" in capsys.readouterr().out
+  assert f"prompt_padding: {1 - batch.mask.mean():.3g}  prompts_cut: 0" in capsys.readouterr().out
 
 
 def test_a_row_of_own_data_that_is_too_long_is_named_by_its_line(tmp_path):

@@ -89,8 +89,13 @@ def test_the_logit_interval_is_a_share_and_agrees_with_t_where_the_spread_is_sma
   found, t = statistics.mean_interval(values, method="logit"), statistics.mean_interval(values)
   # The log-odds at 1/2 are straight up to the third order: 16/3 of the cube of 0.004.
   np.testing.assert_allclose([found.low, found.high], [t.low, t.high], atol=1e-5)
-  with pytest.raises(ValueError, match=r"values lies in \[0\.5, 1\.5\]: method=.logit. needs"):
+  with pytest.raises(ValueError, match=r"values has 0\.5 to 1\.5: method=.logit. needs"):
     statistics.mean_interval([0.5, 1.5], method="logit")
+  rounded = statistics.mean_interval([1 + 1e-7, 0.5], method="logit")
+  assert rounded == statistics.mean_interval([1.0, 0.5], method="logit")
+  for value in np.random.default_rng(0).uniform(size=200) ** 9:
+    found = statistics.mean_interval([value] * 5, method="logit")
+    assert found.low <= found.value <= found.high
 
 
 def test_the_log_interval_covers_skewed_means_more_often_than_t():
