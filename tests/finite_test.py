@@ -225,7 +225,18 @@ WORST = [
     np.tile([1e-30, 1e-30, 1e-30, 0.5], (ROWS, 1)),
     np.ones((ROWS, COLUMNS), bool),
     np.zeros(ROWS, int),
-  )
+  ),
+  (  # An advantage of 1e30 where the ratio is a zero over 1e-30.
+    np.concatenate(
+      [
+        np.tile([-1e30, 1e30, 1e30, 1e30], (1, ROWS, 1)),
+        np.full((5, ROWS, COLUMNS), 1e30),
+      ]
+    ),
+    np.tile([1e-30, 1e-30, 1e-30, 0.5], (ROWS, 1)),
+    np.ones((ROWS, COLUMNS), bool),
+    np.zeros(ROWS, int),
+  ),
 ]
 
 

@@ -26,7 +26,7 @@ https://arxiv.org/abs/1506.02438 (advantages).
 Deviations: advantages are not divided by their standard deviation, so alpha has the unit of
 utility. There is no penalty on the distance from the last policy beside the clipping. The
 temperature decays exponentially with the decisions played. The ratio of the two policies ends at
-1e6: no policy moves that far within an epoch, and products with huge advantages stay finite.
+e^14: no policy moves that far within an epoch, and products with huge advantages stay finite.
 `ppo_epochs` plays and runs epochs.
 """
 
@@ -44,7 +44,7 @@ from rl_theory import policy_arrays
 from sharding import checks
 
 Metrics = dict[str, jax.Array]
-_MAX_RATIO = 1e6
+_MAX_LOG_RATIO = 14.0
 _COUNTS = ("num_episodes", "batch_size", "num_steps", "num_microbatches")
 
 
@@ -191,8 +191,10 @@ def clipped_policy_loss(
   played = jax.nn.one_hot(actions, logits.shape[-1], dtype=logits.dtype)
   logp = jnp.sum(played * policy_arrays.log_softmax(logits, legal), axis=-1)
   before = jnp.sum(played * policies, axis=-1)
-  # An action that was played had a positive probability; padding may have none.
-  ratio = jnp.minimum(jnp.exp(logp) / jnp.where(before > 0, before, 1), _MAX_RATIO)
+  # An action that was played had a positive probability; padding may have none. In logarithms, so
+  # that the gradient has no large factor that a zero follows.
+  log_ratio = logp - jnp.log(jnp.where(before > 0, before, 1))
+  ratio = jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO))
   return -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
 
 
