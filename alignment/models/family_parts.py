@@ -36,9 +36,8 @@ def counts(**names: str) -> Part:
 
   def read(fields):
     for key in names:
-      checks.count(key, fields.get(key))
-      if names[key] == "num_layers":
-        checks.count(key, fields[key], most=MAX_LAYERS)
+      limit = {"most": MAX_LAYERS} if names[key] == "num_layers" else {}
+      checks.count(key, fields.get(key), **limit)
     return {field: fields[key] for key, field in names.items()}
 
   return Part(

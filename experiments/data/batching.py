@@ -70,7 +70,11 @@ def batches(
   }
   if length_buckets == 1:
     return Batches(arrays, order, make)
-  assert make is None and num_epochs is None
+  if make is not None or num_epochs is not None:
+    raise ValueError(
+      f"length_buckets={length_buckets} is for endless batches without `make`: set it to 1, or "
+      "leave num_epochs and make out"
+    )
   order["length_buckets"] = length_buckets
   return Batches(arrays, order, lengths=buckets.Buckets(arrays, length_buckets))
 

@@ -16,6 +16,11 @@ WINDOW = 16  # batches that are sorted together
 _MULTIPLE = 8  # of which widths are
 
 
+def check(num_buckets: Any) -> None:
+  """Raises `ValueError` unless there can be so many sets of widths: each compiles a program."""
+  checks.count("data.length_buckets", num_buckets, most=64)
+
+
 class Buckets:
   """The widths of a data set, and the rows of each batch.
 
@@ -30,7 +35,7 @@ class Buckets:
   """
 
   def __init__(self, arrays: Any, num_buckets: int):
-    checks.count("data.length_buckets", num_buckets, most=64)
+    check(num_buckets)
     self._fields: dict[str, _Field] = {}
     for name in getattr(arrays, "_fields", ()):
       tokens = name.removesuffix("mask") + "tokens"

@@ -134,7 +134,11 @@ def completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   }
   if not missing:
     return config
-  listed = [f"{name}={value}" for name, value in missing.items() if name != "export.hub"]
+  listed = [
+    f"{name}={value}"
+    for name, value in missing.items()
+    if not name.startswith(run_folder.CHANGEABLE)
+  ]
   if listed:
     print(f"the run is older than these fields of its preset: {', '.join(listed)}", file=sys.stderr)
   data = config.to_dict()

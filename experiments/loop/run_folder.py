@@ -28,7 +28,7 @@ except ImportError:  # Windows
   fcntl = None  # type: ignore[assignment]
 
 # A later command may change these fields: where arrays and the finished model go changes no result.
-_PLACEMENT = ("export.", "sharding.")
+CHANGEABLE = ("export.", "sharding.")
 
 # Fields that were added later, with the value that does what runs without the field did.
 ADDED: dict[str, Any] = {
@@ -91,7 +91,7 @@ def claim(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Pa
   differences = [
     f"  {name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
     for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name) and not name.startswith(_PLACEMENT)
+    if old.get(name) != new.get(name) and not name.startswith(CHANGEABLE)
   ]
   if differences and (_holds(folder, "metrics.jsonl") or _holds(folder, "checkpoints")):
     added = [name for name in new if name not in old]

@@ -22,7 +22,7 @@ from alignment import copg, sequences
 from alignment.baselines import sft
 from alignment.models import architectures, huggingface, lora, peft
 from experiments import files
-from experiments.data import batching, text
+from experiments.data import batching, buckets, text
 from experiments.loop import training
 from experiments.report import results
 from experiments.tasks import harness, language_offline, language_report, optimizers
@@ -354,7 +354,8 @@ def batches(config: Any, arrays: Any) -> batching.Batches:
 
 
 def check_batch_size(config: Any, num_microbatches: int) -> None:
-  """Raises ValueError if micro-batches or data shards do not divide `train.batch_size`."""
+  """Raises ValueError if batches of this size cannot be made, before the model is read."""
+  buckets.check(config.data.get("length_buckets", 1))
   size = config.train.batch_size
   if size % num_microbatches:
     raise ValueError(

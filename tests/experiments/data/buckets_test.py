@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.data import batching
+from experiments.data import batching, pretrained
 from experiments.loop import presets
 
 pytest.importorskip("grain")
@@ -113,10 +113,19 @@ def test_resumes_exactly(consumed):
 
 
 def test_what_cannot_be_grouped_is_refused():
+  with pytest.raises(ValueError, match="length_buckets=2 is for endless batches"):
+    batching.batches(_arrays(), batch_size=B, seed=0, num_epochs=1, length_buckets=2)
   with pytest.raises(ValueError, match=r"data\.length_buckets must be an integer >= 1, got 0"):
     _batches(_arrays(), 0)
   with pytest.raises(ValueError, match="the training examples are not tokens: set it to 1"):
     _batches(_Rows(None, None, None, None, np.arange(N)), 2)
+
+
+@pytest.mark.parametrize("paper", ["ipo", "rloo", "reward_model"])
+def test_a_bad_number_of_buckets_is_refused_before_the_model_is_read(paper, monkeypatch):
+  monkeypatch.setattr(pretrained, "load", lambda name: pytest.fail("the model was read"))
+  with pytest.raises(ValueError, match=r"data\.length_buckets must be an integer >= 1, got 0"):
+    _experiment(paper, 0)
 
 
 def _experiment(paper, num_buckets):
