@@ -24,7 +24,7 @@ PRESETS = {
   ),
   "sentiment": base.Preset(
     "SmolLM2-135M writes positive continuations (`make demo`)",
-    "8 minutes",
+    "10 minutes",
     "win rate 0.81 against the reference, 4.5 nats from it",
   ),
   "paper": base.Preset(

@@ -252,9 +252,9 @@ def _fetch(name: str, cache: _Path | None) -> pathlib.Path:
   try:
     return _snapshot(name)
   except Exception as error:  # network, authorisation and absence each have their own classes
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
     raise FetchError(
-      f"{name!r} is not a local folder, and the Hugging Face hub does not serve it: {reason} "
+      f"{name!r} is not a local folder, and the Hugging Face hub does not serve it: {reason}. "
       "Without internet give a local folder with config.json and safetensors"
     ) from error
 
