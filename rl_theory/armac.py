@@ -391,7 +391,7 @@ def update_critic(
   Returns:
     The new state; metrics `loss`, `grad_norm` and `armac/critic_loss` (squared utility).
   """
-  return _step_network(
+  return step_network(
     "critic", loss_critic, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
 
@@ -419,7 +419,7 @@ def update_actor(
     The new state; metrics `loss`, `grad_norm`, `armac/regret_loss` (squared utility, most of it
     the variance of the advantages, which no network can remove) and `armac/policy_loss` (nats).
   """
-  return _step_network(
+  return step_network(
     "actor", loss_actor, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
   )
 
@@ -432,12 +432,21 @@ class _OneNetwork(NamedTuple):
   step: jax.Array
 
 
-def _step_network(
-  name: str, loss: Callable[..., Any], state: State, batch: Batch, key: Any, **kwargs: Any
-) -> tuple[State, Metrics]:
-  """Returns the state after a gradient step on the parameters of the actor or of the critic."""
+def step_network(
+  name: str, loss: Callable[..., Any], state: Any, batch: Any, key: Any, **kwargs: Any
+) -> tuple[Any, Metrics]:
+  """Returns the state after a gradient step on the parameters of the actor or of the critic.
 
-  def loss_of_network(params: Any, _: _OneNetwork, batch: Batch, key: Any, **kwargs: Any) -> Any:
+  Args:
+    name: "actor" or "critic".
+    loss: of both networks' parameters, as `loss_actor`.
+    state: a `NamedTuple` with `params`, `opt_state` (both `Params`) and `step`.
+    batch: for the loss.
+    key: for the loss.
+    **kwargs: `apply_fn`, `optimizer` and `config`.
+  """
+
+  def loss_of_network(params: Any, _: _OneNetwork, batch: Any, key: Any, **kwargs: Any) -> Any:
     return loss(state.params._replace(**{name: params}), state, batch, key, **kwargs)
 
   own = _OneNetwork(getattr(state.params, name), getattr(state.opt_state, name), state.step)

@@ -201,7 +201,7 @@ def sample(
   keys = jax.random.split(play_key, max(len(game.layout.levels) - 1, 1))
   last, path = jax.lax.scan(step, jnp.zeros(cast.learners.shape, jnp.int32), keys)
   path = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(-1, len(keys), *x.shape[3:]), path)
-  nodes, actions, past_policies, mask = _decisions_first(path, game)
+  nodes, actions, past_policies, mask = decisions_first(path, game)
   info_states = jnp.maximum(game.info_states[nodes], 0)
   players, legal = jnp.maximum(game.players[nodes], 0), game.legal[info_states]
   flat = observations[nodes.reshape(-1)]
@@ -220,7 +220,7 @@ def sample(
   )
 
 
-def _decisions_first(path: Any, game: games.Game) -> Any:
+def decisions_first(path: Any, game: games.Game) -> Any:
   """Returns the path `[B, depth, ...]` with its decisions first, cut to `[B, T, ...]`.
 
   Chance moves and steps after the end come last. T is the largest number of decisions.

@@ -33,12 +33,14 @@ class Solver(NamedTuple):
     update: `update(state, key) -> (state, metrics)`, one step of the loop.
     mean_policy: `mean_policy(state) -> [S, A]`, the policy that is measured.
     env_steps: `env_steps(state) -> []`, decisions that were played or visited so far.
+    figures: `figures(history) -> figures`, drawn beside those of all solvers.
   """
 
   init: Callable[[jax.Array], Any]
   update: Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
   mean_policy: Callable[[Any], jax.Array]
   env_steps: Callable[[Any], jax.Array]
+  figures: Callable[[Sequence[dict[str, Any]]], list[results.Figure]] = lambda history: []
 
 
 class Runs(NamedTuple):
@@ -104,6 +106,7 @@ def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
     export=lambda runs, folder: _export(game, np.asarray(policies(runs))[0], folder),
     figures=lambda history, result: [
       curves({str(config.paper): history}),
+      *solver.figures(history),
       game_figures.policy_heat_map(game, result.arrays["policy"], states=_first_states(game)),
     ],
   )

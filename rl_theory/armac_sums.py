@@ -1,0 +1,592 @@
+"""ARMAC on a compiled game, from sums over all episodes: no past networks, no minibatch noise.
+
+`armac_epochs` is the paper's form. It draws a past epoch j for each episode and learns from the
+episodes of one epoch. Its mean regrets shrink as epochs pass, while the noise of their labels does
+not: on Leduc poker an actor that learns from minibatches stays 0.8 chips away from the means of its
+labels, and more data does not help. A game that fits into memory allows this form instead:
+
+1. Epoch t plays pi^t: player i explores with uniform play, the others play pi^t.
+2. The critic learns q_{pi^t} from the episodes of the last epochs. Tree-Backup needs no importance
+   ratios, so their targets are computed again under pi^t. The targets of one action at one history
+   are averaged before the network sees them.
+3. Each decision of the explorer gets a label, the advantages of pi^t, and each decision of the
+   others gets pi^t. They are added to the sums of their information state, and stay there.
+4. The actor learns the means of all states at once. Then pi^{t+1} = RM(W).
+
+In expectation this is the same method: a decision that is drawn from these sums has a past epoch j
+that is uniform (or in proportion to j^p, see `Config.recency`), and its label comes from the critic
+of epoch j. The gradient of the actor's loss is that of `armac.loss_actor` on all episodes so far
+(`test_the_means_have_the_gradient_of_all_episodes`). With exact expectations it is CFR.
+
+Deviations from the paper: an episode is labelled once and kept, so no networks are; the explorer is
+the same in all epochs, because it cancels only then; the networks see means in place of samples. A
+fixed explorer and a history value network are also the choices of ESCHER (arXiv:2206.04122).
+
+Reference: Gruslys et al. 2020, https://arxiv.org/abs/2008.12234.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rl_theory import armac, armac_play, games, policy_arrays, regret_matching, returns, rollouts
+from sharding import checks
+
+_COUNTS = (
+  "num_episodes", "replay_epochs", "num_rounds", "batch_size", "num_critic_steps",
+  "num_actor_steps",
+)  # fmt: skip
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["trace_decay", "recency"],
+  meta_fields=list(_COUNTS),
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyper-parameters.
+
+  Attributes:
+    trace_decay: lambda in [0, 1] of Tree-Backup.
+    recency: p >= 0: epoch j has weight (j + 1)^p in the sums. 0 is CFR in expectation, 1 is linear
+      CFR.
+    num_episodes: N, episodes in an epoch.
+    replay_epochs: number of epochs whose episodes the critic learns from.
+    num_rounds: how often an epoch computes the critic's targets; must divide `num_critic_steps`.
+    batch_size: decisions in a step of the critic. A step of the actor sees all states.
+    num_critic_steps, num_actor_steps: optimisation steps in an epoch.
+  """
+
+  trace_decay: Any = 1.0
+  recency: Any = 1.0
+  num_episodes: int = 1024
+  replay_epochs: int = 16
+  num_rounds: int = 8
+  batch_size: int = 512
+  num_critic_steps: int = 64
+  num_actor_steps: int = 64
+
+  def __post_init__(self):
+    checks.probabilities("trace_decay", self.trace_decay)
+    checks.not_negative("recency", self.recency)
+    for name in _COUNTS:
+      checks.count(name, getattr(self, name))
+    if self.num_critic_steps % self.num_rounds:
+      raise ValueError(
+        f"num_rounds must divide num_critic_steps={self.num_critic_steps}, got {self.num_rounds}"
+      )
+
+
+class Decisions(NamedTuple):
+  """The D histories of a game at which a player decides, from `decisions`.
+
+  Attributes:
+    numbers: `[H]` int, the number of each history among them, 0 at all others.
+    histories: `[D]` int.
+    players, states: `[D]` int, who decides, and the information state.
+    legal: `[D, A]` bool.
+    observations: `[D, n, ...]` each player's observation.
+    own_observations: `[S, ...]` that of the player who decides, at each information state.
+  """
+
+  numbers: jax.Array
+  histories: jax.Array
+  players: jax.Array
+  states: jax.Array
+  legal: jax.Array
+  observations: jax.Array
+  own_observations: jax.Array
+
+
+class Episodes(NamedTuple):
+  """Episodes of at most T decisions, in order.
+
+  Attributes:
+    decisions: `[B, T]` int, numbers of `Decisions`; 0 in the padding.
+    actions: `[B, T]` int.
+    mask: `[B, T]` bool, false in the padding and in places of the memory that are still empty.
+    learners: `[B]` int, the player who explored.
+    utilities: `[B, n]`.
+  """
+
+  decisions: jax.Array
+  actions: jax.Array
+  mask: jax.Array
+  learners: jax.Array
+  utilities: jax.Array
+
+
+class Sums(NamedTuple):
+  """What all episodes taught, by information state; the newest epoch has weight 1.
+
+  Attributes:
+    regrets: `[S, A]` sums of advantages at the explorers' decisions.
+    regret_counts: `[S]` number of these decisions.
+    policies: `[S, A]` sums of policies at the others' decisions.
+    policy_counts: `[S]` number of these decisions.
+    episodes: scalar, number of episodes.
+  """
+
+  regrets: jax.Array
+  regret_counts: jax.Array
+  policies: jax.Array
+  policy_counts: jax.Array
+  episodes: jax.Array
+
+
+class ActorBatch(NamedTuple):
+  """What the actor learns from: all information states, and the sums.
+
+  Attributes:
+    observations: `[S, ...]` of the player who decides.
+    legal: `[S, A]` bool.
+    sums: from the episodes.
+  """
+
+  observations: jax.Array
+  legal: jax.Array
+  sums: Sums
+
+
+class CriticBatch(NamedTuple):
+  """What the critic learns from.
+
+  Attributes:
+    observations: `[B, n, ...]` each player's observation at a decision.
+    targets: `[B, n, A]` mean Tree-Backup targets.
+    seen: `[B, A]` bool, the actions that have any.
+  """
+
+  observations: jax.Array
+  targets: jax.Array
+  seen: jax.Array
+
+
+class State(NamedTuple):
+  """Everything that changes in training.
+
+  Attributes:
+    params: `armac.Params` of the actor and the critic.
+    opt_state: `armac.Params` of optimiser states.
+    policy: `[S, A]` pi^t.
+    sums: over the episodes of epochs 0 to t - 1.
+    memory: the episodes of the last `replay_epochs` epochs.
+    step: scalar int32, optimisation steps done.
+    epoch: scalar int32, t.
+    env_steps: scalar int32, decisions played so far.
+  """
+
+  params: armac.Params
+  opt_state: armac.Params
+  policy: jax.Array
+  sums: Sums
+  memory: Episodes
+  step: jax.Array
+  epoch: jax.Array
+  env_steps: jax.Array
+
+
+def decisions(game: games.Game, observations: jax.Array) -> Decisions:
+  """Returns the decisions of a game. Call it outside of `jit`: D depends on the game.
+
+  Args:
+    game: the game.
+    observations: `[H, n, ...]` each player's observation at each history, such as
+      `games.information_state_tensors`.
+
+  Raises:
+    ValueError: if `observations` does not have one row for each history.
+  """
+  checks.shape(
+    "observations",
+    observations,
+    (len(game.parents), game.num_players, *jnp.shape(observations)[2:]),
+    "[H, n, ...]",
+  )
+  players = np.asarray(game.players)
+  histories = np.flatnonzero(players >= 0)
+  numbers = np.zeros(len(players), np.int32)
+  numbers[histories] = np.arange(len(histories))
+  states = game.info_states[histories]
+  return Decisions(
+    numbers=jnp.asarray(numbers),
+    histories=jnp.asarray(histories, jnp.int32),
+    players=game.players[histories],
+    states=states,
+    legal=game.legal[states],
+    observations=observations[histories],
+    own_observations=games.state_observations(game, observations),
+  )
+
+
+def init(
+  params: armac.Params,
+  game: games.Game,
+  *,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> State:
+  """Returns the state before the first epoch, whose policy is uniform.
+
+  Args:
+    params: of an actor and a critic.
+    game: the game.
+    optimizer: the one that the updates will get; each network has its own optimiser state.
+    config: only `num_episodes` and `replay_epochs` are used.
+  """
+  rows, steps = config.num_episodes * config.replay_epochs, _num_steps(game)
+  memory = Episodes(
+    decisions=jnp.zeros((rows, steps), jnp.int32),
+    actions=jnp.zeros((rows, steps), jnp.int32),
+    mask=jnp.zeros((rows, steps), bool),
+    learners=jnp.zeros(rows, jnp.int32),
+    utilities=jnp.zeros((rows, game.num_players), game.utilities.dtype),
+  )
+  table = jnp.zeros(game.legal.shape, game.utilities.dtype)
+  sums = Sums(table, table[:, 0], table, table[:, 0], jnp.zeros((), table.dtype))
+  opt_state = armac.Params(optimizer.init(params.actor), optimizer.init(params.critic))
+  policy = policy_arrays.uniform(game)
+  return State(
+    params, opt_state, policy, sums, memory, *(jnp.zeros((), jnp.int32) for _ in range(3))
+  )
+
+
+def _num_steps(game: games.Game) -> int:
+  """Returns T, the largest number of decisions in an episode, or a bound on it."""
+  return min(max(len(game.layout.levels) - 1, 1), sum(map(len, game.layout.state_levels)))
+
+
+# --- one optimisation step of one network ---
+
+
+def loss_actor(
+  params: armac.Params,
+  state: Any,
+  batch: ActorBatch,
+  key: Any,
+  *,
+  apply_fn: armac.Networks,
+  config: Any,
+) -> tuple[jax.Array, tuple[armac.Metrics, Any]]:
+  """Returns the actor's loss, a mean over all episodes of sums over decisions, and `(metrics, ())`.
+
+  The squared error to a mean label and that to the labels themselves differ by the variance of the
+  labels. So this loss has the gradient of `armac.loss_actor`.
+  """
+  del state, key, config
+  sums, legal = batch.sums, batch.legal
+  regrets, logits = apply_fn.actor(params.actor, batch.observations)
+  targets = _mean(sums.regrets, sums.regret_counts)
+  policies = _mean(sums.policies, sums.policy_counts)
+  regret = sums.regret_counts * armac.regret_loss(regrets, targets, legal=legal)
+  policy = sums.policy_counts * armac.mean_policy_loss(logits, policies, legal=legal)
+  regret, policy = (jnp.sum(x) / jnp.maximum(sums.episodes, 1) for x in (regret, policy))
+  value = regret + policy
+  return value, ({"loss": value, "armac/regret_loss": regret, "armac/policy_loss": policy}, ())
+
+
+def _mean(sums: jax.Array, counts: jax.Array) -> jax.Array:
+  counts = counts[:, None]
+  return jnp.where(counts > 0, sums / jnp.where(counts > 0, counts, 1), 0)
+
+
+def loss_critic(
+  params: armac.Params,
+  state: Any,
+  batch: CriticBatch,
+  key: Any,
+  *,
+  apply_fn: armac.Networks,
+  config: Any,
+) -> tuple[jax.Array, tuple[armac.Metrics, Any]]:
+  """Returns the critic's loss, the squared error of the actions seen, and `(metrics, ())`."""
+  del state, key, config
+  values = apply_fn.critic(params.critic, batch.observations)
+  errors = jnp.where(batch.seen[:, None], values - jax.lax.stop_gradient(batch.targets), 0)
+  value = jnp.mean(jnp.sum(errors**2, axis=(1, 2)))
+  return value, ({"loss": value, "armac/critic_loss": value}, ())
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update_actor(
+  state: State,
+  batch: ActorBatch,
+  key: Any,
+  *,
+  apply_fn: armac.Networks,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, armac.Metrics]:
+  """Returns the state after one step of the actor; see `armac.update_actor`."""
+  return armac.step_network(
+    "actor", loss_actor, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def update_critic(
+  state: State,
+  batch: CriticBatch,
+  key: Any,
+  *,
+  apply_fn: armac.Networks,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, armac.Metrics]:
+  """Returns the state after one step of the critic; see `armac.update_critic`."""
+  return armac.step_network(
+    "critic", loss_critic, state, batch, key, apply_fn=apply_fn, optimizer=optimizer, config=config
+  )
+
+
+# --- an epoch ---
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "optimizer"))
+def epoch(
+  state: State,
+  game: games.Game,
+  found: Decisions,
+  key: Any,
+  *,
+  apply_fn: armac.Networks,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, armac.Metrics]:
+  """Returns the state after an epoch.
+
+  Args:
+    state: not donated; run many epochs as one `jax.lax.scan`.
+    game: the game.
+    found: from `decisions`.
+    key: typed PRNG key.
+    apply_fn: the networks.
+    optimizer: as in `armac.update_critic`.
+    config: hyper-parameters.
+
+  Returns:
+    The new state, and the metrics of `update_actor` and `armac/critic_loss`, means over the steps.
+
+  Raises:
+    ValueError: if `num_episodes` or `replay_epochs` differs from that of `init`.
+  """
+  checks.given(config)
+  rows = config.num_episodes * config.replay_epochs
+  if len(state.memory.mask) != rows:
+    raise ValueError(
+      f"config.num_episodes * config.replay_epochs must be as in init, {len(state.memory.mask)}, "
+      f"got {rows}"
+    )
+  bound = {"apply_fn": apply_fn, "optimizer": optimizer, "config": config}
+  play_key, learn_key = jax.random.split(key)
+  episodes = play(state.policy, game, found, play_key, num_episodes=config.num_episodes)
+  start = state.epoch % config.replay_epochs * config.num_episodes
+  memory = jax.tree.map(
+    lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, start, 0),
+    state.memory,
+    episodes,
+  )
+  state, critic_metrics = _learn_values(state._replace(memory=memory), found, learn_key, **bound)
+  regrets = advantages(state.params, state.policy, found, apply_fn=apply_fn)
+  # Dividing the old sums, not multiplying the new ones, keeps all of them in range.
+  kept = (state.epoch / (state.epoch + 1)) ** config.recency
+  new = sums_of(episodes, regrets, state.policy, found)
+  sums = jax.tree.map(lambda total, leaf: kept * total + leaf, state.sums, new)
+  batch = ActorBatch(found.own_observations, game.legal, sums)
+
+  def step(state: State, _: Any) -> tuple[State, armac.Metrics]:
+    return update_actor(state, batch, None, **bound)
+
+  state, metrics = jax.lax.scan(step, state, length=config.num_actor_steps)
+  mean_regrets, _ = apply_fn.actor(state.params.actor, found.own_observations)
+  state = state._replace(
+    policy=regret_matching.regret_matching(mean_regrets, game.legal),
+    sums=sums,
+    epoch=state.epoch + 1,
+    env_steps=state.env_steps + jnp.sum(episodes.mask, dtype=jnp.int32),
+  )
+  metrics = jax.tree.map(jnp.mean, metrics)
+  return state, metrics | {"armac/critic_loss": jnp.mean(critic_metrics["armac/critic_loss"])}
+
+
+def play(
+  policy: jax.Array, game: games.Game, found: Decisions, key: Any, *, num_episodes: int
+) -> Episodes:
+  """Returns episodes in which one player explores with uniform play and the others play a policy.
+
+  Args:
+    policy: `[S, A]`.
+    game: the game.
+    found: from `decisions`.
+    key: typed PRNG key.
+    num_episodes: N.
+  """
+  play_key, learner_key = jax.random.split(key)
+  learners = jax.random.randint(learner_key, (num_episodes,), 0, game.num_players)
+  uniform = policy_arrays.uniform(game)
+
+  def step(nodes: jax.Array, key: Any) -> tuple[jax.Array, Any]:
+    players, states = game.players[nodes], jnp.maximum(game.info_states[nodes], 0)
+    explores = (players == learners)[:, None]
+    acting = jnp.where(explores, uniform[states], policy[states])
+    following, actions = rollouts.advance(game, nodes, acting, key)
+    return following, (nodes, actions, players >= 0)
+
+  keys = jax.random.split(play_key, max(len(game.layout.levels) - 1, 1))
+  last, path = jax.lax.scan(step, jnp.zeros(num_episodes, jnp.int32), keys)
+  nodes, actions, mask = armac_play.decisions_first(tuple(x.T for x in path), game)
+  return Episodes(
+    decisions=jnp.where(mask, found.numbers[nodes], 0),
+    actions=jnp.where(mask, actions, 0),  # chance has its own action numbers
+    mask=mask,
+    learners=learners,
+    utilities=game.utilities[last],
+  )
+
+
+def advantages(
+  params: armac.Params, policy: jax.Array, found: Decisions, *, apply_fn: armac.Networks
+) -> jax.Array:
+  """Returns the advantages `[D, A]` of a policy `[S, A]` for the player who decides."""
+  own = armac.of_mover(apply_fn.critic(params.critic, found.observations), found.players)
+  baseline = jnp.sum(policy[found.states] * own, axis=-1, keepdims=True)
+  return jnp.where(found.legal, own - baseline, 0)
+
+
+def advantage_error(
+  regrets: jax.Array, policy: jax.Array, game: games.Game, found: Decisions
+) -> jax.Array:
+  """Returns how far advantages `[D, A]` are from the true ones of a policy `[S, A]`, in utilities.
+
+  This is a root mean square over legal actions, with histories weighted by the others' reach, as
+  counterfactual regret weights them.
+  """
+  values = games.history_values(game, policy)
+  after = values[game.children[found.histories]]
+  own = jnp.take_along_axis(after, found.players[:, None, None], 2)[..., 0]
+  baseline = jnp.sum(policy[found.states] * own, axis=-1, keepdims=True)
+  reach = games.reach_probabilities(game, policy)[found.histories]
+  mine = jnp.arange(reach.shape[1]) == found.players[:, None]
+  weights = jnp.prod(jnp.where(mine, 1, reach), axis=1)[:, None] * found.legal
+  errors = jnp.where(found.legal, regrets - (own - baseline), 0)
+  return jnp.sqrt(jnp.sum(weights * errors**2) / jnp.sum(weights))
+
+
+def mean_policy_of(sums: Sums, game: games.Game) -> jax.Array:
+  """Returns the mean of the past policies `[S, A]` in the sums, which the policy head imitates."""
+  return regret_matching.normalise(sums.policies, game.legal)
+
+
+def sums_of(episodes: Episodes, regrets: jax.Array, policy: jax.Array, found: Decisions) -> Sums:
+  """Returns the sums over episodes in which the others played `policy`.
+
+  Args:
+    episodes: B of them.
+    regrets: `[D, A]` the advantages of the policy.
+    policy: `[S, A]`.
+    found: from `decisions`.
+  """
+  states = found.states[episodes.decisions]
+  mine = found.players[episodes.decisions] == episodes.learners[:, None]
+  num_states = len(policy)
+
+  def add(rows: jax.Array, chosen: jax.Array) -> jax.Array:
+    ids = jnp.where(chosen, states, num_states).reshape(-1)
+    rows = rows.reshape(-1, *rows.shape[2:])
+    return jax.ops.segment_sum(rows, ids, num_states + 1)[:-1]
+
+  ones = jnp.ones(states.shape, policy.dtype)
+  own, others = episodes.mask & mine, episodes.mask & ~mine
+  return Sums(
+    regrets=add(regrets[episodes.decisions], own),
+    regret_counts=add(ones, own),
+    policies=add(policy[states], others),
+    policy_counts=add(ones, others),
+    episodes=jnp.asarray(len(states), policy.dtype),
+  )
+
+
+def critic_targets(
+  values: jax.Array,
+  policy: jax.Array,
+  episodes: Episodes,
+  found: Decisions,
+  *,
+  trace_decay: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns mean Tree-Backup targets `[D, n, A]`, and which `[D, A]` occur in the episodes.
+
+  Args:
+    values: `[D, n, A]` each player's value of each action.
+    policy: `[S, A]`, the one to evaluate.
+    episodes: played by any policies.
+    found: from `decisions`.
+    trace_decay: lambda in [0, 1].
+  """
+  num_decisions, num_players, num_actions = values.shape
+  places = episodes.decisions * num_actions + episodes.actions
+  places = jnp.where(episodes.mask, places, num_decisions * num_actions).reshape(-1)
+
+  def add(rows: jax.Array) -> jax.Array:
+    total = jax.ops.segment_sum(rows.reshape(-1), places, num_decisions * num_actions + 1)
+    return total[:-1].reshape(num_decisions, num_actions)
+
+  rewards = armac.final_rewards(episodes.utilities, episodes.mask)
+  policies = policy[found.states[episodes.decisions]]
+  counts = add(jnp.ones(episodes.mask.shape, values.dtype))
+  totals = [
+    add(
+      returns.tree_backup_targets(
+        values[episodes.decisions, player],
+        policies,
+        episodes.actions,
+        rewards[..., player],
+        episodes.mask,
+        trace_decay=trace_decay,
+      )
+    )
+    for player in range(num_players)
+  ]
+  return jnp.stack(totals, axis=1) / jnp.maximum(counts, 1)[:, None], counts > 0
+
+
+def _learn_values(
+  state: State,
+  found: Decisions,
+  key: Any,
+  *,
+  apply_fn: armac.Networks,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> tuple[State, armac.Metrics]:
+  """Returns the state after all steps of the critic in an epoch."""
+  held = jnp.minimum(state.epoch + 1, config.replay_epochs) * config.num_episodes
+  lengths = jnp.sum(state.memory.mask, axis=1, dtype=jnp.int32)
+
+  def round_of_steps(state: State, key: Any) -> tuple[State, armac.Metrics]:
+    values = apply_fn.critic(state.params.critic, found.observations)
+    targets, seen = critic_targets(
+      values, state.policy, state.memory, found, trace_decay=config.trace_decay
+    )
+
+    def step(state: State, key: Any) -> tuple[State, armac.Metrics]:
+      row_key, step_key = jax.random.split(key)
+      rows = jax.random.randint(row_key, (config.batch_size,), 0, held)
+      steps = jax.random.randint(step_key, rows.shape, 0, jnp.maximum(lengths[rows], 1))
+      drawn = state.memory.decisions[rows, steps]
+      batch = CriticBatch(found.observations[drawn], targets[drawn], seen[drawn])
+      return update_critic(
+        state, batch, None, apply_fn=apply_fn, optimizer=optimizer, config=config
+      )
+
+    return jax.lax.scan(
+      step, state, jax.random.split(key, config.num_critic_steps // config.num_rounds)
+    )
+
+  return jax.lax.scan(round_of_steps, state, jax.random.split(key, config.num_rounds))
