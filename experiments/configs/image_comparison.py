@@ -18,7 +18,9 @@ from experiments.configs import base, byol
 
 PRESETS = {
   "cifar10_cpu": base.Preset(
-    "byol:cifar10_cpu beside the same network with labels, 3 seeds", "2 hours", "not run"
+    "byol:cifar10_cpu beside the same network with labels, 3 seeds",
+    "2.5 hours",
+    "3 of 3 criteria; linear layer on BYOL 0.591, untrained 0.309, with labels 0.667",
   ),
   "targets": base.Preset("target decay, no target, no predictor; 3 seeds", "1 hour", "not run"),
   "augmentations": base.Preset("what the views hide; 3 seeds", "1 hour", "not run"),
