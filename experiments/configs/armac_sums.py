@@ -19,6 +19,9 @@ PRESETS = {
   "goofspiel": base.Preset(
     "Goofspiel, four cards, imperfect information, three seeds", "not measured", "not run"
   ),
+  "paper": base.Preset(
+    "Liar's dice, six sides, the paper's game; needs an accelerator", "hours", "not run"
+  ),
 }
 BARS = {"leduc": 0.40}
 
@@ -47,6 +50,9 @@ def get_config(preset: str = "leduc") -> ml_collections.ConfigDict:
     config.algorithm.num_episodes = 512
     config.network.update({"width": 64, "block_width": 64})
     config.train.num_steps = 400
+  elif preset == "paper":
+    config.algorithm.update({"num_episodes": 4096, "batch_size": 4096})
+    config.network.update({"width": 256, "block_width": 128})
   elif preset == "tiny":
     config.algorithm.update({"num_episodes": 64, "replay_epochs": 4, "batch_size": 64})
     config.algorithm.update({"num_rounds": 2, "num_critic_steps": 8, "num_actor_steps": 8})

@@ -1,9 +1,9 @@
 r"""ARMAC and the methods beside it on one game: one run for each of `methods`, and one figure.
 
-Each method runs as its own preset (`armac:kuhn`, `nfsp:kuhn`, `ppo:kuhn`, `cfr:kuhn_sampled`,
-`cfr:kuhn`, `cfr:kuhn_predictive`, `cfr:kuhn_magnetic`, `cfr:kuhn_optimistic`). Runs that are
-already finished in the work directory are not repeated. `--config.game=mine.efg` plays a game of
-your own with the settings of the preset.
+Each method runs as its own preset (`armac:kuhn`, `armac_sums:kuhn`, `nfsp:kuhn`, `ppo:kuhn`,
+`cfr:kuhn_sampled`, `cfr:kuhn`, `cfr:kuhn_predictive`, `cfr:kuhn_magnetic`, `cfr:kuhn_optimistic`).
+Runs that are already finished in the work directory are not repeated. `--config.game=mine.efg`
+plays a game of your own with the settings of the preset.
 
 Command:   python -m experiments.main --config=solvers:kuhn --workdir=runs/solvers-kuhn
 Hardware:  two CPU cores
@@ -16,6 +16,7 @@ from experiments.configs import armac, base
 
 METHODS = {
   "armac": "armac:{preset}",
+  "armac_sums": "armac_sums:{preset}",
   "nfsp": "nfsp:{preset}",
   "ppo": "ppo:{preset}",
   "mccfr": "cfr:{preset}_sampled",

@@ -57,7 +57,12 @@ _PENNIES = """EFG 2 R "pennies" { "A" "B" }
 
 @pytest.mark.parametrize(
   "paper",
-  ["cfr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("armac", "nfsp", "ppo"))],
+  [
+    "cfr",
+    *(
+      pytest.param(name, marks=pytest.mark.slow) for name in ("armac", "armac_sums", "nfsp", "ppo")
+    ),
+  ],
 )
 def test_a_game_of_your_own_is_played_from_its_file(paper, tmp_path, capsys):
   path, folder = tmp_path / "pennies.efg", tmp_path / "run"
@@ -81,7 +86,7 @@ def test_a_game_of_your_own_is_played_from_its_file(paper, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("paper", ["armac", "nfsp", "ppo"])
+@pytest.mark.parametrize("paper", ["armac", "armac_sums", "nfsp", "ppo"])
 def test_tiny_runs_learn_and_measure(paper, tmp_path):
   folder = tmp_path / "run"
   assert run(f"{paper}:tiny", folder) == 0
@@ -94,8 +99,11 @@ def test_tiny_runs_learn_and_measure(paper, tmp_path):
   assert (
     last["nash_conv/low"] - 1e-4 < games.nash_conv(game, policy) < last["nash_conv/high"] + 1e-4
   )
-  if paper == "armac":  # NFSP needs more than a tiny run
+  if paper.startswith("armac"):  # NFSP needs more than a tiny run
     assert last["nash_conv"] < 0.6 < 0.9 < records[0]["nash_conv"]
+  if paper == "armac_sums":
+    assert (folder / "figures" / "what_limits.png").exists()
+    assert 0 < last["armac/advantage_error"] < 1
 
 
 @pytest.mark.slow
@@ -136,7 +144,7 @@ def test_an_lstm_reads_the_way_to_a_history(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("paper", ["armac", "nfsp"])
+@pytest.mark.parametrize("paper", ["armac", "armac_sums", "nfsp"])
 def test_paper_presets_trace(paper):
   config = presets.resolve(f"{paper}:paper")
   experiment = importlib.import_module(f"experiments.papers.{paper}").build(config)
