@@ -26,6 +26,7 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
 def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
   """Returns the NashConv of every method at its own end and at the end of the shortest run."""
   records = {name: part.history for name, part in parts.items()}
+  game = next(iter(parts.values())).config.environment.game
   shortest = min(history[-1]["env_steps"] for history in records.values())
   found, rows = {}, []
   for name, history in records.items():
@@ -47,5 +48,5 @@ def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
   return suite.Summary(
     results.Result(metrics=found, tables=[table]),
     f"nash_conv/{next(iter(parts))}",
-    [game_runs.curves(records)],
+    [game_runs.curves(records, game)],
   )

@@ -23,6 +23,10 @@ from rl_theory import games, policy_arrays, policy_files
 from sharding import checks
 
 _MAX_ROWS = 40  # information states in a heat map
+# NashConv of ARMAC's mean policy over steps, read off the figure of its paper (arXiv:2008.12234).
+PUBLISHED = {
+  "leduc_poker": ((1.26e6, 0.98), (3.6e6, 0.55), (5.6e6, 0.41), (1.2e7, 0.25), (2.2e7, 0.18)),
+}
 
 
 class Solver(NamedTuple):
@@ -105,7 +109,7 @@ def build(config: Any, game: games.Game, solver: Solver) -> training.Experiment:
     sample=lambda runs: policy_table(game, np.asarray(policies(runs))[0]),
     export=lambda runs, folder: _export(game, np.asarray(policies(runs))[0], folder),
     figures=lambda history, result: [
-      curves({str(config.paper): history}),
+      curves({str(config.paper): history}, game=config.environment.game),
       *solver.figures(history),
       game_figures.policy_heat_map(game, result.arrays["policy"], states=_first_states(game)),
     ],
@@ -174,7 +178,7 @@ def _export(game: games.Game, policy: np.ndarray, folder: pathlib.Path) -> None:
     policy_files.write_policy(folder / f"policy.{ending}", game, policy, overwrite=True)
 
 
-def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> results.Figure:
+def curves(records: Mapping[str, Sequence[dict[str, Any]]], game: str) -> results.Figure:
   """Draws NashConv against decisions and against seconds, with one curve for each method."""
   figure, axes = plots.subplots(1, 2, sharey=True)
   for axis, name, label, scale in (
@@ -189,9 +193,13 @@ def curves(records: Mapping[str, Sequence[dict[str, Any]]]) -> results.Figure:
       axis.fill_between(along, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axis.set(xlabel=label, xscale=scale, yscale="log")
   axes[0][0].set_ylabel("NashConv of the mean policy")
-  if len(records) > 1:
-    plots.legend_below(figure, axes[0][0])
   caption = "The curves show the exact NashConv of the mean policy, computed on the whole tree."
+  published = PUBLISHED.get(game, ())
+  if published:
+    axes[0][0].plot(*zip(*published, strict=True), "kx", label="ARMAC, published")
+    caption += " Crosses were read off the figure of the ARMAC paper; it counts steps."
+  if len(records) > 1 or published:
+    plots.legend_below(figure, axes[0][0])
   if any(row["nash_conv/low"] < row["nash_conv/high"] for rows in records.values() for row in rows):
     caption += " Lines are means over seeds, and bands reach from the best to the worst seed."
   return results.Figure(name="nash_conv", caption=caption, figure=figure)
