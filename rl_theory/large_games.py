@@ -62,7 +62,7 @@ def play_episodes(
   """Returns the episodes of an epoch of ARMAC, played on the host.
 
   All episodes advance together, so each move is one batch for the networks. Their observations are
-  OpenSpiel's information state tensors.
+  those of `openspiel.information_state_tensor`.
 
   Args:
     game_or_string: OpenSpiel's string or game, of any size.
@@ -76,16 +76,13 @@ def play_episodes(
     ValueError: if the game has no such tensors, or an episode has more decisions.
   """
   game = openspiel.load_game(game_or_string)
-  if not game.get_type().provides_information_state_tensor:
-    raise ValueError(
-      f"game {game} has no information state tensors, which the networks need as input"
-    )
+  size = openspiel.tensor_size(game)
   num_players, num_actions = game.num_players(), game.num_distinct_actions()
   shape, count = (config.num_episodes, max_decisions), config.num_episodes
   cast = armac_play.draw_cast(state, key, num_players=num_players, config=config)
   rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
   batch = armac.Batch(
-    observations=np.zeros((*shape, num_players, game.information_state_tensor_size()), np.float32),
+    observations=np.zeros((*shape, num_players, size), np.float32),
     players=np.zeros(shape, np.int32),
     legal=np.zeros((*shape, num_actions), bool),
     actions=np.zeros(shape, np.int32),
@@ -106,11 +103,11 @@ def play_episodes(
         f"max_decisions={max_decisions} is too small for an episode of {game}: "
         f"{game.max_game_length()} is enough"
       )
-    seen = np.zeros((count, game.information_state_tensor_size()), np.float32)
+    seen = np.zeros((count, size), np.float32)
     for k in going:
       history, mover = histories[k], histories[k].current_player()
       for player in range(num_players):
-        batch.observations[k, step, player] = history.information_state_tensor(player)
+        batch.observations[k, step, player] = openspiel.information_state_tensor(history, player)
       seen[k] = batch.observations[k, step, mover]
       batch.players[k, step], batch.mask[k, step] = mover, True
       batch.legal[k, step, history.legal_actions()] = True

@@ -168,7 +168,9 @@ def _view(state: Any, seat: int) -> str:
 
 
 def _probs(policy: Policy, states: list[Any]) -> np.ndarray:
-  seen = np.array([state.information_state_tensor(state.current_player()) for state in states])
+  seen = np.array(
+    [openspiel.information_state_tensor(state, state.current_player()) for state in states]
+  )
   legal = np.zeros((len(states), states[0].num_distinct_actions()), bool)
   for row, state in zip(legal, states, strict=True):
     row[state.legal_actions()] = True

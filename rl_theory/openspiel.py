@@ -122,8 +122,43 @@ def _is_a_search(game: Any) -> bool:
   return bool(game.num_players() == 1 and deterministic)
 
 
+def tensor_size(game: Any) -> int:
+  """Returns the length of `information_state_tensor`.
+
+  Raises:
+    ValueError: if the game has no information state tensors.
+  """
+  if not game.get_type().provides_information_state_tensor:
+    raise ValueError(f"game {game} has no information state tensors: pass your own observations")
+  return int(
+    game.information_state_tensor_size() + _hides_moves(game) * game.num_distinct_actions()
+  )
+
+
+def _hides_moves(game: Any) -> bool:
+  """Returns whether `load_game` turned simultaneous moves into hidden moves in turn."""
+  return bool(game.get_type().short_name == "turn_based_simultaneous_game")
+
+
+def information_state_tensor(state: Any, player: int) -> np.ndarray:
+  """Returns OpenSpiel's information state tensor of a player, with its last action where it hides.
+
+  OpenSpiel's tensor leaves out a move that the others make at the same time, such as a bid. Even a
+  critic that reads the tensors of all players would not see it. So in games of simultaneous moves
+  the row ends with the player's own last action, which it knows, as one of A.
+  """
+  game = state.get_game()
+  tensor = np.zeros(tensor_size(game), np.float32)
+  known = state.information_state_tensor(player)
+  tensor[: len(known)] = known
+  if _hides_moves(game):
+    own = [move.action for move in state.full_history() if move.player == player]
+    tensor[[len(known) + action for action in own[-1:]]] = 1
+  return tensor
+
+
 def information_state_tensors(name: str, parents: np.ndarray, actions: np.ndarray) -> np.ndarray:
-  """Returns each player's information state tensor at each history, `[H, n, O]` float32.
+  """Returns the `information_state_tensor` of each player at each history, `[H, n, O]` float32.
 
   They are 0 at chance and terminal histories.
 
@@ -135,17 +170,15 @@ def information_state_tensors(name: str, parents: np.ndarray, actions: np.ndarra
     ValueError: if the game has no such tensors.
   """
   game = load_game(name)
-  if not game.get_type().provides_information_state_tensor:
-    raise ValueError(f"game {name} has no information state tensors: pass your own observations")
   num_players = game.num_players()
-  tensors = np.zeros((len(parents), num_players, game.information_state_tensor_size()), np.float32)
+  tensors = np.zeros((len(parents), num_players, tensor_size(game)), np.float32)
   states: dict[int, Any] = {}
   children = np.bincount(parents[1:], minlength=len(parents))
   for node, (parent, action) in enumerate(zip(parents.tolist(), actions.tolist(), strict=True)):
     state = game.new_initial_state() if parent < 0 else states[parent].child(action)
     if state.current_player() >= 0:
       for player in range(num_players):
-        tensors[node, player] = state.information_state_tensor(player)
+        tensors[node, player] = information_state_tensor(state, player)
     if children[node]:
       states[node] = state
     if parent >= 0:  # a parent is no longer needed once all its children are read

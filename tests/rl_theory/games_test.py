@@ -304,6 +304,21 @@ def test_information_states_are_numbered_by_player_and_own_moves():
 # --- bad input ---
 
 
+@pytest.mark.parametrize("name", [compiled_games.GOOFSPIEL, compiled_games.KUHN, "matrix_rps"])
+def test_all_observations_tell_histories_apart_but_a_players_own_do_not(name):
+  """A critic must know a bid that is still hidden; the player who bids next must not."""
+  game = games.compile_game(name)
+  seen = np.asarray(games.information_state_tensors(game))
+  players, states = np.asarray(game.players), np.asarray(game.info_states)
+  deciding = np.flatnonzero(players >= 0)
+  rows = np.column_stack([players[deciding], seen[deciding].reshape(len(deciding), -1)])
+  assert len(np.unique(rows, axis=0)) == len(rows)
+  own = np.column_stack([players[deciding], seen[deciding, players[deciding]]])
+  for s in range(len(game.legal)):
+    assert len(np.unique(own[states[deciding] == s], axis=0)) == 1
+  assert len(np.unique(own, axis=0)) == len(game.legal)
+
+
 def test_bad_games_are_refused(x64, tmp_path):
   with pytest.raises(ValueError, match=r"got 'khun_poker'.*kuhn_poker"):
     games.compile_game("khun_poker")

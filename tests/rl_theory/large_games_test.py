@@ -43,6 +43,22 @@ def _start(num_players, num_actions, size, config):
 
 
 @pytest.mark.slow
+def test_hidden_moves_are_observed_as_in_the_compiled_game():
+  name = "goofspiel(num_cards=3,imp_info=True,points_order=descending)"
+  game = compiled_games.compile_game(name)
+  known = np.asarray(games.information_state_tensors(game))
+  config = armac.Config(num_episodes=64, num_groups=4, batch_size=64, capacity=4)
+  state, apply_fn = _start(2, 3, known.shape[-1], config)
+  batch = large_games.play_episodes(
+    name, state, jax.random.key(0), apply_fn=apply_fn, config=config, max_decisions=4
+  )
+  seen = np.asarray(batch.observations)[np.asarray(batch.mask)]
+  known = {row.tobytes() for row in known[np.asarray(game.players) >= 0]}
+  assert {row.tobytes() for row in seen} <= known
+  assert seen[..., -3:].any()
+
+
+@pytest.mark.slow
 def test_episodes_are_drawn_like_those_of_the_compiled_game():
   game = compiled_games.compile_game(compiled_games.KUHN)
   observations = games.information_state_tensors(game)
