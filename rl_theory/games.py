@@ -98,8 +98,8 @@ def state_observations(game: Game, observations: jax.Array) -> jax.Array:
 def information_state_tensors(game: Game) -> jax.Array:
   """Returns OpenSpiel's information state tensor of each player at each history, `[H, n, O]`.
 
-  float32, and zero at chance and terminal histories. For simultaneous moves they have one more part,
-  see `openspiel.information_state_tensor`. This walks the game again, which takes seconds for
+  float32, and zero at chance and terminal histories. For simultaneous moves they have one part
+  more, see `openspiel.information_state_tensor`. This walks the game again, which takes seconds for
   100,000 histories. A described game has `decision_indicators` instead.
 
   Raises:
