@@ -2,8 +2,8 @@
 
 `armac_epochs` is the paper's form. It draws a past epoch j for each episode and learns from the
 episodes of one epoch. Its mean regrets shrink as epochs pass, while the noise of their labels does
-not: on Leduc poker an actor that learns from minibatches stays 0.8 chips away from the means of its
-labels, and more data does not help. A game that fits into memory allows this form instead:
+not, and on Leduc poker this noise is what limits it (docs/results/games.md). A game that fits into
+memory allows this form instead:
 
 1. Epoch t plays pi^t: player i explores with uniform play, the others play pi^t.
 2. The critic learns q_{pi^t} from the episodes of the last epochs. Tree-Backup needs no importance
@@ -13,14 +13,19 @@ labels, and more data does not help. A game that fits into memory allows this fo
    others gets pi^t. They are added to the sums of their information state, and stay there.
 4. The actor learns the means of all states at once. Then pi^{t+1} = RM(W).
 
-In expectation this is the same method: a decision that is drawn from these sums has a past epoch j
-that is uniform (or in proportion to j^p, see `Config.recency`), and its label comes from the critic
-of epoch j. The gradient of the actor's loss is that of `armac.loss_actor` on all episodes so far
-(`test_the_means_have_the_gradient_of_all_episodes`). With exact expectations it is CFR.
+In expectation this is the same method: an episode that is drawn from the sums has a past epoch j
+that is uniform, or in proportion to (j + 1)^p (see `Config.recency`), and its labels come from the
+critic of epoch j. The gradient of the actor's loss is that of `armac.loss_actor` on all episodes so
+far, weighted alike (`test_the_means_have_the_gradient_of_all_episodes`). With exact expectations
+the policies are those of CFR, or of linear CFR for p = 1
+(`test_with_exact_expectations_the_sums_are_cfr`). So is the mean policy with two players; with more
+it is also weighted by the reach of the others.
 
-Deviations from the paper: an episode is labelled once and kept, so no networks are; the explorer is
-the same in all epochs, because it cancels only then; the networks see means in place of samples. A
-fixed explorer and a history value network are also the choices of ESCHER (arXiv:2206.04122).
+Deviations from the paper: an episode is labelled once and kept, so no past networks are; the
+explorer is the same in all epochs, because it cancels only then; the networks see means in place of
+samples. A step of the critic draws episodes, then one decision of each, and weighs the actions seen
+there alike. A fixed explorer and a history value network are also the choices of ESCHER
+(arXiv:2206.04122).
 
 Reference: Gruslys et al. 2020, https://arxiv.org/abs/2008.12234.
 """
@@ -75,6 +80,9 @@ class Config:
   def __post_init__(self):
     checks.probabilities("trace_decay", self.trace_decay)
     checks.not_negative("recency", self.recency)
+    for name in ("trace_decay", "recency"):
+      if np.ndim(getattr(self, name)):
+        raise ValueError(f"{name} must be one number, got shape {np.shape(getattr(self, name))}")
     for name in _COUNTS:
       checks.count(name, getattr(self, name))
     if self.num_critic_steps % self.num_rounds:
@@ -176,7 +184,7 @@ class State(NamedTuple):
     opt_state: `armac.Params` of optimiser states.
     policy: `[S, A]` pi^t.
     sums: over the episodes of epochs 0 to t - 1.
-    memory: the episodes of the last `replay_epochs` epochs.
+    memory: the episodes of the last epochs, leaves `[replay_epochs, num_episodes, ...]`.
     step: scalar int32, optimisation steps done.
     epoch: scalar int32, t.
     env_steps: scalar int32, decisions played so far.
@@ -203,12 +211,13 @@ def decisions(game: games.Game, observations: jax.Array) -> Decisions:
   Raises:
     ValueError: if `observations` does not have one row for each history.
   """
-  checks.shape(
-    "observations",
-    observations,
-    (len(game.parents), game.num_players, *jnp.shape(observations)[2:]),
-    "[H, n, ...]",
-  )
+  observations = jnp.asarray(observations)
+  sizes = (len(game.parents), game.num_players)
+  if observations.ndim < 3 or observations.shape[:2] != sizes:
+    raise ValueError(
+      f"observations must have shape [H, n, ...] with H, n = {sizes} for {game.layout.name}, got "
+      f"{observations.shape}"
+    )
   players = np.asarray(game.players)
   histories = np.flatnonzero(players >= 0)
   numbers = np.zeros(len(players), np.int32)
@@ -240,13 +249,15 @@ def init(
     optimizer: the one that the updates will get; each network has its own optimiser state.
     config: only `num_episodes` and `replay_epochs` are used.
   """
-  rows, steps = config.num_episodes * config.replay_epochs, _num_steps(game)
+  rows = (config.replay_epochs, config.num_episodes)
+  checks.count("config.replay_epochs * config.num_episodes", rows[0] * rows[1])
+  shape = (*rows, _num_steps(game))
   memory = Episodes(
-    decisions=jnp.zeros((rows, steps), jnp.int32),
-    actions=jnp.zeros((rows, steps), jnp.int32),
-    mask=jnp.zeros((rows, steps), bool),
+    decisions=jnp.zeros(shape, jnp.int32),
+    actions=jnp.zeros(shape, jnp.int32),
+    mask=jnp.zeros(shape, bool),
     learners=jnp.zeros(rows, jnp.int32),
-    utilities=jnp.zeros((rows, game.num_players), game.utilities.dtype),
+    utilities=jnp.zeros((*rows, game.num_players), game.utilities.dtype),
   )
   table = jnp.zeros(game.legal.shape, game.utilities.dtype)
   sums = Sums(table, table[:, 0], table, table[:, 0], jnp.zeros((), table.dtype))
@@ -374,27 +385,18 @@ def epoch(
     The new state, and the metrics of `update_actor` and `armac/critic_loss`, means over the steps.
 
   Raises:
-    ValueError: if `num_episodes` or `replay_epochs` differs from that of `init`.
+    ValueError: if `num_episodes` or `replay_epochs` differs from that of `init`, or the state or
+      the decisions belong to a game of another size.
   """
-  checks.given(config)
-  rows = config.num_episodes * config.replay_epochs
-  if len(state.memory.mask) != rows:
-    raise ValueError(
-      f"config.num_episodes * config.replay_epochs must be as in init, {len(state.memory.mask)}, "
-      f"got {rows}"
-    )
+  _check(state, game, found, config)
   bound = {"apply_fn": apply_fn, "optimizer": optimizer, "config": config}
   play_key, learn_key = jax.random.split(key)
   episodes = play(state.policy, game, found, play_key, num_episodes=config.num_episodes)
-  start = state.epoch % config.replay_epochs * config.num_episodes
-  memory = jax.tree.map(
-    lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, start, 0),
-    state.memory,
-    episodes,
-  )
+  slot = state.epoch % config.replay_epochs
+  memory = jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), state.memory, episodes)
   state, critic_metrics = _learn_values(state._replace(memory=memory), found, learn_key, **bound)
   regrets = advantages(state.params, state.policy, found, apply_fn=apply_fn)
-  # Dividing the old sums, not multiplying the new ones, keeps all of them in range.
+  # Shrinking the old sums, rather than growing the new ones, keeps all of them in range.
   kept = (state.epoch / (state.epoch + 1)) ** config.recency
   new = sums_of(episodes, regrets, state.policy, found)
   sums = jax.tree.map(lambda total, leaf: kept * total + leaf, state.sums, new)
@@ -406,13 +408,33 @@ def epoch(
   state, metrics = jax.lax.scan(step, state, length=config.num_actor_steps)
   mean_regrets, _ = apply_fn.actor(state.params.actor, found.own_observations)
   state = state._replace(
-    policy=regret_matching.regret_matching(mean_regrets, game.legal),
+    policy=regret_matching.regret_matching(mean_regrets, game.legal).astype(state.policy.dtype),
     sums=sums,
     epoch=state.epoch + 1,
     env_steps=state.env_steps + jnp.sum(episodes.mask, dtype=jnp.int32),
   )
   metrics = jax.tree.map(jnp.mean, metrics)
   return state, metrics | {"armac/critic_loss": jnp.mean(critic_metrics["armac/critic_loss"])}
+
+
+def _check(state: State, game: games.Game, found: Decisions, config: Config) -> None:
+  checks.given(config)
+  memory = state.memory.mask.shape
+  for name, given, kept in (
+    ("config.replay_epochs", config.replay_epochs, memory[0]),
+    ("config.num_episodes", config.num_episodes, memory[1]),
+  ):
+    if given != kept:
+      raise ValueError(f"{name} must be the one that init got, {kept}, got {given}")
+  for name, held, wanted in (
+    ("state", (*state.policy.shape, memory[2]), (*game.legal.shape, _num_steps(game))),
+    ("found", found.numbers.shape, game.parents.shape),
+  ):
+    if held != wanted:
+      raise ValueError(
+        f"{name} belongs to another game: its sizes are {held}, those of {game.layout.name} are "
+        f"{wanted}; make it for this game"
+      )
 
 
 def play(
@@ -428,7 +450,7 @@ def play(
     num_episodes: N.
   """
   play_key, learner_key = jax.random.split(key)
-  learners = jax.random.randint(learner_key, (num_episodes,), 0, game.num_players)
+  learners = jax.random.randint(learner_key, (num_episodes,), 0, game.num_players, jnp.int32)
   uniform = policy_arrays.uniform(game)
 
   def step(nodes: jax.Array, key: Any) -> tuple[jax.Array, Any]:
@@ -566,20 +588,21 @@ def _learn_values(
   config: Config,
 ) -> tuple[State, armac.Metrics]:
   """Returns the state after all steps of the critic in an epoch."""
+  memory = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state.memory)
   held = jnp.minimum(state.epoch + 1, config.replay_epochs) * config.num_episodes
-  lengths = jnp.sum(state.memory.mask, axis=1, dtype=jnp.int32)
+  lengths = jnp.sum(memory.mask, axis=1, dtype=jnp.int32)
 
   def round_of_steps(state: State, key: Any) -> tuple[State, armac.Metrics]:
     values = apply_fn.critic(state.params.critic, found.observations)
     targets, seen = critic_targets(
-      values, state.policy, state.memory, found, trace_decay=config.trace_decay
+      values, state.policy, memory, found, trace_decay=config.trace_decay
     )
 
     def step(state: State, key: Any) -> tuple[State, armac.Metrics]:
       row_key, step_key = jax.random.split(key)
       rows = jax.random.randint(row_key, (config.batch_size,), 0, held)
       steps = jax.random.randint(step_key, rows.shape, 0, jnp.maximum(lengths[rows], 1))
-      drawn = state.memory.decisions[rows, steps]
+      drawn = memory.decisions[rows, steps]
       batch = CriticBatch(found.observations[drawn], targets[drawn], seen[drawn])
       return update_critic(
         state, batch, None, apply_fn=apply_fn, optimizer=optimizer, config=config

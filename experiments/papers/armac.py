@@ -19,6 +19,7 @@ def build(config: Any) -> training.Experiment:
 
 def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns ARMAC with networks of the sizes in the config."""
+  game_runs.check_others(game, "ARMAC")
   hyperparameters = armac.Config(**config.algorithm)
   checks.choice("config.network.encoder", config.network.encoder, ("mlp", "lstm"))
   recurrent = config.network.encoder == "lstm"

@@ -23,6 +23,7 @@ def build(config: Any) -> training.Experiment:
 
 def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns the solver with networks of the sizes in the config."""
+  game_runs.check_others(game, "ARMAC")
   hyperparameters = armac_sums.Config(**config.algorithm)
   observations = games.information_state_tensors(game)
   found = armac_sums.decisions(game, observations)

@@ -71,6 +71,15 @@ def compile_game(config: Any) -> games.Game:
   return games.compile_game(game, max_nodes=config.environment.max_nodes)
 
 
+def check_others(game: games.Game, method: str) -> None:
+  """Raises a ValueError if the game has one player, who would have no mean policy."""
+  if game.num_players < 2:
+    raise ValueError(
+      f"config.environment.game: {method} learns its mean policy where others play, and "
+      f"{game.layout.name} has one player; use cfr:, or exploration: for ARMAC as a single agent"
+    )
+
+
 def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
   """Returns Adam with clipped gradients; its rate falls linearly to `final_scale` of itself."""
   rate = config.learning_rate
