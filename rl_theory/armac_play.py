@@ -223,8 +223,8 @@ def sample(
 def decisions_first(path: Any, game: games.Game) -> Any:
   """Returns the path `[B, depth, ...]` with its decisions first, cut to `[B, T, ...]`.
 
-  The last leaf of the path says which steps are decisions. Chance moves and steps after the end come
-  last. T is the largest number of decisions.
+  The last leaf of the path says which steps are decisions. Chance moves and steps after the end
+  come last. T is the largest number of decisions.
   """
   num_steps = min(path[-1].shape[1], sum(map(len, game.layout.state_levels)))
   order = jnp.argsort(~path[-1], axis=1, stable=True)[:, :num_steps]
