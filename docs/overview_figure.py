@@ -5,7 +5,7 @@
   bootstrax --config=graph_sweep:threshold --workdir=runs/threshold
   python docs/overview_figure.py --runs=runs
 
-The runs take 13 minutes on two cores. The panel of Nash-MD needs no run: its 10,000 iterations are
+The runs take 18 minutes on two cores. The panel of Nash-MD needs no run: its 10,000 iterations are
 computed here, in a second.
 """
 

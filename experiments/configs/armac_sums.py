@@ -11,13 +11,21 @@ from experiments.configs import armac, base
 
 PRESETS = {
   "tiny": base.Preset("Kuhn poker, two seeds, a few epochs", "30 seconds", "smoke test"),
-  "kuhn": base.Preset("Kuhn poker, three seeds", "not measured", "not run"),
-  "leduc": base.Preset("Leduc poker, three seeds", "not measured", "not run"),
+  "kuhn": base.Preset(
+    "Kuhn poker, three seeds", "5 minutes", "NashConv 0.027, seeds 0.024 to 0.032"
+  ),
+  "leduc": base.Preset(
+    "Leduc poker, three seeds",
+    "55 minutes",
+    "NashConv 0.170, seeds 0.162 to 0.175; must be below 0.40",
+  ),
   "liars_dice": base.Preset(
     "Liar's dice, one die of four sides each, three seeds", "not measured", "not run"
   ),
   "goofspiel": base.Preset(
-    "Goofspiel, four cards, imperfect information, three seeds", "not measured", "not run"
+    "Goofspiel, four cards, imperfect information, three seeds",
+    "18 minutes",
+    "NashConv 0.084, seeds 0.073 to 0.091",
   ),
   "paper": base.Preset(
     "Liar's dice, six sides, the paper's game; needs an accelerator", "hours", "not run"

@@ -25,16 +25,17 @@ METHODS = {
   "magnetic": "cfr:{preset}_magnetic",
   "optimistic": "cfr:{preset}_optimistic",
 }
-# Time of ARMAC, NFSP, MCCFR and CFR, and where these end; docs/results/games.md has the others.
+# Time of ARMAC, both ways, NFSP, MCCFR and CFR, and where ARMAC, NFSP, MCCFR and CFR end;
+# docs/results/games.md has the others.
 _MEASURED = {
-  "kuhn": ("8 minutes and PPO", "NashConv of ARMAC 0.076, NFSP 0.041, MCCFR 0.020, CFR 0.0067"),
-  "leduc": ("50 minutes and PPO", "NashConv of ARMAC 0.571, NFSP 1.117, MCCFR 0.578, CFR 0.108"),
+  "kuhn": ("13 minutes and PPO", "NashConv of ARMAC 0.076, NFSP 0.041, MCCFR 0.020, CFR 0.0067"),
+  "leduc": ("2 hours and PPO", "NashConv of ARMAC 0.571, NFSP 1.117, MCCFR 0.578, CFR 0.108"),
   "liars_dice": (
-    "55 minutes beside other work, and PPO",
+    "80 minutes and PPO",
     "NashConv of ARMAC 0.319, NFSP 0.527, MCCFR 0.104, CFR 0.017",
   ),
   "goofspiel": (
-    "34 minutes and PPO",
+    "52 minutes and PPO",
     "NashConv of ARMAC 0.517, NFSP 0.215, MCCFR 0.044, CFR 0.046",
   ),
 }

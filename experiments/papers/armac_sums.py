@@ -75,7 +75,7 @@ def _what_limits(history: Sequence[dict[str, Any]]) -> results.Figure:
   policy.set(xlabel="epochs", ylabel="NashConv", yscale="log")
   plots.legend_below(figure, policy)
   values.plot(epochs, [row["armac/advantage_error"] for row in history])
-  values.set(xlabel="epochs", ylabel="advantage error of the critic", ylim=(0, None))
+  values.set(xlabel="epochs", ylabel="advantage error", ylim=(0, None))
   return results.Figure(
     name="what_limits",
     caption="Left: the mean policy as the head has learned it, and as the mean of the past "
