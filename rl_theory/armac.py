@@ -18,6 +18,8 @@ pairs (`armac_epochs`). The next policy is pi^{t+1} = RM(W). In two-player zero-
 policy converges to an equilibrium; it is learned at the states where the others play. The policies
 pi^t themselves cycle.
 
+Where a game fits into memory, `armac_sums` comes nearer to an equilibrium with the same networks.
+
 The critic and the actor learn from different batches, in turn, so each has its own loss and update:
 `loss_critic` and `update_critic`, `loss_actor` and `update_actor`.
 
