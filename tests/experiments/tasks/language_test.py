@@ -356,5 +356,5 @@ def test_every_paper_preset_is_traced():
   found = {name for name, module in presets.papers().items() if "paper" in module.PRESETS}
   # Traced in preferences_test.py, game_runs_test.py and byol_mesh_test.py; compiled but never run;
   # runs of runs.
-  others = {"ipo", "reward_model", "armac", "nfsp", "graph_memory", "bgrl", "byol"}
+  others = {"ipo", "reward_model", "armac", "armac_sums", "nfsp", "graph_memory", "bgrl", "byol"}
   assert found == {*PAPERS, *others, "qtd", "self_predictive"}
