@@ -11,7 +11,7 @@ import jax
 from experiments.loop import training
 from experiments.report import plots, results
 from experiments.tasks import game_runs
-from rl_theory import armac, armac_play, armac_sums, games
+from rl_theory import armac, armac_play, armac_sums, armac_sums_epochs, games
 from rl_theory.networks import actor_critic
 
 
@@ -43,12 +43,12 @@ def solver(config: Any, game: games.Game) -> game_runs.Solver:
 
   def update(state, key):
     policy = state.policy
-    state, metrics = armac_sums.epoch(
+    state, metrics = armac_sums_epochs.epoch(
       state, game, found, key, apply_fn=apply_fn, optimizer=optimizer, config=hyperparameters
     )
-    regrets = armac_sums.advantages(state.params, policy, found, apply_fn=apply_fn)
-    error = armac_sums.advantage_error(regrets, policy, game, found)
-    imitated = armac_sums.mean_policy_of(state.sums, game)
+    regrets = armac_sums_epochs.advantages(state.params, policy, found, apply_fn=apply_fn)
+    error = armac_sums_epochs.advantage_error(regrets, policy, game, found)
+    imitated = armac_sums_epochs.mean_policy_of(state.sums, game)
     return state, metrics | {
       "armac/advantage_error": error,
       "nash_conv/imitated": games.nash_conv(game, imitated),

@@ -14,6 +14,7 @@ from rl_theory import (
   armac,
   armac_play,
   armac_sums,
+  armac_sums_epochs,
   cfr,
   games,
   policy_arrays,
@@ -68,8 +69,8 @@ def test_the_means_have_the_gradient_of_all_episodes(x64, name):
   for seed in range(3):  # three epochs with policies and labels of their own
     policy = jnp.asarray(compiled_games.random_policy(game, seed))
     regrets = jnp.where(found.legal, jnp.asarray(rng.normal(size=found.legal.shape)), 0)
-    episodes = armac_sums.play(policy, game, found, jax.random.key(seed), num_episodes=40)
-    new = armac_sums.sums_of(episodes, regrets, policy, found)
+    episodes = armac_sums_epochs.play(policy, game, found, jax.random.key(seed), num_episodes=40)
+    new = armac_sums_epochs.sums_of(episodes, regrets, policy, found)
     sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
     at = episodes.decisions
     batches.append(
@@ -148,7 +149,7 @@ def test_with_exact_expectations_the_sums_are_cfr(x64, recency):
     regrets = own - jnp.sum(policy[found.states] * own, axis=-1, keepdims=True)
     regrets = jnp.where(found.legal, regrets, 0)
     single = jax.vmap(
-      lambda one, regrets=regrets, policy=policy: armac_sums.sums_of(
+      lambda one, regrets=regrets, policy=policy: armac_sums_epochs.sums_of(
         jax.tree.map(lambda leaf: leaf[None], one), regrets, policy, found
       )
     )(episodes)
@@ -159,7 +160,7 @@ def test_with_exact_expectations_the_sums_are_cfr(x64, recency):
     total = new if total is None else jax.tree.map(jnp.add, jax.tree.map(shrink, total), new)
     policy = regret_matching.regret_matching(total.regrets, game.legal)
     theirs, _ = cfr.update(theirs, game, config=config)
-  mean = armac_sums.mean_policy_of(total, game)
+  mean = armac_sums_epochs.mean_policy_of(total, game)
   np.testing.assert_allclose(mean, cfr.average_policy(game, theirs), atol=1e-10)
 
 
@@ -169,8 +170,8 @@ def test_the_sums_estimate_counterfactual_regrets():
   found = _found(game)
   policy = jnp.asarray(compiled_games.random_policy(game, 3))
   regrets = jnp.asarray(np.random.default_rng(1).normal(size=found.legal.shape))
-  episodes = armac_sums.play(policy, game, found, jax.random.key(0), num_episodes=40_000)
-  sums = armac_sums.sums_of(episodes, regrets, policy, found)
+  episodes = armac_sums_epochs.play(policy, game, found, jax.random.key(0), num_episodes=40_000)
+  sums = armac_sums_epochs.sums_of(episodes, regrets, policy, found)
   reach = np.asarray(games.reach_probabilities(game, policy))[found.histories]
   players, states = np.asarray(found.players), np.asarray(found.states)
   reach[np.arange(len(players)), players] = 1
@@ -186,7 +187,7 @@ def test_the_sums_estimate_counterfactual_regrets():
     assert np.all(np.abs(found_mean - expected) < 5 * spread / np.sqrt(count) + 1e-6)
   # The others play the policy itself, so its mean at each state is the policy; each float32 sum of
   # up to 20,000 terms is rounded.
-  np.testing.assert_allclose(armac_sums.mean_policy_of(sums, game), policy, atol=1e-4)
+  np.testing.assert_allclose(armac_sums_epochs.mean_policy_of(sums, game), policy, atol=1e-4)
   # Each player explores in half of the episodes, so both kinds of sums see every decision once.
   total = float(sums.regret_counts.sum() + sums.policy_counts.sum())
   assert total == float(episodes.mask.sum())
@@ -198,9 +199,9 @@ def test_true_values_are_their_own_targets(x64, trace_decay):
   game = compiled_games.compile_game(compiled_games.KUHN)
   found = _found(game)
   behaviour, policy = (jnp.asarray(compiled_games.random_policy(game, k)) for k in (0, 1))
-  episodes = armac_sums.play(behaviour, game, found, jax.random.key(0), num_episodes=200)
+  episodes = armac_sums_epochs.play(behaviour, game, found, jax.random.key(0), num_episodes=200)
   values = _true_values(game, policy, found)
-  targets, seen = armac_sums.critic_targets(
+  targets, seen = armac_sums_epochs.critic_targets(
     values, policy, episodes, found, trace_decay=trace_decay
   )
   assert float(seen.mean()) > 0.6
@@ -210,8 +211,10 @@ def test_true_values_are_their_own_targets(x64, trace_decay):
   own = armac.of_mover(values, found.players)
   base = jnp.sum(policy[found.states] * own, axis=-1, keepdims=True)
   true = jnp.where(found.legal, own - base, 0)
-  assert float(armac_sums.advantage_error(true, policy, game, found)) < 1e-12
-  assert float(armac_sums.advantage_error(true + 0.5, policy, game, found)) == pytest.approx(0.5)
+  assert float(armac_sums_epochs.advantage_error(true, policy, game, found)) < 1e-12
+  assert float(armac_sums_epochs.advantage_error(true + 0.5, policy, game, found)) == pytest.approx(
+    0.5
+  )
 
 
 def test_targets_are_means_over_the_episodes(x64):
@@ -219,9 +222,11 @@ def test_targets_are_means_over_the_episodes(x64):
   game = compiled_games.compile_game(compiled_games.KUHN)
   found, rng = _found(game), np.random.default_rng(2)
   policy = compiled_games.random_policy(game, 1)
-  episodes = armac_sums.play(jnp.asarray(policy), game, found, jax.random.key(4), num_episodes=50)
+  episodes = armac_sums_epochs.play(
+    jnp.asarray(policy), game, found, jax.random.key(4), num_episodes=50
+  )
   values = rng.normal(size=(len(found.histories), 2, game.layout.num_actions))
-  targets, seen = armac_sums.critic_targets(
+  targets, seen = armac_sums_epochs.critic_targets(
     jnp.asarray(values), jnp.asarray(policy), episodes, found, trace_decay=0.7
   )
   collected = {}
@@ -245,7 +250,7 @@ def test_an_epoch_replaces_the_oldest_episodes_and_weighs_the_sums():
   game, found, state, bound = _setup(recency=1.0)
   states = [state]
   for k in range(3):
-    state, metrics = armac_sums.epoch(state, game, found, jax.random.key(k), **bound)
+    state, metrics = armac_sums_epochs.epoch(state, game, found, jax.random.key(k), **bound)
     states.append(state)
   for leaf in jax.tree.leaves(metrics):
     assert np.isfinite(leaf)
@@ -257,10 +262,12 @@ def test_an_epoch_replaces_the_oldest_episodes_and_weighs_the_sums():
   assert (third[0] != second[0]).any()
   # The labels are advantages of the policy that played, from the critic after its steps.
   before, after = states[1:3]
-  regrets = armac_sums.advantages(after.params, before.policy, found, apply_fn=bound["apply_fn"])
+  regrets = armac_sums_epochs.advantages(
+    after.params, before.policy, found, apply_fn=bound["apply_fn"]
+  )
   assert float(jnp.abs(regrets).max()) > 0.1
   episodes = jax.tree.map(lambda leaf: leaf[1], after.memory)
-  new = armac_sums.sums_of(episodes, regrets, before.policy, found)
+  new = armac_sums_epochs.sums_of(episodes, regrets, before.policy, found)
   expected = jax.tree.map(lambda old, leaf: old / 2 + leaf, before.sums, new)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), after.sums, expected)
   # Weights 1/3, 2/3 and 1, so two epochs' worth of episodes.
@@ -279,7 +286,7 @@ def test_kuhn_poker_comes_near_equilibrium():
   observations = games.information_state_tensors(game)
 
   def step(state, key):
-    state, _ = armac_sums.epoch(state, game, found, key, **bound)
+    state, _ = armac_sums_epochs.epoch(state, game, found, key, **bound)
     policy = armac_play.mean_policy(state.params, game, observations, apply_fn=bound["apply_fn"])
     return state, games.nash_conv(game, policy)
 
@@ -296,7 +303,7 @@ def test_epochs_run_in_a_scan_with_64_bits(x64, dtype):
   game, found, state, bound = _setup(dtype=dtype)
   keys = jax.random.split(jax.random.key(0), 2)
   new, _ = jax.lax.scan(
-    lambda state, key: armac_sums.epoch(state, game, found, key, **bound), state, keys
+    lambda state, key: armac_sums_epochs.epoch(state, game, found, key, **bound), state, keys
   )
   assert int(new.epoch) == 2
   assert jax.tree.map(jnp.dtype, new) == jax.tree.map(jnp.dtype, state)
@@ -315,12 +322,12 @@ def test_wrong_arguments_are_named():
   ):
     other = {**bound, "config": armac_sums.Config(**changes)}
     with pytest.raises(ValueError, match=name):
-      armac_sums.epoch(state, game, found, key, **other)
+      armac_sums_epochs.epoch(state, game, found, key, **other)
   three = compiled_games.compile_game(compiled_games.KUHN3)
   with pytest.raises(ValueError, match=r"state belongs to another game: .* kuhn_poker"):
-    armac_sums.epoch(state, three, _found(three), key, **bound)
+    armac_sums_epochs.epoch(state, three, _found(three), key, **bound)
   with pytest.raises(ValueError, match="found belongs to another game: "):
-    armac_sums.epoch(state, game, _found(three), key, **bound)
+    armac_sums_epochs.epoch(state, game, _found(three), key, **bound)
   for wrong in (found.observations, found.numbers, 1.0):
     with pytest.raises(ValueError, match="observations must have shape"):
       armac_sums.decisions(game, wrong)
