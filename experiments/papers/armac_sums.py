@@ -6,13 +6,10 @@ Each training step runs one epoch for every seed.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from experiments.loop import training
 from experiments.report import plots, results
 from experiments.tasks import game_runs
-from rl_theory import armac, armac_play, armac_sums, armac_sums_epochs, games
-from rl_theory.networks import actor_critic
+from rl_theory import armac_play, armac_sums, armac_sums_epochs, games
 
 
 def build(config: Any) -> training.Experiment:
@@ -23,23 +20,15 @@ def build(config: Any) -> training.Experiment:
 
 def solver(config: Any, game: games.Game) -> game_runs.Solver:
   """Returns the solver with networks of the sizes in the config."""
-  game_runs.check_others(game, "ARMAC")
   hyperparameters = armac_sums.Config(**config.algorithm)
   observations = games.information_state_tensors(game)
   found = armac_sums.decisions(game, observations)
-  sizes = (config.network.width, config.network.block_width)
-  actor = actor_critic.Actor(game.layout.num_actions, *sizes)
-  critic = actor_critic.Critic(game.num_players, game.layout.num_actions, *sizes)
-  apply_fn = armac.Networks(actor.apply, critic.apply)
+  apply_fn, init_params = game_runs.armac_networks(config, game, observations)
   num_steps = config.train.num_steps * hyperparameters.num_actor_steps
   optimizer = game_runs.make_optimizer(config.optimizer, num_steps)
 
   def init(key):
-    actor_key, critic_key = jax.random.split(key)
-    params = armac.Params(
-      actor.init(actor_key, observations[:1, 0]), critic.init(critic_key, observations[:1])
-    )
-    return armac_sums.init(params, game, optimizer=optimizer, config=hyperparameters)
+    return armac_sums.init(init_params(key), game, optimizer=optimizer, config=hyperparameters)
 
   def update(state, key):
     policy = state.policy

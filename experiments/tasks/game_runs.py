@@ -19,7 +19,8 @@ from experiments import files
 from experiments.loop import training
 from experiments.report import plots, results, statistics
 from experiments.tasks import bandits, game_figures
-from rl_theory import games, policy_arrays, policy_files
+from rl_theory import armac, games, policy_arrays, policy_files
+from rl_theory.networks import actor_critic
 from sharding import checks
 
 _MAX_ROWS = 40  # information states in a heat map
@@ -71,13 +72,36 @@ def compile_game(config: Any) -> games.Game:
   return games.compile_game(game, max_nodes=config.environment.max_nodes)
 
 
-def check_others(game: games.Game, method: str) -> None:
-  """Raises a ValueError if the game has one player, who would have no mean policy."""
+def armac_networks(
+  config: Any, game: games.Game, observations: jax.Array, *, recurrent: bool = False
+) -> tuple[armac.Networks, Callable[[jax.Array], armac.Params]]:
+  """Returns ARMAC's networks and `init(key) -> params`.
+
+  Args:
+    config: `network.width` and `network.block_width` are used.
+    game: the game.
+    observations: `[H, n, ...]`, what the networks read.
+    recurrent: whether observations are sequences.
+
+  Raises:
+    ValueError: the game has one player, who would have no mean policy.
+  """
   if game.num_players < 2:
     raise ValueError(
-      f"config.environment.game: {method} learns its mean policy where others play, and "
+      f"config.environment.game: ARMAC learns its mean policy where others play, and "
       f"{game.layout.name} has one player; use cfr:, or exploration: for ARMAC as a single agent"
     )
+  sizes = (config.network.width, config.network.block_width, recurrent)
+  actor = actor_critic.Actor(game.layout.num_actions, *sizes)
+  critic = actor_critic.Critic(game.num_players, game.layout.num_actions, *sizes)
+
+  def init(key: jax.Array) -> armac.Params:
+    actor_key, critic_key = jax.random.split(key)
+    return armac.Params(
+      actor.init(actor_key, observations[:1, 0]), critic.init(critic_key, observations[:1])
+    )
+
+  return armac.Networks(actor.apply, critic.apply), init
 
 
 def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
