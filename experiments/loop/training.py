@@ -9,14 +9,12 @@ state are checked to be finite.
 
 import base64
 import dataclasses
-import io
 import math
 import pathlib
 import re
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ import numpy as np
 
 import sharding
 from experiments import files
-from experiments.loop import checkpointing, interruption, memory, presets, run_folder, writers
+from experiments.loop import checkpointing, interruption, memory, presets, recorder, run_folder
 from experiments.report import records, results
 
 # Settings by which a step needs less memory.
@@ -125,10 +123,10 @@ def train(
     otherwise="the last checkpoint is evaluated again",
   )
   if done is not None and done[0] == config.train.num_steps:
-    history = run.records.read()
+    run.recorder.read()
     print(f"{workdir} is finished: rewriting its report", file=sys.stderr)
-    run.report(history, done[1])
-    return Outcome("finished", done[0], history, done[1])
+    run.report(done[1])
+    return Outcome("finished", done[0], run.recorder.history, done[1])
   files.write_json(workdir / "environment.json", run_folder.environment())
   warmup, num_steps = config.get("optimizer", {}).get("warmup_steps", 0), config.train.num_steps
   if warmup >= num_steps and run.primary:
@@ -140,13 +138,15 @@ def train(
   try:
     return run.train(wandb)
   except RunError as error:
-    run.report(run.records.read(), results.Result(), warning=str(error))
+    run.recorder.read()
+    run.report(results.Result(), warning=str(error))
     raise
   except jax.errors.JaxRuntimeError as error:
     reason = _failed_on_host(str(error))
     if reason is None:
       raise
-    run.report(run.records.read(), results.Result(), warning=reason)
+    run.recorder.read()
+    run.report(results.Result(), warning=reason)
     raise RunError(reason) from error
   finally:
     run.close()
@@ -177,7 +177,7 @@ def restore(
     ValueError, CheckpointError: as `checkpointing.Checkpointer.restore`.
   """
   run = _Run(experiment, config, pathlib.Path(workdir), read_only=True)
-  run.load_scores(run.records.read())
+  run.recorder.read()
   steps = run.checkpoints.steps()
   if not steps:
     raise FileNotFoundError(f"--workdir={workdir} has no checkpoint yet: train the run first")
@@ -218,19 +218,15 @@ class _Run:
     self.experiment, self.config, self.folder = experiment, config, folder
     self.mesh = make_mesh(config.sharding.mesh)
     self.key = jax.random.key(config.seed)
-    self.records = records.JsonLines(folder / "metrics.jsonl")
-    self.scores: dict[int, float] = {}  # step of a state -> headline metric
+    self.primary = jax.process_index() == 0
+    self.recorder = recorder.Recorder(folder, experiment.headline, primary=self.primary)
     self.checkpoints = checkpointing.Checkpointer(
       folder / "checkpoints",
       keep=config.checkpoint.keep,
-      scores=self.scores,
+      scores=self.recorder.scores,
       maximise=experiment.maximise,
       read_only=read_only,
     )
-    self.primary = jax.process_index() == 0
-    self.writers: list[writers.Writer] = []
-    self.progress: Any = None
-    self.start_time = time.monotonic()
     self.saved_step = -1
     self.iterator: Any = None
 
@@ -241,26 +237,16 @@ class _Run:
     num_steps = self.config.train.num_steps
     self.iterator = self.experiment.batches()
     state, start = self._start()
-    # The final evaluation is done again, because the report needs its tables.
-    history = self.records.truncate(start, keep_eval=start < num_steps, write=self.primary)
-    self.load_scores(history)
-    if history:  # the clock includes the time before an interruption
-      self.start_time -= history[-1]["seconds"]
-    if self.primary:
-      self.writers.append(writers.TensorBoard(self.folder / "tensorboard", purge_step=start))
-      if wandb:
-        self.writers.append(writers.Wandb(wandb, self.config.to_dict(), self.folder))
-    stream = None if self.primary else io.StringIO()  # only one host prints
-    self.progress = writers.Progress(start, num_steps, self.experiment.headline, stream)
+    self.recorder.start(start, num_steps, self.config, wandb)
     if start:
-      self.progress.say(f"resuming {self.folder} at step {start} of {num_steps}")
+      self.recorder.say(f"resuming {self.folder} at step {start} of {num_steps}")
     step_fn = sharding.jit_update(
       _with_step_key(self.experiment.update), self.mesh, self.experiment.rules
     )
     step, pending = start, None
     with interruption.Listener() as signals:
       # A run that was interrupted before an evaluation does it now.
-      self._evaluate_if_due(state, step, history)
+      self._evaluate_if_due(state, step)
       while step < num_steps and not signals.stop(step):
         ids, batch = self._next_batch(step)
         # Each process has the whole batch and places the rows of its own devices.
@@ -269,29 +255,30 @@ class _Run:
           self._say_memory(step_fn.lower(state, batch, self.key))
         state, step_metrics = step_fn(state, batch, self.key)
         if pending is not None:
-          self._log(pending, history)
+          self._log(pending)
         pending = _Pending(step, ids, step_metrics)
         step += 1
         if self._is_boundary(step):
-          self._log(pending, history)
+          self._log(pending)
           pending = None
           if self._is_due("checkpoint", step) or step == num_steps:
             self._save(state, step)
           if not signals.received:
-            self._evaluate_if_due(state, step, history)
+            self._evaluate_if_due(state, step)
       if pending is not None:
-        self._log(pending, history)
+        self._log(pending)
       if signals.received:
         if step > start or start == 0:
           self._save(state, step)
         self.checkpoints.wait()
-        self.progress.say(
+        self.recorder.say(
           f"{signal.Signals(signals.received).name}: saved step {step} of {num_steps} in "
           f"{self.folder}. Run the same command to continue."
         )
-        return Outcome("interrupted", step, history, signal=signals.received)
+        return Outcome("interrupted", step, self.recorder.history, signal=signals.received)
     self.checkpoints.wait()
-    return Outcome("finished", step, history, self._finish(state, step, history))
+    result = self._finish(state, step)
+    return Outcome("finished", step, self.recorder.history, result)
 
   def _start(self) -> tuple[Any, int]:
     restored = self.checkpoints.restore_last(self.target())
@@ -323,7 +310,7 @@ class _Run:
     fields = files.flatten(self.config.to_dict())
     levers = [name for name in _MEMORY_SETTINGS if name in fields]
     if words := memory.of_step(program, self.mesh.local_devices, levers):
-      self.progress.say(words)
+      self.recorder.say(words)
 
   def _next_batch(self, step: int) -> tuple[np.ndarray, Any]:
     try:
@@ -342,26 +329,20 @@ class _Run:
     last = step == self.config.train.num_steps
     return last or self._is_due("checkpoint", step) or self._is_due("eval", step)
 
-  def _log(self, pending: _Pending, history: records.History) -> None:
+  def _log(self, pending: _Pending) -> None:
     """Waits for the metrics of one step, checks that the loss is finite, and records them."""
     step = pending.step
     scalars = {name: float(x) for name, x in jax.device_get(pending.metrics).items()}
     bad = [name for name, x in scalars.items() if is_loss(name) and not math.isfinite(x)]
     last = step + 1 == self.config.train.num_steps
     if bad or last or step % self.config.train.log_every == 0:
-      seconds = round(time.monotonic() - self.start_time, 3)
-      ids = records.id_record(pending.ids)
-      record = {"kind": "train", "step": step, "seconds": seconds, "ids": ids, **scalars}
-      history.append(record)
-      self._record(record, step, "train", scalars)
+      self.recorder.train(step, pending.ids, scalars)
     if bad:
       raise RunError(
         f"{bad[0]} is {scalars[bad[0]]} at step {step}: stopped. {self._last_good()} A smaller "
         "learning rate or stronger clipping is the usual remedy; it needs a new --workdir."
       )
-    if self.experiment.headline in scalars:
-      self.scores[step + 1] = scalars[self.experiment.headline]
-    self.progress.update(step + 1, scalars)
+    self.recorder.advance(step + 1, scalars)
 
   def _save(self, state: Any, step: int) -> None:
     if step == self.saved_step:
@@ -390,39 +371,24 @@ class _Run:
       return "No checkpoint was written before."
     return f"The last good checkpoint is step {steps[-1]} in {self.folder / 'checkpoints'}."
 
-  def _evaluate_if_due(self, state: Any, step: int, history: records.History) -> None:
+  def _evaluate_if_due(self, state: Any, step: int) -> None:
     final = step == self.config.train.num_steps
-    known = any(record["step"] == step for record in history.evals)
+    known = any(record["step"] == step for record in self.recorder.history.evals)
     if self.experiment.evaluate and self._is_due("eval", step) and not final and not known:
-      self._evaluate(state, step, history)
+      self._evaluate(state, step)
 
-  def _evaluate(self, state: Any, step: int, history: records.History) -> results.Result:
+  def _evaluate(self, state: Any, step: int) -> results.Result:
     if self.experiment.evaluate is None:
       return results.Result()
     result = self.experiment.evaluate(state)
-    scalars = result.scalars()
-    record = {"kind": "eval", "step": step, **scalars}
-    history.evals.append(record)
-    self._record(record, step, "eval", scalars)
-    if self.experiment.headline in scalars:
-      self.scores[step] = scalars[self.experiment.headline]
-      self.progress.evaluated = scalars
-    if self.primary:
-      words = "  ".join(f"{name} {value}" for name, value in list(result.metrics.items())[:4])
-      self.progress.say(f"evaluation at step {step}: {words}")
+    self.recorder.evaluation(step, result)
     return result
-
-  def _record(self, record: dict[str, Any], step: int, kind: str, scalars: dict[str, float]):
-    if self.primary:
-      self.records.append(record)
-    for writer in self.writers:
-      writer.write(step, kind, scalars)
 
   # --- the end ------------------------------------------------------------------------------------
 
-  def _finish(self, state: Any, step: int, history: records.History) -> results.Result:
-    self.progress.close()
-    result = self._evaluate(state, step, history)
+  def _finish(self, state: Any, step: int) -> results.Result:
+    self.recorder.end()
+    result = self._evaluate(state, step)
     if self.experiment.export is not None and self.primary:
       self.experiment.export(state, self.folder / "model")
     elif self.experiment.export is not None:
@@ -431,18 +397,18 @@ class _Run:
         self.experiment.export(state, pathlib.Path(scratch) / "model")
     # `results.json` marks the run as finished, so it is written last: the figures of an evaluation
     # cannot be drawn without the evaluation.
-    self.report(history, result)
+    self.report(result)
     if self.primary:
       files.write_json(self.folder / "results.json", {"step": step, "result": result.to_json()})
     return result
 
-  def report(self, history: records.History, result: results.Result, warning: str = "") -> None:
+  def report(self, result: results.Result, warning: str = "") -> None:
     """Draws the figures and writes `report.html`; `warning` says why the run had to stop."""
     if not self.primary:
       return
     from experiments.report import report  # imports Matplotlib, which only reports need
 
-    draw = self.experiment.figures
+    draw, history = self.experiment.figures, self.recorder.history
     report.write_run(
       self.folder,
       self.config,
@@ -453,22 +419,10 @@ class _Run:
       warning=warning,
     )
 
-  def load_scores(self, history: records.History) -> None:
-    """Reads the headline metric of every state from the records of the run."""
-    name = self.experiment.headline
-    for rows, offset in ((history, 1), (history.evals, 0)):
-      for record in rows:
-        if name in record and math.isfinite(record[name]):
-          self.scores[record["step"] + offset] = record[name]
-
   def close(self) -> None:
     """Closes all files; an error in closing must not hide the error that ended the run."""
     failing = sys.exc_info()[0] is not None
-    if self.progress is not None:
-      self.progress.close()
-    self.records.close()
-    closers: list[Any] = [*self.writers, self.checkpoints]
-    for thing in closers:
+    for thing in (self.recorder, self.checkpoints):
       try:
         thing.close()
       except OSError:
