@@ -18,8 +18,8 @@ from experiments.configs import base
 PRESETS = {
   "digits": base.Preset(
     "eighteen methods, two judges, five settings, three seeds, and exploiters of eight policies",
-    "not measured (the earlier protocol, with sixteen and three: 80 minutes)",
-    "not run; docs/results/comparison.md has the earlier protocol, with 24 of 24 criteria",
+    "4 hours of one core",
+    "31 of 31 criteria; against RLOO an opponent wins 76 %, against Nash-MD at most 56 %",
   ),
   "tiny": base.Preset("two methods and an exploiter, a few steps", "1 minute", "smoke test"),
 }
@@ -64,7 +64,7 @@ def get_config(preset: str = "digits") -> ml_collections.ConfigDict:
       "exploited": EXPLOITED,
       "algorithm": {**REGULARISERS, "exploiter": {"tau": (0.05,)}},
       "network": {"num_layers": 2, "width": 64},
-      # In a third of its edits, the reference keeps what it is shown (0 in the earlier protocol).
+      # In a third of its edits, the reference keeps what it is shown.
       "data": {"num_prompts": 20_000, "num_seeds": 3, "kept_edits": 1 / 3},
       "optimizer": {
         "learning_rate": 1e-3,

@@ -251,6 +251,7 @@ def compare(
       tables.append(_outsiders(everyone, trained_against, rates))
     if trained_against:
       checks_ += _exploiter_checks(everyone, rates)
+    lost = [row[len(everyone) :] for row in rates]
     rates = [row[: len(everyone)] for row in rates[: len(everyone)]]
     fits = [
       fitted_values(config, trained[name].arrays, reference, judge) for name in config.methods
@@ -259,10 +260,11 @@ def compare(
     tables.append(_matrix(oracle, everyone, rates))
     figures.append(digit_figures.heatmap(oracle, everyone, rates))
     if judge == runs.CYCLE:
-      figures.append(digit_figures.exploited(everyone, rates))
+      figures.append(digit_figures.exploited(everyone, rates, trained_against, lost))
     versus = {p.name: row[num_methods] for p, row in zip(methods, rates, strict=False)}
     worst = {
-      p.name: digit_figures.worst(everyone, row)[1] for p, row in zip(methods, rates, strict=False)
+      p.name: digit_figures.worst(p, everyone, row)[1]
+      for p, row in zip(methods, rates, strict=False)
     }
     for name in config.methods:
       label = digit_methods.METHODS[name].name
@@ -300,7 +302,7 @@ def _outsiders(everyone, trained_against, rates) -> results.Table:
     rows.append([player.name, *digits.against_one_style(player.styles)])
     if not trained_against:
       continue
-    opponent, rate = digit_figures.worst(trained_against, row[len(everyone) :])
+    opponent, rate = digit_figures.worst(player, trained_against, row[len(everyone) :])
     found = next(each for each in trained_against if each.name == opponent)
     shares = [float(np.mean(found.styles == style)) for style in range(digits.NUM_STYLES)]
     rows[-1] += [rate, opponent, found.kl, float(found.rewards.mean()), *shares]
@@ -335,7 +337,7 @@ def _summary(oracle, config, everyone, rates, fits) -> results.Table:
   rows, num_methods = [], len(fits)
   fitted = [*fits, *([("", "")] * (len(everyone) - num_methods))]
   for player, row, fit in zip(everyone, rates, fitted, strict=True):
-    opponent, rate = digit_figures.worst(everyone, row)
+    opponent, rate = digit_figures.worst(player, everyone, row)
     shares = [float(np.mean(player.styles == style)) for style in range(digits.NUM_STYLES)]
     rows.append(
       [
