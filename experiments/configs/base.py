@@ -239,6 +239,9 @@ def language_model(
       "every": 20,
       "num_prompts": 256,
       "num_table_rows": 16,
+      # Other rewards, parted by commas: they score the same completions, and nothing learns from
+      # them. Where they fall while the reward rises, the reward is being gamed.
+      "judges": "",
       # Tasks of the lm-evaluation-harness, or YAML files of tasks, parted by commas. They run in
       # every evaluation, so they are best given with --mode=eval.
       "tasks": "",

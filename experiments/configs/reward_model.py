@@ -71,7 +71,7 @@ def get_config(preset: str = "human") -> ml_collections.ConfigDict:
     "completion_length": 256,  # tokens with EOS; a longer completion loses its end
     "length_buckets": 1,  # above 1: batches of similar length, cut to so many sets of widths
   }
-  for name in ("tasks", "task_limit", "num_fewshot"):  # they ask a policy
+  for name in ("judges", "tasks", "task_limit", "num_fewshot"):  # they ask a policy
     del config.eval[name]
   config.eval.num_prompts = 125  # held out with all their pairs
   if preset == "tiny":

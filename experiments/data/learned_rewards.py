@@ -82,8 +82,7 @@ class LearnedReward:
       )
     if not len(prompts):
       return np.zeros(0)
-    encoded = encode(self.tokenizer, self.settings, prompts, completions)
-    return self._values(sequences.Sequences(*encoded[2:], *encoded[:2]))
+    return self._values(self._rows(prompts, completions))
 
   def preference_probs(
     self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
@@ -91,14 +90,66 @@ class LearnedReward:
     """Returns `[N]` probabilities that `first` beats `second`."""
     if not len(prompts):
       return np.zeros(0)
+    return np.asarray(self._odds(self._values(self._rows(prompts, first, second))))
+
+  # --- inside a compiled step -----------------------------------------------------------------
+
+  @property
+  def width(self) -> int:
+    """Number of tokens of a row that fits every text."""
+    num_texts = 1 if self.settings.kind == "bradley_terry" else 2
+    return self.settings.prompt_length + num_texts * self.settings.completion_length
+
+  def tokens(
+    self, prompts: Sequence[str], *completions: Sequence[str]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of N texts in a shape that depends on N alone; this is host code.
+
+    Args:
+      prompts: N prompts.
+      *completions: N completions for their rewards, or twice N for the preferences between them.
+
+    Returns:
+      tokens and mask, `[N, width]` for rewards and `[2 N, width]` for preferences, int32.
+    """
+    return _padded(_joined(self._rows(prompts, *completions)), self.width)
+
+  def scores(
+    self, params: Any, tokens: jax.Array, mask: jax.Array, *, compare: bool = False
+  ) -> jax.Array:
+    """Returns `[N]` rewards, or the probabilities of `preference_probs`, of `tokens`'s arrays.
+
+    This is the part that can be traced. Its parameters are an argument, so that they do not become
+    constants of the program.
+
+    Args:
+      params: `self.params`.
+      tokens: `[N, width]`, to `compare` `[2 N, width]`.
+      mask: of the same shape.
+      compare: whether the rows are pairs.
+    """
+    values = scalar_head.scalars(params, tokens, mask, config=self.config)
+    return self._odds(values) if compare else values
+
+  # --- parts ----------------------------------------------------------------------------------
+
+  def _rows(self, prompts: Sequence[str], *completions: Sequence[str]) -> sequences.Sequences:
+    """Returns the rows that the network reads: one for each completion."""
+    if len(completions) == 1:
+      encoded = encode(self.tokenizer, self.settings, prompts, *completions)
+      return sequences.Sequences(*encoded[2:], *encoded[:2])
+    first, second = completions
     batch = encode_pairs(self.tokenizer, self.settings, prompts, first, second)
-    config = reward_model.Config(kind=self.settings.kind)
-    values = self._values(reward_model.rows(batch, config=config)).reshape(-1, 2)
-    scale = 1 if self.settings.kind == "bradley_terry" else 2  # antisymmetric_logits
-    return np.asarray(jax.nn.sigmoid((values[:, 0] - values[:, 1]) / scale))
+    return reward_model.rows(batch, config=reward_model.Config(kind=self.settings.kind))
 
   def _values(self, rows: sequences.Sequences) -> np.ndarray:
     return by_length(functools.partial(scalar_head.scalars, self.params, config=self.config), rows)
+
+  def _odds(self, values: Any) -> jax.Array:
+    """Returns the probabilities that the first of two successive rows beats the second, `[N]`."""
+    pairs = values.reshape(-1, 2)
+    scale = 1 if self.settings.kind == "bradley_terry" else 2  # antisymmetric_logits
+    return jax.nn.sigmoid((pairs[:, 0] - pairs[:, 1]) / scale)
 
 
 def encode(
@@ -162,11 +213,7 @@ def by_length(
   Returns:
     `[N, ...]` the values of all rows.
   """
-  group = len(rows.tokens) // len(rows.prompt_tokens)
-  joined = [
-    (*rows.prompt_tokens[i // group][rows.prompt_mask[i // group] > 0], *line[keep > 0])
-    for i, (line, keep) in enumerate(zip(rows.tokens, rows.mask, strict=True))
-  ]
+  joined = _joined(rows)
   unique = sorted(set(joined), key=len)
   found = []
   # This takes minutes on a CPU, so a terminal shows a progress bar.
@@ -174,12 +221,27 @@ def by_length(
     chunk = unique[start : start + _BATCH_SIZE]
     chunk += chunk[-1:] * (_BATCH_SIZE - len(chunk))
     width = -(-len(chunk[-1]) // 32) * 32
-    tokens, mask = np.zeros((2, len(chunk), width), np.int32)
-    for n, row in enumerate(chunk):
-      tokens[n, : len(row)], mask[n, : len(row)] = row, 1
+    tokens, mask = _padded(chunk, width)
     found.append(np.asarray(function(jnp.asarray(tokens), jnp.asarray(mask))))
   places = {row: n for n, row in enumerate(unique)}
   return np.concatenate(found)[[places[row] for row in joined]]
+
+
+def _joined(rows: sequences.Sequences) -> list[tuple[int, ...]]:
+  """Returns the tokens of each row, prompt and completion without their padding."""
+  group = len(rows.tokens) // len(rows.prompt_tokens)
+  return [
+    (*rows.prompt_tokens[i // group][rows.prompt_mask[i // group] > 0], *line[keep > 0])
+    for i, (line, keep) in enumerate(zip(rows.tokens, rows.mask, strict=True))
+  ]
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns tokens and mask `[N, width]` of N rows, padded at the end."""
+  tokens, mask = np.zeros((2, len(rows), width), np.int32)
+  for n, row in enumerate(rows):
+    tokens[n, : len(row)], mask[n, : len(row)] = row, 1
+  return tokens, mask
 
 
 def save(

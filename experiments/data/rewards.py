@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from experiments import files
+from experiments.data import learned_rewards, similarity
 
 _SHORT_NAMES = {
   "vader": "experiments.data.rewards:vader",
@@ -44,12 +45,14 @@ class Reward:
     function: of N prompts and N completions.
     describes: what it rewards, for readers of a report; may be empty.
     fingerprint: changes with the function: name and hash of the module's source, or of the files.
+    learned: the model behind the function, which a compiled step can hold; None for host code.
   """
 
   name: str
   function: Callable[[list[str], list[str]], Any]
   describes: str
   fingerprint: str
+  learned: learned_rewards.LearnedReward | None = None
 
   def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
     """Returns `[N]` float64 rewards.
@@ -87,10 +90,12 @@ class Preference:
   Attributes:
     name: "module:function" or a folder.
     function: of N prompts, N first and N second completions.
+    learned: the model behind the function, as in `Reward`.
   """
 
   name: str
   function: Callable[[list[str], list[str], list[str]], Any]
+  learned: learned_rewards.LearnedReward | None = None
 
   def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> np.ndarray:
     """Returns `[N]` float64 probabilities.
@@ -128,15 +133,38 @@ def resolve(name: str) -> Reward:
   return Reward(full, function, getattr(function, "describes", ""), f"{full}@{code}")
 
 
+def resolve_judges(names: str) -> dict[str, Reward]:
+  """Returns the rewards that `eval.judges` lists, by the short names of their metrics.
+
+  The short name is that of the function, `rouge_l`, or the folder's, where a last part `model` does
+  not count.
+
+  Raises:
+    ValueError: as `resolve`, and if two judges have the same short name.
+
+  Example:
+    >>> list(resolve_judges("vowels, experiments.data.rewards:vader"))
+    ['vowels', 'vader']
+  """
+  found: dict[str, Reward] = {}
+  for entry in filter(None, map(str.strip, names.split(","))):
+    short = entry.partition(":")[0] if entry.startswith("rouge_l:") else entry.rpartition(":")[2]
+    parts = [part for part in pathlib.PurePath(short).parts if part != "model"]
+    short = parts[-1] if parts else short
+    if short in found:
+      raise ValueError(f"eval.judges={names!r}: two judges are called {short!r}: leave one out")
+    found[short] = resolve(entry)
+  return found
+
+
 def resolve_preference(name: str) -> Preference:
   """Returns the preference of a name: "module:function", or the folder of a learned model.
 
   Errors are those of `resolve`.
   """
   if _is_folder(name):
-    from experiments.data import learned_rewards
-
-    return Preference(name, learned_rewards.load(name).preference_probs)
+    model = learned_rewards.load(name)
+    return Preference(name, model.preference_probs, model)
   full, _, function = _load("preference", name)
   return Preference(full, function)
 
@@ -184,18 +212,14 @@ def _is_folder(name: str) -> bool:
 
 
 def _similarity(name: str) -> Reward:
-  from experiments.data import similarity
-
   function = similarity.Similarity(name.partition(":")[2])
   return Reward(name, function, similarity.DESCRIPTION, function.fingerprint)
 
 
 def _learned(folder: str) -> Reward:
-  from experiments.data import learned_rewards
-
   judge = learned_rewards.load(folder)
   judge.rewards([], [])  # refuses a pairwise model
-  return Reward(folder, judge.rewards, judge.settings.describes, judge.fingerprint)
+  return Reward(folder, judge.rewards, judge.settings.describes, judge.fingerprint, judge)
 
 
 def describes(text: str) -> Callable[[Any], Any]:

@@ -38,8 +38,8 @@ _LEAST = {
 }
 # Fields that name a file or a folder, or may do so.
 _PATHS = (
-  "cache", "demonstrations", "directory", "folders", "game", "init_from", "model", "preference",
-  "preferences", "prompts", "reward", "scored", "source", "tasks",
+  "cache", "demonstrations", "directory", "folders", "game", "init_from", "judges", "model",
+  "preference", "preferences", "prompts", "reward", "scored", "source", "tasks",
 )  # fmt: skip
 # Sources whose libraries bring file systems of their own.
 _LIBRARIES = ("tfds:", "hf:")

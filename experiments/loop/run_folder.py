@@ -34,6 +34,7 @@ CHANGEABLE = ("export.", "sharding.")
 ADDED: dict[str, Any] = {
   "data.features": "file",
   "data.length_buckets": 1,
+  "eval.judges": "",
   "eval.num_fewshot": 0,
   "eval.task_limit": 0,
   "eval.tasks": "",

@@ -278,17 +278,19 @@ def experiment(
   arrays: Callable[[], Any],
   trained: Callable[[Any], Any],
   network: Network = POLICY,
+  init_args: tuple[Any, ...] = (),
   evaluate_more: Callable[..., results.Result] | None = None,
 ) -> training.Experiment:
   """Returns the experiment that trains on a task and compares its policy with the reference.
 
   Args:
     task: the model, its prompts and its reward.
-    init: `init(key, params) -> State`; `params` are the pretrained parameters.
+    init: `init(key, params, *init_args) -> State`; `params` are the pretrained parameters.
     update: `update(state, batch, key) -> (State, Metrics)`.
     arrays: makes the training examples, NumPy arrays with one leading axis.
     trained: maps the state to the trained parameters.
     network: the network whose they are.
+    init_args: further arguments of `init`.
     evaluate_more: `(result, comparison, policy_params, task) -> Result`, for a method that
       evaluates more than one completion per prompt.
   """
@@ -328,7 +330,7 @@ def experiment(
 
   return training.Experiment(
     init=init,
-    init_args=(task.model.params,),
+    init_args=(task.model.params, *init_args),
     update=update,
     batches=lambda: batches(config, arrays()),
     headline="win_rate",

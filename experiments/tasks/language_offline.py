@@ -60,6 +60,7 @@ class Task:
   network: architectures.Config
   apply_fn: Callable[[Any, sequences.Sequences], jax.Array]
   reward_fn: rewards.Reward
+  judges: dict[str, rewards.Reward]  # they score evaluations alone
   train_prompts: list[str]
   test_prompts: list[str]
   cache: sample_cache.SampleCache
@@ -353,6 +354,10 @@ class Task:
       ref_texts=ref_texts,
       rewards=self.reward_fn(prompts, texts),
       ref_rewards=self.reward_fn(prompts, ref_texts),
+      judged={
+        name: (judge(prompts, texts), judge(prompts, ref_texts))
+        for name, judge in self.judges.items()
+      },
       log_ratios=(own["logps"] - ref_logps)[:, 0],
       ids=_unpad(tokens, mask),
       ref_ids=_unpad(ref_tokens, ref_mask),
@@ -363,6 +368,7 @@ class Comparison(NamedTuple):
   """N held-out completions each from the policy and from the reference.
 
   prompts, texts, ref_texts: N strings.  rewards, ref_rewards: `[N]`.
+  judged: the same two arrays of each of `eval.judges`, by its name.
   log_ratios: `[N]` log pi - log ref, in nats, of samples of the policy at temperature 1 (other ones
   than `texts` if those were drawn otherwise).  ids, ref_ids: token lists.
   """
@@ -372,6 +378,7 @@ class Comparison(NamedTuple):
   ref_texts: list[str]
   rewards: np.ndarray
   ref_rewards: np.ndarray
+  judged: dict[str, tuple[np.ndarray, np.ndarray]]
   log_ratios: np.ndarray
   ids: list[list[int]]
   ref_ids: list[list[int]]
@@ -426,6 +433,7 @@ def make_task(config: Any) -> Task:
     network=network,
     apply_fn=architectures.make_apply_fn(network, logps_chunk=config.network.logps_chunk or None),
     reward_fn=rewards.resolve(config.reward),
+    judges=rewards.resolve_judges(config.eval.get("judges", "")),
     train_prompts=train[: config.data.num_prompts],
     test_prompts=test,
     cache=sample_cache.SampleCache(config.data.cache or None),

@@ -3,10 +3,14 @@
 Each step is one compiled program: it draws completions, judges them, scores them under the
 reference and updates the policy. A method makes its batch in `collect`, with the help of a `Round`.
 
-The judge is host code, called with `jax.pure_callback`. In every step the accelerator waits while
+A judge is host code, called with `jax.pure_callback`. In every step the accelerator waits while
 the host decodes and judges the tokens. A word list takes milliseconds. If a judge takes seconds,
 prefer a method that learns from completions scored in advance. In a run of several processes the
 first process judges for all.
+
+A learned reward or preference model is part of the step: the host only turns the policy's tokens
+into the model's. Its parameters are in the state, for the reasons that `language.State` gives. A
+model must not run inside the callback, since the devices that it needs may be waiting for it.
 """
 
 import dataclasses
@@ -19,11 +23,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment import nash_md, sequences
-from alignment.models import sampling
+from alignment.models import sampling, scalar_head
 from experiments.data import rewards
 from experiments.loop import training
 from experiments.tasks import language, language_offline
 from sharding import checks
+
+_Judge = rewards.Reward | rewards.Preference
+
+
+class JudgedState(NamedTuple):
+  """As `language.State`, and the parameters of a learned judge."""
+
+  learner: Any
+  ref_params: Any
+  judge_params: Any
+
+  @property
+  def step(self) -> jax.Array:
+    """Number of updates so far."""
+    return self.learner.step
 
 
 class Prompts(NamedTuple):
@@ -44,6 +63,7 @@ class Round:
     index: `[B]` indices into `task.train_prompts`, because judges read the prompts as text.
     preference_fn: a judge of pairs, or None to derive preferences from rewards.
     network: the network that is trained.
+    judge_params: the parameters of `judge`, if it is a learned model.
   """
 
   task: language_offline.Task
@@ -51,6 +71,7 @@ class Round:
   index: jax.Array
   preference_fn: rewards.Preference | None
   network: language.Network = language.POLICY
+  judge_params: Any = None
 
   def sample_fn(self, beta: float = 0.0) -> sequences.SampleFn:
     """Returns a sampler of `data.num_samples` completions per prompt, from pi^(1-beta) ref^beta."""
@@ -92,9 +113,15 @@ class Round:
     difference = self.rewards(first) - self.rewards(second)
     return jax.nn.sigmoid(difference / self.task.config.data.preference_scale)
 
-  def _scores(self, judge: Callable[..., np.ndarray], *sides: sequences.Sequences) -> jax.Array:
-    """Calls `judge(prompts, texts, ...)` on the host; it must depend on its arguments alone."""
+  def _scores(self, judge: _Judge, *sides: sequences.Sequences) -> jax.Array:
+    """Returns `judge(prompts, texts, ...)`, which must depend on its arguments alone."""
     num_rows = len(sides[0].tokens)
+    learned, compare = judge.learned, len(sides) > 1
+    if learned is None:
+      shapes: Any = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    else:
+      rows = jax.ShapeDtypeStruct((num_rows * len(sides), learned.width), jnp.int32)
+      shapes = (rows, rows)
 
     def on_host(index, *arrays):
       # Through NumPy at once: computing with JAX inside a callback can block the device.
@@ -102,11 +129,11 @@ class Round:
       prompts = [self.task.train_prompts[i] for i in places.repeat(num_rows // len(places))]
       pairs = zip(numbers[::2], numbers[1::2], strict=True)
       texts = [self.task.decode(tokens, mask, prompts) for tokens, mask in pairs]
-      return judge(prompts, *texts).astype(np.float32)
+      return learned.tokens(prompts, *texts) if learned else judge(prompts, *texts).astype("f4")
 
-    shape = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     arrays = (x for side in sides for x in (side.tokens, side.mask))
-    return jax.pure_callback(on_host, shape, self.index, *arrays)
+    found = jax.pure_callback(on_host, shapes, self.index, *arrays)
+    return found if learned is None else learned.scores(self.judge_params, *found, compare=compare)
 
 
 # (state of the algorithm, prompts, key, round) -> batch of the algorithm
@@ -131,24 +158,32 @@ def build(
   optimizer = language.make_optimizer(config.optimizer, config.train.num_steps)
   task = language_offline.make_task(config)
   language.check_adapters(network, task.model.params)
+  learned = (preference_fn or task.reward_fn).learned
+  if learned is not None:
+    rules = (*scalar_head.SHARDING_RULES, *network.rules)
+    network = dataclasses.replace(network, rules=rules)
 
-  def init(key, params):
+  def with_learner(learner, *frozen):
+    return language.State(learner, *frozen) if learned is None else JudgedState(learner, *frozen)
+
+  def init(key, params, *judge_params):
     trained = network.start(params, key)
     learner = algorithm.init(trained, optimizer=optimizer, config=algorithm_config)
-    return language.State(learner, params)
+    return with_learner(learner, params, *judge_params)
 
   def update(state, batch, key):
-    this_round = Round(task, state.ref_params, batch.index, preference_fn, network)
+    _, ref_params, *judge_params = state
+    this_round = Round(task, ref_params, batch.index, preference_fn, network, *judge_params)
     prompts = sequences.Prompts(batch.tokens, batch.mask)
     learner, metrics = algorithm.update(
       state.learner,
       collect(state.learner, prompts, key, this_round),
       key,
-      apply_fn=network.bind(task.apply_fn, state.ref_params),
+      apply_fn=network.bind(task.apply_fn, ref_params),
       optimizer=optimizer,
       config=algorithm_config,
     )
-    return language.State(learner, state.ref_params), metrics
+    return with_learner(learner, ref_params, *judge_params), metrics
 
   def arrays():
     tokens, mask = task.encode_prompts(task.train_prompts)
@@ -162,6 +197,7 @@ def build(
     arrays=arrays,
     trained=lambda state: state.learner.params,
     network=network,
+    init_args=() if learned is None else (learned.params,),
   )
 
 

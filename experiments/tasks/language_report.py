@@ -1,10 +1,10 @@
-"""The report of a language-model run: numbers with intervals, samples, histograms."""
+"""The report of a language-model run: numbers with intervals, samples, figures."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.report import plots, results, statistics
+from experiments.report import plots, records, results, statistics
 from experiments.tasks import language_offline
 
 
@@ -46,6 +46,10 @@ def result(comparison: language_offline.Comparison, task: language_offline.Task)
     "length": statistics.mean_interval(lengths, method="log"),
     "length_reference": statistics.mean_interval(ref_lengths, method="log"),
   }
+  for name, (scores, ref_scores) in comparison.judged.items():
+    metrics[f"judge/{name}"] = statistics.mean_interval(scores)
+    metrics[f"judge/{name}_reference"] = statistics.mean_interval(ref_scores)
+    metrics[f"judge/{name}_win_rate"] = win_rate(scores, ref_scores)
   for n in (1, 2):
     metrics[f"distinct_{n}"] = statistics.distinct_n(comparison.ids, n)
     metrics[f"distinct_{n}_reference"] = statistics.distinct_n(comparison.ref_ids, n)
@@ -53,14 +57,57 @@ def result(comparison: language_offline.Comparison, task: language_offline.Task)
   return results.Result(
     metrics=metrics,
     tables=[sample_table(comparison, rows=task.config.eval.num_table_rows)],
-    notes=[task.reward_fn.describes],
+    notes=[task.reward_fn.describes, *_about(task)],
     arrays={"reward": comparison.rewards, "reward_reference": comparison.ref_rewards},
   )
 
 
-def figures(history: Any, found: results.Result) -> list[results.Figure]:
-  """Returns a histogram of the rewards in a result."""
-  del history
+def _about(task: language_offline.Task) -> list[str]:
+  return [
+    f"Nothing learned from the judge {name}. {judge.describes}".strip()
+    for name, judge in task.judges.items()
+  ]
+
+
+def figures(history: records.History, found: results.Result) -> list[results.Figure]:
+  """Returns a histogram of the rewards, and the paths of reward and judges over KL."""
+  path = over_kl(history.evals)
+  return [_histogram(found), *([path] if path else [])]
+
+
+def over_kl(evaluations: Sequence[Mapping[str, float]]) -> results.Figure | None:
+  """Draws the mean reward and judges on held-out prompts over KL; None for fewer than two points.
+
+  Args:
+    evaluations: records of a run, oldest first.
+  """
+  if len(evaluations) < 2:
+    return None
+  names = ["reward"] + [
+    name.removesuffix("_reference")
+    for name in evaluations[0]
+    if name.startswith("judge/") and name.endswith("_reference")
+  ]
+  figure, axes = plots.subplots(1, len(names), size=(3.6, 2.8))
+  kl = [0.0, *(row["kl"] for row in evaluations)]
+  for axis, name in zip(axes[0], names, strict=True):
+    start = evaluations[0][f"{name}_reference"]
+    value, low, high = (
+      np.array([start, *(row.get(f"{name}{end}", row[name]) for row in evaluations)])
+      for end in ("", "_low", "_high")
+    )
+    axis.errorbar(kl, value, yerr=[value - low, high - value], marker="o", ms=4, capsize=2)
+    axis.set(xlabel="sequence KL to the reference, nats", title=name.removeprefix("judge/"))
+  caption = (
+    "Mean scores of the held-out prompts over the sequence KL, from the reference (KL 0) through "
+    "the evaluations in order. Bars are 95 % intervals over prompts."
+  )
+  if len(names) > 1:
+    caption += " Only the reward is optimised."
+  return results.Figure(name="over_kl", caption=caption, figure=figure)
+
+
+def _histogram(found: results.Result) -> results.Figure:
   figure, axes = plots.subplots(1, 1)
   rewards = {"reference": found.arrays["reward_reference"], "policy": found.arrays["reward"]}
   together = np.concatenate(list(rewards.values()))
@@ -73,4 +120,4 @@ def figures(history: Any, found: results.Result) -> list[results.Figure]:
     "The histograms show the rewards of one completion for each held-out prompt, drawn before "
     "(reference) and after training (policy)."
   )
-  return [results.Figure(name="rewards", caption=caption, figure=figure)]
+  return results.Figure(name="rewards", caption=caption, figure=figure)

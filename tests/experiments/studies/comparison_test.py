@@ -18,7 +18,7 @@ from experiments.loop import presets, training
 from experiments.report import statistics
 from experiments.studies import comparison
 from experiments.studies import digits as runs
-from experiments.tasks import bandits, digit_frontiers, digit_language, digit_methods
+from experiments.tasks import bandits, digit_figures, digit_frontiers, digit_language, digit_methods
 
 
 def _arrays(kls, rewards, num_seeds=2, count=4000):
@@ -346,3 +346,9 @@ def test_methods_are_given_once(methods, match, tmp_path):
   config.methods = methods
   with pytest.raises(ValueError, match=match):
     comparison.run(config, tmp_path)
+
+
+def test_nobody_is_its_own_worst_opponent():
+  best, other = (comparison.Player(name, 0.0, np.zeros(4), np.zeros(4, int)) for name in "xy")
+  row = [statistics.clopper_pearson(50, 100), statistics.clopper_pearson(60, 100)]
+  assert digit_figures.worst(best, [best, other], row)[0] == "y"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import sharding
-from alignment import dro, sequences, srpo
+from alignment import dro, reward_model, sequences, srpo
 from alignment.baselines import kto
-from alignment.models import t5, transformer
+from alignment.models import scalar_head, t5, transformer
 from experiments import main
-from experiments.data import pretrained, rewards
+from experiments.data import learned_rewards, pretrained, rewards
 from experiments.loop import presets, training
 from experiments.papers import copg as copg_paper
 from experiments.papers import dpo as dpo_paper
@@ -133,6 +133,7 @@ def test_an_answer_that_grew_is_cut_at_its_end_to_fit():
     ("nash_md", {"data.mixture_beta": "1.5"}, "data.mixture_beta"),
     ("nash_md", {"data.preference_scale": "0"}, "data.preference_scale"),
     ("nash_md", {"preference": "nowhere:f"}, "preference 'nowhere:f'"),
+    ("copg", {"eval.judges": "vowels, vowels"}, "two judges are called 'vowels'"),
     ("frontier", {"algorithms": "('copg', 'ppo')"}, "is not one of copg, dpo"),
   ],
 )
@@ -191,6 +192,74 @@ def test_pairs_are_judged_by_rewards_or_by_a_function_of_the_users():
   np.testing.assert_array_equal(this_round.preferences(vowels, others), 1)
   with pytest.raises(ValueError, match=r"preference own:f returned .*2"):
     dataclasses.replace(longer, function=lambda *texts: [2.0])(["p"], ["a"], ["b"])
+
+
+def _learned_judge(folder, kind):
+  """Writes a reward or preference model of random numbers, and returns its folder."""
+  model = pretrained.load("tiny-random")
+  params = scalar_head.from_decoder(model.params)
+  kernel = np.random.default_rng(0).normal(size=model.config.width).astype(np.float32)
+  params["scalar_head"] = {"kernel": kernel, "bias": np.float32(0.3)}
+  settings = learned_rewards.Settings(kind, prompt_length=12, completion_length=6)
+  learned_rewards.save(folder, settings, model.config, params, tokenizer=model.tokenizer)
+  return str(folder)
+
+
+@pytest.mark.parametrize("kind", reward_model.KINDS)
+def test_a_learned_judge_inside_a_step_says_what_it_says_outside(kind, tmp_path):
+  folder = _learned_judge(tmp_path / "judge", kind)
+  config = tiny("online_ipo", preference=folder)
+  task = language_offline.make_task(config)
+  rng = np.random.default_rng(1)
+  tokens = rng.integers(0, task.network.vocab_size, (2, 6, 8), dtype=np.int32)
+  tokens[:, ::2, 5] = task.model.tokenizer.eos_id  # some are cut to fit the judge, some end
+  mask = np.asarray(sequences.completion_mask(tokens, task.model.tokenizer.eos_id))
+  sides = [sequences.Sequences(*side) for side in zip(tokens, mask, strict=True)]
+  index = np.array([5, 0, 7])  # two completions each
+  prompts = [task.train_prompts[i] for i in index.repeat(2)]
+  texts = [task.decode(side.tokens, side.mask, prompts) for side in sides]
+  judge = rewards.resolve_preference(folder)
+
+  @jax.jit
+  def inside(params, index, *sides):
+    found = language_online.Round(task, None, index, judge, judge_params=params)
+    return found.preferences(*sides)
+
+  want = judge(prompts, *texts)
+  assert np.ptp(want) > 0.1
+  got = inside(judge.learned.params, index, *sides)
+  np.testing.assert_allclose(got, want, atol=1e-5)  # rows are padded to another width
+  if kind == "bradley_terry":
+    scored = dataclasses.replace(task, reward_fn=rewards.resolve(folder))
+    this_round = language_online.Round(scored, None, index, None, judge_params=judge.learned.params)
+    np.testing.assert_allclose(
+      this_round.rewards(sides[0]), scored.reward_fn(prompts, texts[0]), atol=1e-4
+    )
+
+
+@pytest.mark.slow  # two compilations of a step with two models
+def test_a_learned_reward_on_eight_devices_is_that_of_one(tmp_path):
+  # A model that runs on the host inside a step waits for devices that wait for it.
+  folder = _learned_judge(tmp_path / "judge", "bradley_terry")
+  experiment = rloo_paper.build(tiny("rloo", reward=folder, optimizer__warmup_steps=0))
+  batch = next(experiment.batches())[1]
+
+  def run(axes, num_devices):
+    mesh = sharding.make_mesh(axes, jax.devices()[:num_devices])
+    state = sharding.init_sharded(
+      experiment.init, mesh, experiment.rules, jax.random.key(0), *experiment.init_args
+    )
+    step = sharding.jit_update(experiment.update, mesh, experiment.rules)
+    state, metrics = step(state, sharding.shard_batch(batch, mesh), jax.random.key(1))
+    for before, after in zip(
+      jax.tree.leaves(experiment.init_args[1]), jax.tree.leaves(state.judge_params), strict=True
+    ):
+      np.testing.assert_array_equal(before, after)
+    return jax.device_get(metrics)
+
+  one = run({"data": 1, "fsdp": 1, "tensor": 1}, 1)
+  eight = run({"data": 2, "fsdp": 2, "tensor": 2}, 8)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), eight, one)
 
 
 @pytest.mark.slow  # three compilations of a step that draws from two models
