@@ -196,6 +196,7 @@ def language_model(
       "model": "smollm2-135m-instruct",
       "dtype": "float32",
       "remat": False,
+      "scan_layers": True,  # False: layers in a row, faster on GPUs, longer to compile
       "logps_chunk": 0,  # vocabulary entries whose logits are held at once; 0: as the device suits
       **LORA,
     },

@@ -60,6 +60,7 @@ def get_config(preset: str = "human") -> ml_collections.ConfigDict:
     "train": "all",  # or "head": a linear model on frozen features, which are cached
     "dtype": "float32",
     "remat": False,
+    "scan_layers": True,  # False: layers in a row, faster on GPUs, longer to compile
     **base.LORA,
   }
   config.data = {

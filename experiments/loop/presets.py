@@ -26,7 +26,7 @@ from experiments.loop import run_folder
 # Fields that are True or False in every section that has them.
 _SWITCHES = (
   "antialias", "baselines", "binarise", "decay_all", "double", "from_files", "frozen", "remat",
-  "rescale", "standardise_weights", "truncate", "validate", "zero_scale",
+  "rescale", "scan_layers", "standardise_weights", "truncate", "validate", "zero_scale",
 )  # fmt: skip
 # The least value of the integer fields that the loop reads. An interval of 0 steps means never.
 _LEAST = {

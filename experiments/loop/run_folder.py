@@ -42,6 +42,7 @@ ADDED: dict[str, Any] = {
   "network.lora_alpha": 32.0,
   "network.lora_rank": 0,
   "network.lora_targets": "all",
+  "network.scan_layers": True,
   "optimizer.decay_all": True,
   "optimizer.warmup_from": 0,
 }

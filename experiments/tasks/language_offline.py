@@ -401,7 +401,10 @@ def make_task(config: Any) -> Task:
   """Loads the model, the prompts and the reward of a config."""
   model = pretrained.load(config.network.model)
   network = dataclasses.replace(
-    model.config, dtype=config.network.dtype, remat=config.network.remat
+    model.config,
+    dtype=config.network.dtype,
+    remat=config.network.remat,
+    scan_layers=config.network.scan_layers,
   )
   for name in ("num_prompts", "prompt_length", "completion_length", "sample_batch_size"):
     checks.count(f"data.{name}", config.data[name])

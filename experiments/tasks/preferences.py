@@ -157,6 +157,7 @@ def make_task(config: Any) -> Task:
     num_layers=num_layers,
     dtype=config.network.dtype,
     remat=config.network.remat,
+    scan_layers=config.network.scan_layers,
   )
   answers = 1 if config.algorithm.kind == "bradley_terry" else 2
   longest = config.data.prompt_length + answers * config.data.completion_length

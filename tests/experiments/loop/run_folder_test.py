@@ -44,6 +44,7 @@ def test_a_run_of_an_earlier_version_continues_with_what_it_did(tmp_path, capsys
   config = presets.resolve("ipo:tiny")
   old = ml_collections.ConfigDict(config.to_dict())
   del old.optimizer.warmup_from, old.optimizer.decay_all, old.network.logps_chunk
+  del old.network.scan_layers
   folder = run_folder.claim(old, tmp_path / "run")
   (folder / "metrics.jsonl").write_text("{}\n")
   with pytest.raises(ValueError) as caught:

@@ -25,7 +25,7 @@ from experiments.papers import online_ipo as online_ipo_paper
 from experiments.papers import reward_model as reward_model_paper
 from experiments.papers import rloo as rloo_paper
 from experiments.papers import srpo as srpo_paper
-from experiments.tasks import language, language_offline
+from experiments.tasks import language, language_offline, preferences
 
 TINY = ("--config.train.num_steps=4", "--config.checkpoint.every=2", "--config.eval.num_prompts=16")
 
@@ -156,6 +156,21 @@ def test_a_row_of_own_data_that_is_too_long_is_named_by_its_line(tmp_path):
   task = language_offline.make_task(_tiny(**{"data.preferences": str(path)}))
   with pytest.raises(ValueError, match=r"preferences.jsonl, line 2: rejected has 41 tokens"):
     task.training_samples()
+
+
+def test_layers_in_a_row_compute_what_the_loop_does():
+  tokens = np.arange(32, dtype=np.int32).reshape(2, 2, 8)
+  found = []
+  for value in ("true", "false"):
+    task = language_offline.make_task(_tiny(**{"network.scan_layers": value}))
+    assert task.network.scan_layers == (value == "true")
+    mask = np.ones(tokens.shape, np.float32)
+    found.append(task.logps(task.model.params, task.train_prompts[:2], tokens, mask))
+  # Fused otherwise: float32's rounding of sums of 40 nats.
+  np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+  changes = [("network.scan_layers", "false")]
+  config = presets.override(presets.resolve("reward_model:tiny"), changes)
+  assert not preferences.make_task(config).network.scan_layers
 
 
 def test_policy_and_reference_draw_independently():
