@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from alignment import sequences
-from alignment.models import t5, transformer
+from alignment.models import rotary, t5, transformer
 
 Config = transformer.TransformerConfig | t5.T5Config
 
@@ -25,6 +25,23 @@ def make_apply_fn(
   if isinstance(config, t5.T5Config):
     return t5.make_apply_fn(config, logps_chunk=logps_chunk)
   return transformer.make_apply_fn(config, logps_chunk=logps_chunk)
+
+
+def check_widths(config: Config, longest: int, remedy: str) -> None:
+  """Checks that rows of several widths, up to `longest` tokens, are read by one function.
+
+  Under LongRoPE the width of a row decides about its positions (`rotary.LongScaling`).
+
+  Raises:
+    ValueError: if some of the rows would be read as short ones and others as long ones. `remedy`
+      ends the message.
+  """
+  scaling = None if isinstance(config, t5.T5Config) else config.rope_scaling
+  if isinstance(scaling, rotary.LongScaling) and longest > scaling.original_max_length:
+    raise ValueError(
+      f"rows of up to {longest} tokens cross {scaling.original_max_length}, where this model "
+      f"changes its rotary positions (rope_type 'longrope'): {remedy}"
+    )
 
 
 def last_states(params: Any, tokens: jax.Array, mask: jax.Array, *, config: Config) -> jax.Array:

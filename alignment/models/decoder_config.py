@@ -39,7 +39,7 @@ class TransformerConfig:
       checkpoints), "adjacent" pairs 2i with 2i + 1 (Meta's and GGUF files). The wrong one loads and
       runs, and predicts badly.
     rope_scaling: None, or a stretch of the wavelengths: `rotary.RopeScaling` (Llama 3's),
-      `LinearScaling`, `DynamicScaling` or `YarnScaling`.
+      `LinearScaling`, `DynamicScaling`, `YarnScaling` or `LongScaling`.
     norm_epsilon: added to the mean square, or the variance, in norms.
     tied_head: logits are products with the embedding itself.
     dtype: of the matrix products, "float32" or "bfloat16".
@@ -138,6 +138,15 @@ class TransformerConfig:
         f"rope_pairing='adjacent' rotates whole heads, but rotary_dims is {self.rotary_dims}: "
         "reorder the weights to 'half' pairs"
       )
+    if isinstance(self.rope_scaling, rotary.LongScaling):
+      pairs = (self.rotary_dims or self.head_dim) // 2
+      for name in ("short_factors", "long_factors"):
+        factors = getattr(self.rope_scaling, name)
+        if len(factors) != pairs:
+          raise ValueError(
+            f"rope_scaling has {len(factors)} {name}, but {2 * pairs} features of a head are "
+            f"rotated: give {pairs}"
+          )
     for name, choices in _CHOICES.items():
       checks.choice(name, getattr(self, name), choices)
     for name in ("dtype", "param_dtype"):

@@ -120,7 +120,9 @@ def _all_but_every(fields: Fields, layer: int) -> bool:
 
 
 def _names_phi3(found: Any) -> bool:
-  return isinstance(found, Mapping) and all("phi3." in str(place) for place in found.values())
+  return isinstance(found, Mapping) and all(
+    "phi3." in str(place) for name, place in found.items() if name != "AutoTokenizer"
+  )
 
 
 _LAST_LAYERS = family_parts.typed_window(_above_first, "max_window_layers", switch=True)
@@ -244,17 +246,22 @@ FAMILIES: dict[str, Family] = {
   ),
   "phi3": Family(
     "Phi3ForCausalLM",
-    parts=(*_RMS, rope_parts.rope(share=1.0), family_parts.whole_window()),
+    parts=(*_RMS, rope_parts.phi3_rope(), family_parts.whole_window()),
     tensors=_like_llama(
       {
         **{f"attention/{name}": "self_attn.qkv_proj" for name in ("query", "key", "value")},
         **{f"mlp/{name}": "mlp.gate_up_proj" for name in ("gate", "up")},
       }
     ),
-    defaults={**_RMS_DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-    inert=frozenset({"original_max_position_embeddings"}),  # read by "longrope" alone
-    # Microsoft's files name their own copy of the class that transformers has.
-    neutral={"auto_map": _names_phi3},
+    defaults={
+      **_RMS_DEFAULTS,
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 4096,
+      "original_max_position_embeddings": 4096,
+    },
+    # Microsoft's files name their own copy of the class that transformers has, which does not know
+    # the two keys of Phi-4-mini.
+    neutral={"auto_map": _names_phi3, "full_attn_mod": 1, "interpolate_factor": 1},
   ),
   "gpt2": Family(
     "GPT2LMHeadModel",

@@ -19,6 +19,9 @@ _YARN_KEYS = {
   "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
   "mscale", "mscale_all_dim", "truncate",
 }  # fmt: skip
+_LONG_KEYS = {
+  "short_factor", "long_factor", "factor", "original_max_position_embeddings", "attention_factor"
+}  # fmt: skip
 
 
 def read_scaling(name: str, rope: Fields, max_length: int) -> rotary.Scaling | None:
@@ -39,6 +42,7 @@ def read_scaling(name: str, rope: Fields, max_length: int) -> rotary.Scaling | N
     "dynamic": {"factor", "original_max_position_embeddings"},
     "llama3": set(_LLAMA3),
     "yarn": _YARN_KEYS,
+    "longrope": _LONG_KEYS,
   }
   if kind not in read:
     raise ValueError(
@@ -65,7 +69,30 @@ def read_scaling(name: str, rope: Fields, max_length: int) -> rotary.Scaling | N
     return rotary.RopeScaling(**numbers)
   if kind == "yarn":
     return _read_yarn({**rope, "name": name}, get, max_length)
+  if kind == "longrope":
+    return _read_long(name, rope, get, max_length)
   return None
+
+
+def _read_long(
+  name: str, rope: Fields, get: Callable[[str], float], max_length: int
+) -> rotary.LongScaling:
+  key = "original_max_position_embeddings"
+  original = int(get(key)) if rope.get(key) is not None else max_length
+  factor = get("factor") if rope.get("factor") is not None else max_length / original
+  factors = []
+  for key in ("short_factor", "long_factor"):
+    if not isinstance(rope.get(key), list):
+      raise ValueError(
+        f"{name}[{key!r}]={rope.get(key)!r} must be a list of numbers for rope_type 'longrope', "
+        "one for each pair of rotated features"
+      )
+    factors.append(tuple(number(f"{name}[{key!r}][{i}]", x) for i, x in enumerate(rope[key])))
+  if rope.get("attention_factor") is not None:
+    sharpness = get("attention_factor")
+  else:
+    sharpness = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+  return rotary.LongScaling(*factors, original, sharpness)
 
 
 def _read_yarn(rope: Fields, get: Callable[[str], float], max_length: int) -> rotary.YarnScaling:
@@ -106,6 +133,14 @@ def write_scaling(scaling: rotary.Scaling | None) -> dict[str, Any]:
       fields = dataclasses.asdict(scaling)
       fields["original_max_position_embeddings"] = fields.pop("original_max_length")
       return {"rope_type": "yarn", **fields}
+    case rotary.LongScaling():
+      return {
+        "rope_type": "longrope",
+        "short_factor": list(scaling.short_factors),
+        "long_factor": list(scaling.long_factors),
+        "original_max_position_embeddings": scaling.original_max_length,
+        "attention_factor": scaling.attention_factor,
+      }
   return {"rope_type": "default"}
 
 
@@ -164,6 +199,38 @@ def rope(
 
   keys = {theta_key, "rope_scaling", "rope_parameters", share_key}
   return Part(frozenset(keys), read, write)
+
+
+def phi3_rope() -> Part:
+  """Rotary positions of Phi-3, with the length before the stretch among the model's own keys.
+
+  Its class knows no stretch but "longrope", which old files call "su" or "yarn".
+  """
+  plain, outer = rope(share=1.0), "original_max_position_embeddings"
+
+  def read(fields):
+    fields = dict(fields)
+    checks.count(outer, fields[outer])
+    for name in ("rope_scaling", "rope_parameters"):
+      inner = dict(_object(name, fields.get(name)))
+      kind = inner.get("rope_type", inner.get("type", "default"))
+      if kind in ("su", "yarn", "longrope"):
+        inner |= {"rope_type": "longrope", outer: fields[outer]}
+      elif kind != "default":
+        raise ValueError(
+          f"{name} of rope_type={kind!r} is not supported in this family of models: it has "
+          "'longrope' alone"
+        )
+      fields[name] = inner
+    return plain.read(fields)
+
+  def write(config):
+    fields, scaling = plain.write(config), config.rope_scaling
+    if isinstance(scaling, rotary.LongScaling):
+      fields[outer] = scaling.original_max_length
+    return fields
+
+  return Part(plain.keys | {outer}, read, write)
 
 
 def two_ropes(theta: float, local_theta: float) -> Part:

@@ -2,7 +2,8 @@
 
 References: Su et al. 2021, https://arxiv.org/abs/2104.09864 (rotary positions); Chen et al. 2023,
 https://arxiv.org/abs/2306.15595 (linear stretch); Peng et al. 2023,
-https://arxiv.org/abs/2309.00071 (YaRN).
+https://arxiv.org/abs/2309.00071 (YaRN); Ding et al. 2024,
+https://arxiv.org/abs/2402.13753 (LongRoPE).
 """
 
 import dataclasses
@@ -66,16 +67,48 @@ class YarnScaling:
   truncate: bool = True
 
 
-Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling
+@dataclasses.dataclass(frozen=True)
+class LongScaling:
+  """LongRoPE (Ding et al. 2024): each feature has a stretch of its own, and longer rows another.
+
+  The width of a row decides, padding included, as in the forward pass of transformers: all tokens
+  of a row have the same factors, and the shape of a call says which. A generation takes those of
+  its longest completion from its first token on, so that its log-probabilities are those of
+  teacher forcing. (transformers begins with the short factors there, and reads all tokens again
+  with the long ones when a row passes the border.)
+
+  Attributes:
+    short_factors: of rows of up to `original_max_length` tokens; the frequency of each pair of
+      features is divided by one, so there are rotary_dims / 2.
+    long_factors: of longer rows.
+    original_max_length: tokens of the context before the stretch.
+    attention_factor: of the rotated queries and of the keys, in rows of any length.
+  """
+
+  short_factors: tuple[float, ...]
+  long_factors: tuple[float, ...]
+  original_max_length: int
+  attention_factor: float = 1.0
+
+  def factors(self, length: int) -> tuple[float, ...]:
+    """Returns the factors of rows of `length` tokens."""
+    return self.long_factors if length > self.original_max_length else self.short_factors
 
 
-def rope_frequencies(rotary_dims: int, theta: float, scaling: Scaling | None) -> jax.Array:
-  """Returns the `[rotary_dims / 2]` rotary frequencies, in radians per token."""
+Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling | LongScaling
+
+
+def rope_frequencies(
+  rotary_dims: int, theta: float, scaling: Scaling | None, length: int
+) -> jax.Array:
+  """Returns the `[rotary_dims / 2]` frequencies, radians per token, of rows of `length` tokens."""
   exponents = jnp.arange(0, rotary_dims, 2, dtype=jnp.float32) / rotary_dims
   frequencies = theta**-exponents
   match scaling:
     case LinearScaling():
       return frequencies / scaling.factor
+    case LongScaling():
+      return frequencies / jnp.asarray(scaling.factors(length), jnp.float32)
     case YarnScaling():
       keep = 1 - _yarn_ramp(rotary_dims, theta, scaling)
     case RopeScaling():
@@ -106,13 +139,16 @@ def _yarn_ramp(rotary_dims: int, theta: float, scaling: YarnScaling) -> jax.Arra
 
 
 def rope_table(
-  positions: jax.Array, rotary_dims: int, theta: float, scaling: Scaling | None
+  positions: jax.Array, rotary_dims: int, theta: float, scaling: Scaling | None, length: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns cosines and sines `[B, T, 1, rotary_dims / 2]` for integer `positions` `[B, T]`."""
-  frequencies = rope_frequencies(rotary_dims, theta, scaling)
+  """Returns cosines and sines `[B, T, 1, rotary_dims / 2]` for integer `positions` `[B, T]`.
+
+  `length` counts the tokens of a whole row, of which these may be a part.
+  """
+  frequencies = rope_frequencies(rotary_dims, theta, scaling, length)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   cos, sin = jnp.cos(angles), jnp.sin(angles)
-  if isinstance(scaling, YarnScaling):
+  if isinstance(scaling, YarnScaling | LongScaling):
     cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
   return cos, sin
 

@@ -133,16 +133,17 @@ class Transformer(nn.Module):
     tokens: jax.Array,
     positions: jax.Array,
     visible_of: Callable[[int | None], attention.Visible],
+    context: int,
   ) -> tuple[jax.Array, attention.KeysValues]:
     """Returns what the layers make of tokens `[B, T]` at `positions`, before the final norm.
 
     `visible_of(window)` is what queries with that window see. Layers of one kind share one table of
     rotations and one mask. Where there are several kinds, their arrays are stacked, and each layer
-    takes its own.
+    takes its own. A row has `context` tokens, see `rotary.LongScaling`.
     """
     config, length = self.config, tokens.shape[1]
     ropes, _ = distinct(config.layer_ropes())
-    rope = _stack([rope_table(config, positions, kind) for kind in ropes])
+    rope = _stack([rope_table(config, positions, kind, context) for kind in ropes])
     x = self.embed(tokens)
     if config.embedding_scale != 1:
       x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -156,20 +157,23 @@ class Transformer(nn.Module):
     return out
 
   def hidden_states(
-    self, tokens: jax.Array, mask: jax.Array
+    self, tokens: jax.Array, mask: jax.Array, context: int | None = None
   ) -> tuple[jax.Array, attention.KeysValues]:
-    """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`."""
-    if not self._has_kernel(tokens.shape[1]):
-      x, keys_values = self._run_layers(
-        tokens, attention.positions_of(mask), functools.partial(attention.attention_bias, mask)
-      )
-      return self.final_norm(x), keys_values
+    """Hidden states `[B, T, D]`; keys and values stacked `[L, B, num_kv_heads, T, head_dim]`.
+
+    `context` counts the tokens that rows will have in the end, where these are only the first.
+    """
     length = tokens.shape[1]
+    context = context or length
+    if not self._has_kernel(length):
+      visible_of = functools.partial(attention.attention_bias, mask)
+      x, keys_values = self._run_layers(tokens, attention.positions_of(mask), visible_of, context)
+      return self.final_norm(x), keys_values
     tokens, mask = fused_attention.pad_row(tokens), fused_attention.pad_row(mask)
     order = fused_attention.real_first(mask)
     tokens, mask = (fused_attention.reorder(x, order) for x in (tokens, mask))
     x, keys_values = self._run_layers(
-      tokens, attention.positions_of(mask), lambda _: fused_attention.Rows()
+      tokens, attention.positions_of(mask), lambda _: fused_attention.Rows(), context
     )
     places = order.inverse[None, :, None, :length, None]
     keys_values = jax.tree.map(
@@ -178,7 +182,12 @@ class Transformer(nn.Module):
     return fused_attention.reorder(self.final_norm(x), order.back())[:, :length], keys_values
 
   def completion_states(
-    self, prompt: jax.Array, prompt_mask: jax.Array, tokens: jax.Array, mask: jax.Array
+    self,
+    prompt: jax.Array,
+    prompt_mask: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    context: int | None = None,
   ) -> jax.Array:
     """Hidden states of K completions that share each prompt, which is read once.
 
@@ -187,25 +196,26 @@ class Transformer(nn.Module):
       prompt_mask: `[N, P]`.
       tokens: `[N K, T]`.
       mask: `[N K, T]`.
+      context: tokens of a row; None for P + T.
 
     Returns:
       `[N K, T + 1, D]`: from the last prompt token on, what `hidden_states` gives for rows of
       prompt and completion.
     """
     (num_prompts, prompt_length), (num_rows, length) = prompt.shape, tokens.shape
-    group = num_rows // num_prompts
+    group, context = num_rows // num_prompts, context or prompt_length + length
     row_mask = jnp.concatenate([jnp.repeat(prompt_mask, group, axis=0), mask], axis=1)
     kernel = self._has_kernel(prompt_length + length)
     if kernel and (prompt_length + length) % fused_attention.MULTIPLE:
       more = fused_attention.pad_row(row_mask).shape[1] - row_mask.shape[1]
       tokens, mask = (jnp.pad(x, [(0, 0), (0, more)]) for x in (tokens, mask))
-      states = self.completion_states(prompt, prompt_mask, tokens, mask)
+      states = self.completion_states(prompt, prompt_mask, tokens, mask, context)
       return states[:, : length + 1]
     if kernel and 5 * (group - 1) * prompt_length < row_mask.size // num_prompts:
       # The kernel takes whole rows, so that packed ones are taken apart in every layer. That costs
       # more than it spares where less than a fifth of the tokens are copies.
       rows = jnp.concatenate([jnp.repeat(prompt, group, axis=0), tokens], axis=1)
-      return self.hidden_states(rows, row_mask)[0][:, prompt_length - 1 :]
+      return self.hidden_states(rows, row_mask, context)[0][:, prompt_length - 1 :]
 
     def pack(of_prompts, of_rows):
       """`[N, P]` and `[N K, T]` as `[N, P + K T]`: one row a prompt, the completions behind it."""
@@ -222,16 +232,19 @@ class Transformer(nn.Module):
         prompt=bias[::group, :prompt_length, :prompt_length], completion=bias[:, prompt_length:]
       )
 
-    x, _ = self._run_layers(pack(prompt, tokens), positions, visible_of)
+    x, _ = self._run_layers(pack(prompt, tokens), positions, visible_of, context)
     last = jnp.repeat(x[:, prompt_length - 1 : prompt_length], group, axis=0)
     x = x[:, prompt_length:].reshape(num_rows, length, x.shape[-1])
     return self.final_norm(jnp.concatenate([last, x], axis=1))
 
 
 def rope_table(
-  config: TransformerConfig, positions: jax.Array, kind: str
+  config: TransformerConfig, positions: jax.Array, kind: str, context: int
 ) -> tuple[jax.Array, jax.Array] | None:
-  """Returns the rotations of layers of one kind of `TransformerConfig.layer_ropes`."""
+  """Returns the rotations of layers of one kind of `TransformerConfig.layer_ropes`.
+
+  `positions` `[B, T]` are those of some tokens of rows that have `context`.
+  """
   if kind == "none":
     if config.positions == "learned":
       return None
@@ -239,7 +252,8 @@ def rope_table(
   theta, scaling = config.rope_theta, config.rope_scaling
   if kind != "global":
     theta, scaling = config.local_rope_theta or theta, None
-  return rotary.rope_table(positions, config.rotary_dims or config.head_dim, theta, scaling)
+  rotary_dims = config.rotary_dims or config.head_dim
+  return rotary.rope_table(positions, rotary_dims, theta, scaling, context)
 
 
 def _stack(kinds: list[Any]) -> Any:

@@ -59,8 +59,9 @@ def start(
   `start` and `decode` are a model as a source of logits; what is made of them is the caller's.
   """
   tokens, mask = attention.justify_prompts(prompt_tokens, prompt_mask)
+  context = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
   read: Any = transformer.Transformer(config).apply(
-    {"params": params}, tokens, mask, method="hidden_states"
+    {"params": params}, tokens, mask, context, method="hidden_states"
   )
   hidden, keys_values = read
   copies = functools.partial(jnp.repeat, repeats=num_samples)
@@ -114,7 +115,8 @@ def decode(
   layer_windows, layer_ropes = config.layer_windows(span), config.layer_ropes()
   biases = {window: bias_of(window) for window in dict.fromkeys(layer_windows)}
   ropes = {
-    kind: transformer.rope_table(config, positions, kind) for kind in dict.fromkeys(layer_ropes)
+    kind: transformer.rope_table(config, positions, kind, span - 1)
+    for kind in dict.fromkeys(layer_ropes)
   }
   dtype = jnp.dtype(config.dtype)
   x = decoder.embedding[token].astype(dtype)

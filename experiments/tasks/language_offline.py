@@ -417,6 +417,8 @@ def make_task(config: Any) -> Task:
       f"data.prompt_length + data.completion_length = {longest} exceeds the context of "
       f"{config.network.model} ({network.max_length} tokens): shorten one of them"
     )
+  if config.data.get("length_buckets", 1) > 1:
+    architectures.check_widths(network, longest, "set data.length_buckets to 1, or shorten them")
   given = [f"data.{name}={config.data[name]}" for name in OWN_DATA if config.data[name]]
   if len(given) > 1:
     raise ValueError(f"{' and '.join(given)} are both given: a run trains on one of them")

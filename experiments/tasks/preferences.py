@@ -166,6 +166,9 @@ def make_task(config: Any) -> Task:
       f"data.prompt_length + {answers} x data.completion_length = {longest} exceeds the context of "
       f"{config.network.model} ({network.max_length} tokens): lower one of them"
     )
+  architectures.check_widths(
+    network, longest, "shorten data.prompt_length or data.completion_length"
+  )
   params = scalar_head.from_decoder(model.params)
   # Of an encoder-decoder the encoder is cut: the decoder reads one token.
   body = params

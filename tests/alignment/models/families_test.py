@@ -42,7 +42,7 @@ def _slow_but(*quick):
 
 
 # One case of each family, and one of each kind of layer; the others run with the slow tests.
-_VARIANTS = {"linear_rope", "biases", "qwen2_windows", "pythia_serial"}
+_VARIANTS = {"linear_rope", "biases", "qwen2_windows", "pythia_serial", "longrope_short"}
 FAMILIES = _slow_but(*(set(CASES) - _VARIANTS))
 LAYERS = _slow_but("gemma2", "gpt2")
 TOKENS = np.asarray(make_golden.TOKENS, np.int32)
@@ -87,6 +87,9 @@ def test_logits_equal_the_golden_ones_of_transformers(case):
     ("smollm3", {"rotary_layers": (False, True)}),
     ("phi3", {"rotary_dims": None}),
     ("yarn_rope", {"rope_scaling": rotary.YarnScaling(4.0, 16)}),
+    ("longrope", {"rope_scaling": None}),
+    ("longrope", {"rope_scaling": rotary.LongScaling((1.0, 1.1, 1.3), (1.2, 2.5, 7.0), 16)}),
+    ("longrope_short", {"rope_scaling": None}),
     ("pythia", {"norm_placement": "pre"}),
   ],
 )
@@ -117,6 +120,33 @@ def test_cached_generation_equals_teacher_forcing(case):
   # float32 sums in another order, log-probabilities of size 5
   np.testing.assert_allclose(shared, alone, atol=5e-5)
   np.testing.assert_allclose(samples.logps, alone, atol=5e-5)
+
+
+@pytest.mark.parametrize("new", [8, pytest.param(9, marks=pytest.mark.slow), 10])
+def test_generation_has_the_factors_of_its_longest_completion(new):
+  """Around the border of 16 tokens, the last of which is never read; so has teacher forcing."""
+  config, params = _load("longrope")
+  prompt, mask = TOKENS[:, :8], np.ones((2, 8), np.float32)
+  with jax.default_matmul_precision("highest"):
+    samples = sampling.generate(
+      params, prompt, mask, jax.random.key(0),
+      config=config, max_new_tokens=new, eos_id=-1, pad_id=0, num_samples=2,
+    )  # fmt: skip
+    batch = sequences.Sequences(samples.tokens, samples.mask, prompt, mask)
+    shared = jax.jit(transformer.make_apply_fn(config))(params, batch)
+    rows = np.concatenate([np.repeat(prompt, 2, axis=0), samples.tokens], axis=1)[:, :-1]
+    full = tiny_checkpoints.logits(params, config, rows)[:, 7:]
+  alone = jnp.take_along_axis(jax.nn.log_softmax(full), samples.tokens[..., None], axis=-1)[..., 0]
+  # float32 sums in another order, log-probabilities of size 5
+  np.testing.assert_allclose(shared, alone, atol=5e-5)
+  np.testing.assert_allclose(samples.logps, alone, atol=5e-5)
+  scaling = config.rope_scaling
+  want = scaling.long_factors if 8 + new - 1 > 16 else scaling.short_factors
+  fixed = dataclasses.replace(scaling, short_factors=want, long_factors=want)
+  with_fixed = dataclasses.replace(config, rope_scaling=fixed)
+  np.testing.assert_allclose(
+    tiny_checkpoints.logits(params, with_fixed, rows)[:, 7:], full, atol=5e-5
+  )
 
 
 def test_a_window_counts_real_tokens():
@@ -289,6 +319,23 @@ def test_each_key_that_a_family_reads_is_checked_or_used(case):
   ("case", "changes", "match"),
   [
     ("mistral", {"sliding_window": "no"}, "sliding_window must be an integer"),
+    ("phi3", {"original_max_position_embeddings": 0}, "original_max_position_embeddings must be"),
+    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "it has 'longrope' alone"),
+    (
+      "longrope",
+      {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": None}},
+      r"rope_scaling\['long_factor'\]=None must be a list of numbers",
+    ),
+    (
+      "longrope",
+      {"rope_scaling": {"type": "su", "short_factor": [1.0, -1.0], "long_factor": [1.0]}},
+      r"short_factor'\]\[1\]=-1.0 must be a positive number",
+    ),
+    (
+      "longrope",
+      {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
+      "rope_scaling has 1 short_factors, but 8 features of a head are rotated: give 4",
+    ),
     ("mistral", {"sliding_window": 0}, "sliding_window must be an integer"),
     ("qwen2", {"attention_bias": True}, "attention_bias=True"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types=.*sliding_attention"),
@@ -305,7 +352,6 @@ def test_each_key_that_a_family_reads_is_checked_or_used(case):
       "sliding_attention.*must be of type 'default'",
     ),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers="),
-    ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope'"),
     ("phi3", {"auto_map": {"AutoModel": "mine.Model"}}, "auto_map="),
     ("phi3", {"partial_rotary_factor": 0.5, "rope_parameters": None, "head_dim": 6}, "rotary_dims"),
     ("phi3", {"auto_map": "phi3.Model"}, "auto_map="),
@@ -336,6 +382,7 @@ def test_what_a_family_does_not_compute_is_refused_by_name(case, changes, match)
   [
     ("phi3", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "embd_pdrop": 0.1}),
     ("phi3", {"original_max_position_embeddings": 64, "attention_bias": False}),
+    ("longrope", {"full_attn_mod": 1, "auto_map": {"AutoTokenizer": "some/words"}}),
     ("gpt2", {"n_ctx": 64, "summary_type": "cls_index", "reorder_and_upcast_attn": True}),
     ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
     ("qwen2", {"use_mrope": False, "max_window_layers": 21}),
@@ -414,6 +461,11 @@ def test_the_format_of_transformers_4_is_read():
   assert huggingface.from_config_json(pythia) == _load("pythia")[0]
   smollm3 = _without(_fields("smollm3"), "no_rope_layers", "layer_types")
   assert huggingface.from_config_json(smollm3) == _load("smollm3")[0]
+  phi3 = _without(_fields("longrope"), "rope_parameters")
+  for kind in ("longrope", "su", "yarn"):
+    scaling = {"type": kind, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.2, 2.5, 7.0]}
+    phi3 |= {"rope_scaling": scaling, "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    assert huggingface.from_config_json(phi3) == _load("longrope")[0]
   qwen2 = _without(_fields("qwen2_windows"), "layer_types")
   assert huggingface.from_config_json(qwen2) == _load("qwen2_windows")[0]
 
@@ -427,6 +479,18 @@ def test_yarn_computes_its_sharpness_from_mscale():
   scaling = huggingface.from_config_json(fields).rope_scaling
   log = 0.1 * np.log(4.0)
   assert scaling.attention_factor == pytest.approx((0.7 * log + 1) / (0.9 * log + 1))
+
+
+def test_longrope_computes_its_sharpness_from_the_stretch():
+  fields = _fields("longrope")
+  scaling = huggingface.from_config_json(fields).rope_scaling
+  assert scaling.attention_factor == pytest.approx(np.sqrt(1 + np.log(4) / np.log(16)))
+  for changes, want in (({"factor": 2.0}, np.sqrt(1.25)), ({"attention_factor": 1.5}, 1.5)):
+    changed = {**fields, "rope_parameters": {**fields["rope_parameters"], **changes}}
+    found = huggingface.from_config_json(changed).rope_scaling
+    assert found.attention_factor == pytest.approx(want)
+  fields["original_max_position_embeddings"] = 64  # no stretch
+  assert huggingface.from_config_json(fields).rope_scaling.attention_factor == 1
 
 
 def test_dynamic_scaling_is_kept_and_changes_nothing_within_the_context(tmp_path):

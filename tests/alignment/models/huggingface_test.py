@@ -202,7 +202,8 @@ def test_half_precision_is_widened(tmp_path):
     ({"model_type": None}, "model_type None"),
     ({"hidden_act": "relu"}, "hidden_act='relu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+    ({"rope_parameters": {"rope_type": "long"}}, "rope_type='long'"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, r"\['short_factor'\]=None must be a list"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn' needs 'factor'"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "llama3' needs 'factor'"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
@@ -215,7 +216,7 @@ def test_half_precision_is_widened(tmp_path):
     ({"num_key_value_heads": 3}, "num_kv_heads"),
     ({"model_type": "mistral", "sliding_window": "no"}, "sliding_window must be an integer"),
     # What transformers would go by, although a plain `rope_parameters` stands beside it.
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_type='longrope'"),
+    ({"rope_scaling": {"rope_type": "long", "factor": 2}}, "rope_type='long'"),
     ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
     ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None must be a positive number"),
     ({"rms_norm_eps": None}, "rms_norm_eps=None must be a positive number"),

@@ -60,6 +60,14 @@ _YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 16,
 }
+# The rows of 24 tokens are beyond the border of the first case, and within that of the second.
+_LONGROPE = {
+  "rope_type": "longrope",
+  "rope_theta": 1e4,
+  "partial_rotary_factor": 0.75,
+  "short_factor": [1.0, 1.1, 1.3],
+  "long_factor": [1.2, 2.5, 7.0],
+}
 FAMILY_CASES = {
   "linear_rope": (
     "llama",
@@ -117,6 +125,11 @@ FAMILY_CASES = {
   "pythia_serial": (
     "gpt_neox",
     {"rope_parameters": None, "use_parallel_residual": False, "attention_bias": False},
+  ),
+  "longrope": ("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 16}),
+  "longrope_short": (
+    "phi3",
+    {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32},
   ),
 }
 _GPT2 = {

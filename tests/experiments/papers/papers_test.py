@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_checkpoints
 
 from alignment import ipo, oracles
-from alignment.models import huggingface
+from alignment.models import huggingface, rotary
 from experiments import main
 from experiments.data import pretrained
 from experiments.loop import presets
@@ -171,6 +172,23 @@ def test_layers_in_a_row_compute_what_the_loop_does():
   changes = [("network.scan_layers", "false")]
   config = presets.override(presets.resolve("reward_model:tiny"), changes)
   assert not preferences.make_task(config).network.scan_layers
+
+
+def test_longrope_is_refused_where_rows_of_one_run_would_lie_on_both_sides(tmp_path):
+  scaling = rotary.LongScaling((1.0,) * 4, (2.0,) * 4, original_max_length=20)
+  shape = tiny_checkpoints.make_config(rope_scaling=scaling)
+  params, words = tiny_checkpoints.make_params(shape), tiny_checkpoints.make_tokenizer()
+  huggingface.save(tmp_path / "model", shape, params, tokenizer=words)
+  lengths = {"data.prompt_length": "12", "data.completion_length": "9", "data.length_buckets": "2"}
+  changes = {"network.model": str(tmp_path / "model"), **lengths}
+  with pytest.raises(ValueError, match=r"up to 21 tokens cross 20.*set data.length_buckets to 1"):
+    language_offline.make_task(_tiny(**changes))
+  for name, value in (("data.completion_length", "8"), ("data.length_buckets", "1")):
+    task = language_offline.make_task(_tiny(**{**changes, name: value}))
+    assert task.network.rope_scaling == scaling
+  config = presets.override(presets.resolve("reward_model:tiny"), list(changes.items()))
+  with pytest.raises(ValueError, match=r"rows of up to 21 tokens cross 20.*shorten"):
+    preferences.make_task(config)
 
 
 def test_policy_and_reference_draw_independently():
