@@ -71,12 +71,12 @@ def logits(params, config, tokens=TOKENS):
 
 
 def write_gguf(path, config, params, *, quantise=None, changes=None, drop=(), tensors=None):
-  """Writes an "adjacent" model as llama.cpp's converter would.
+  """Writes a model as llama.cpp's converter would: its rotary pairs are "adjacent" if a Llama's.
 
   Args:
     path: of the file.
     config: its shape.
-    params: NumPy parameters with "adjacent" rotary pairs.
+    params: NumPy parameters.
     quantise: stored name -> GGMLQuantizationType; the others stay float32.
     changes: metadata to set in place of the default ones (None: left out).
     drop: stored names to leave out.
@@ -133,17 +133,27 @@ def write_gguf(path, config, params, *, quantise=None, changes=None, drop=(), te
   writer.close()
 
 
+_NORMS = {
+  "attention_norm": "attn_norm",
+  "attention_post_norm": "post_attention_norm",
+  "mlp_norm": "ffn_norm",
+  "mlp_post_norm": "post_ffw_norm",
+}
+
+
 def _stored(config, params):
   layers = params["layers"]
+  plus = np.float32(config.norm == "rms_plus_one")
   stored = {
     "token_embd.weight": params["embed"]["embedding"],
-    "output_norm.weight": params["final_norm"]["scale"],
+    "output_norm.weight": params["final_norm"]["scale"] + plus,
   }
   if not config.tied_head:
     stored["output.weight"] = params["head"]["kernel"].T
   for i in range(config.num_layers):
-    stored[f"blk.{i}.attn_norm.weight"] = layers["attention_norm"]["scale"][i]
-    stored[f"blk.{i}.ffn_norm.weight"] = layers["mlp_norm"]["scale"][i]
+    for ours, theirs in _NORMS.items():
+      if ours in layers:
+        stored[f"blk.{i}.{theirs}.weight"] = layers[ours]["scale"][i] + plus
     for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "output")):
       weights = layers["attention"][ours]
       stored[f"blk.{i}.attn_{theirs}.weight"] = weights["kernel"][i].T
@@ -151,7 +161,7 @@ def _stored(config, params):
         stored[f"blk.{i}.attn_{theirs}.bias"] = weights["bias"][i]
       if f"{ours}_norm" in layers["attention"]:
         norm = layers["attention"][f"{ours}_norm"]["scale"]
-        stored[f"blk.{i}.attn_{theirs}_norm.weight"] = norm[i]
+        stored[f"blk.{i}.attn_{theirs}_norm.weight"] = norm[i] + plus
     for name in ("gate", "up", "down"):
       stored[f"blk.{i}.ffn_{name}.weight"] = layers["mlp"][name]["kernel"][i].T
   return stored

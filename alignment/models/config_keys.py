@@ -96,13 +96,14 @@ GGUF_HONOURED = frozenset(
   tokenizer.ggml.merges tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id
   tokenizer.ggml.eot_token_id tokenizer.ggml.eom_token_id tokenizer.ggml.padding_token_id
   tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.chat_template
+  tokenizer.ggml.scores tokenizer.ggml.unknown_token_id
   """.split()
 )
 GGUF_INERT = frozenset(
   """
   llama.tensor_data_layout llama.rope.scaling.original_context_length llama.rope.scaling.finetuned
   llama.expert_used_count
-  tokenizer.ggml.scores tokenizer.ggml.unknown_token_id tokenizer.ggml.seperator_token_id
+  tokenizer.ggml.seperator_token_id
   tokenizer.ggml.cls_token_id tokenizer.ggml.mask_token_id tokenizer.ggml.token_type_count
   tokenizer.ggml.prefix_token_id tokenizer.ggml.suffix_token_id tokenizer.ggml.middle_token_id
   tokenizer.ggml.fim_pre_token_id tokenizer.ggml.fim_suf_token_id tokenizer.ggml.fim_mid_token_id
@@ -170,17 +171,25 @@ def check(
     )
 
 
-def check_gguf(metadata: Mapping[str, Any], architecture: str = "llama") -> None:
+def check_gguf(
+  metadata: Mapping[str, Any], architecture: str = "llama", own: Collection[str] = ()
+) -> None:
   """The same for the header of a GGUF file.
+
+  Args:
+    metadata: its fields.
+    architecture: the prefix of its keys.
+    own: keys, without that prefix, that this architecture alone reads.
 
   Example:
     >>> check_gguf({"llama.block_count": 2, "general.name": "Tiny", "llama.logit_scale": 1.0})
   """
   for name, value in metadata.items():
-    own = name.startswith(f"{architecture}.")
-    key = f"llama.{name.removeprefix(f'{architecture}.')}" if own else name
+    is_own = name.startswith(f"{architecture}.")
+    key = f"llama.{name.removeprefix(f'{architecture}.')}" if is_own else name
     known = key in GGUF_HONOURED | GGUF_INERT or name.startswith("tokenizer.chat_template.")
-    if known or not (own or name.startswith("tokenizer.")):
+    known |= is_own and key.removeprefix("llama.") in own
+    if known or not (is_own or name.startswith("tokenizer.")):
       continue
     if key not in GGUF_NEUTRAL or value != GGUF_NEUTRAL[key]:
       raise ValueError(

@@ -1,7 +1,8 @@
-"""Llama and Qwen in GGUF files (llama.cpp's format): config, dequantised weights and tokenizer.
+"""Llama, Qwen and Gemma in GGUF files (llama.cpp's format): config and dequantised weights.
 
 We read the header ourselves: `gguf.GGUFReader` takes seconds for the 10^5 strings of a vocabulary
-and does not notice a truncated file. The gguf package does the dequantisation.
+and does not notice a truncated file. The gguf package does the dequantisation, `gguf_words` reads
+the tokenizer.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -11,14 +12,13 @@ import mmap
 import os
 import pathlib
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
-from alignment.models import config_keys, layout, transformer
+from alignment.models import config_keys, gguf_words, layout, rotary, transformer
 from alignment.models import tokenizer as tokenizer_lib
 
 _Path = str | os.PathLike[str]
@@ -31,7 +31,9 @@ _LAYER = {
   "attention/output": "attn_output",
   "attention/query_norm": "attn_q_norm",
   "attention/key_norm": "attn_k_norm",
+  "attention_post_norm": "post_attention_norm",
   "mlp_norm": "ffn_norm",
+  "mlp_post_norm": "post_ffw_norm",
   "mlp/gate": "ffn_gate",
   "mlp/up": "ffn_up",
   "mlp/down": "ffn_down",
@@ -41,11 +43,33 @@ _TENSORS = layout.Tensors(
 )
 # Fields of `TransformerConfig` that all models of an architecture have. llama.cpp's converter
 # reorders the rotary pairs of "llama" alone.
+_GEMMA = {"norm": "rms_plus_one", "norm_placement": "pre_and_post", "activation": "gelu_tanh"}
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
   "llama": {"rope_pairing": "adjacent"},
   "qwen2": {"qkv_bias": True},
   "qwen3": {"head_norms": True},
+  "gemma2": _GEMMA,
+  "gemma3": {**_GEMMA, "head_norms": True},
 }
+# Keys that only they have, and what llama.cpp assumes where one is absent: bases and caps, and of
+# how many layers in a row the last has no window.
+_OWN_KEYS: dict[str, dict[str, Any]] = {
+  "gemma2": {
+    "attention.sliding_window": 4096,
+    "attention.sliding_window_pattern": 2,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+  },
+  "gemma3": {
+    "attention.sliding_window": 0,
+    "attention.sliding_window_pattern": 6,
+    "final_logit_softcapping": 0.0,
+    "rope.freq_base_swa": 1e4,
+  },
+}
+# The header of a Gemma does not say the scale of its scores. llama.cpp knows that of 27B, where the
+# heads are narrower than their share of the width, by the number of layers.
+_WIDE_SCORES = {("gemma2", 46), ("gemma3", 62)}
 
 # Codes of the format's value types.
 _SCALARS = {
@@ -62,19 +86,7 @@ _SCALARS = {
   12: "d",
 }
 _STRING, _ARRAY = 8, 9
-_CONTROL, _USER_DEFINED = 3, 4  # token types
 _BYTES_AT_ONCE = 2**20  # of quantised weights, dequantised through temporaries
-
-
-def _split(digits: str) -> str:
-  return (
-    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-  )
-
-
-# Digits go together by up to three, or alone.
-_SPLITS = {"llama-bpe": _split("{1,3}"), "qwen2": _split("")}
 
 
 class _Tensor(NamedTuple):
@@ -90,8 +102,8 @@ def load(
   """Reads a model and its tokenizer.
 
   Args:
-    path: a `.gguf` file of architecture "llama", "qwen2" or "qwen3" with a byte-level BPE
-      vocabulary.
+    path: a `.gguf` file of architecture "llama", "qwen2", "qwen3", "gemma2" or "gemma3" (its text
+      part) with a vocabulary that `gguf_words` reads.
 
   Returns:
     The config (rotary pairs "adjacent" for "llama", as the format stores them), the parameters as
@@ -116,12 +128,14 @@ def load(
   layout.check_names(config, _TENSORS, set(tensors), path)
   for name, shape in layout.stored_shapes(config, _TENSORS).items():
     layout.check_shape(name, tensors[name].shape, shape, path)
-  tokenizer = _tokenizer(path, metadata)
+  tokenizer = gguf_words.read(path, metadata)
 
   def read(name: str) -> np.ndarray:
     tensor = _dequantize(path, name, tensors[name], buffer)
     layout.check_finite(name, tensor, path)
-    return tensor
+    # llama.cpp's converter adds the 1 to the scales that Gemma's norms would add.
+    is_shifted = config.norm == "rms_plus_one" and name.endswith("norm.weight")
+    return tensor - 1 if is_shifted else tensor
 
   return config, layout.stack(config, _TENSORS, read, np.float32), tokenizer
 
@@ -257,18 +271,20 @@ def _config(
     return find(name)
 
   try:
-    config_keys.check_gguf(metadata, architecture)
+    config_keys.check_gguf(metadata, architecture, own=_OWN_KEYS.get(architecture, ()))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   # llama.cpp scales linearly where a file has a factor and names no type.
   factor = find("rope.scaling.factor", find("rope.scale_linear", 0))
-  scaling = find("rope.scaling.type", "none" if factor in (0, 1) else "linear")
-  if scaling != "none" or "rope_freqs.weight" in tensors:
-    kind = f"{scaling}, factor {factor:g}" if scaling != "none" else "rope_freqs.weight"
+  scaling = find("rope.scaling.type", "linear")
+  if scaling not in ("none", "linear") or "rope_freqs.weight" in tensors:
+    known = scaling in ("none", "linear")
+    kind = "rope_freqs.weight" if known else f"{scaling}, factor {factor:g}"
     raise ValueError(
       f"{path} scales its rotary frequencies ({kind}), which this reader does not support: load "
       "the model's Hugging Face folder, whose config.json has the scaling"
     )
+  stretched = scaling == "linear" and factor not in (0, 1)
   if find("expert_count", 0):
     raise ValueError(
       f"{path} is a mixture of experts, which is not supported: choose a dense model"
@@ -300,88 +316,46 @@ def _config(
     mlp_width=get("feed_forward_length"),
     max_length=get("context_length"),
     rope_theta=float(find("rope.freq_base", 1e4)),
+    rope_scaling=rotary.LinearScaling(_shortest(factor)) if stretched else None,
     norm_epsilon=_shortest(get("attention.layer_norm_rms_epsilon")),
     tied_head=_TENSORS.names["head/kernel"] not in tensors,
     **_ARCHITECTURES[architecture],
+    **_gemma_fields(path, architecture, find, head_dim),
   )
+
+
+def _gemma_fields(
+  path: pathlib.Path, architecture: str, find: Callable[..., Any], head_dim: int
+) -> dict[str, Any]:
+  """Returns the fields of `TransformerConfig` by which a Gemma differs from its next relatives."""
+  if architecture not in _OWN_KEYS:
+    return {}
+  own = {key: find(key, default) for key, default in _OWN_KEYS[architecture].items()}
+  num_layers, width = find("block_count"), find("embedding_length")
+  pattern = own["attention.sliding_window_pattern"]
+  if isinstance(pattern, list):
+    layers = tuple(map(bool, pattern[:num_layers]))
+  else:
+    layers = tuple(pattern == 0 or i % pattern < pattern - 1 for i in range(num_layers))
+  if len(layers) != num_layers:
+    raise ValueError(
+      f"{path}: {architecture}.attention.sliding_window_pattern has {len(layers)} entries for "
+      f"{num_layers} layers; is it corrupt? Convert the model again"
+    )
+  score_dim = head_dim
+  if (architecture, num_layers) in _WIDE_SCORES:
+    score_dim = width // find("attention.head_count")
+  return {
+    "embedding_scale": math.sqrt(width),
+    "attention_scale": score_dim**-0.5,
+    "attention_softcap": own.get("attn_logit_softcapping") or None,
+    "logit_softcap": own["final_logit_softcapping"] or None,
+    "sliding_window": own["attention.sliding_window"] or None,
+    "window_layers": layers,
+    "local_rope_theta": own.get("rope.freq_base_swa"),
+  }
 
 
 def _shortest(value: float) -> float:
   """Returns the decimal number that was rounded to float32: 1e-05, not 9.999999747378752e-06."""
   return float(str(np.float32(value)))
-
-
-def _tokenizer(path: pathlib.Path, metadata: dict[str, Any]) -> tokenizer_lib.Tokenizer:
-  def get(name: str) -> Any:
-    if f"tokenizer.ggml.{name}" not in metadata:
-      raise ValueError(f"{path} lacks the field tokenizer.ggml.{name}: convert the model again")
-    return metadata[f"tokenizer.ggml.{name}"]
-
-  if get("model") != "gpt2":
-    raise ValueError(
-      f"{path} has a vocabulary of kind {get('model')!r}: only 'gpt2' (byte-level BPE) is "
-      "supported; load the model's Hugging Face folder"
-    )
-  tokens, eos_id = get("tokens"), get("eos_token_id")
-  kind = metadata.get("tokenizer.ggml.pre", "gpt-2")
-  backend = tokenizers.Tokenizer(_bpe(path, tokens, get("merges"), kind))
-  backend.pre_tokenizer = _pre_tokenizer(path, kind)
-  backend.decoder = decoders.ByteLevel()
-  types = metadata.get("tokenizer.ggml.token_type", [])
-  for code, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-    added = [t for t, c in zip(tokens, types, strict=False) if c == code]
-    backend.add_tokens(
-      [tokenizers.AddedToken(token, special=special, normalized=False) for token in added]
-    )
-  bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-  # llama.cpp adds a start token to texts of this scheme unless the file says otherwise.
-  adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama-bpe")
-  adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
-  around = bos_id if adds_bos else None, eos_id if adds_eos else None
-  if around != (None, None):
-    tokenizer_lib.add_around(backend, *around)
-  ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-  return tokenizer_lib.Tokenizer(
-    backend=backend,
-    eos_id=eos_id,
-    pad_id=metadata.get("tokenizer.ggml.padding_token_id", eos_id),
-    bos_id=bos_id,
-    chat_template=metadata.get("tokenizer.chat_template"),
-    eos_ids=tuple(index for index in ends if index is not None),
-  )
-
-
-def _bpe(path: pathlib.Path, tokens: list[str], merges: list[str], kind: str) -> models.BPE:
-  vocabulary = {token: index for index, token in enumerate(tokens)}
-  pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-  whole = kind == "llama-bpe"  # Llama 3 keeps a word that is itself a token, whatever the merges
-  try:
-    return models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=False, ignore_merges=whole)
-  except Exception as error:  # the library raises bare Exception
-    raise ValueError(
-      f"{path}: vocabulary and merges do not fit ({error}); is it corrupt? Copy it again"
-    ) from error
-
-
-def _pre_tokenizer(path: pathlib.Path, kind: str) -> pre_tokenizers.PreTokenizer:
-  """Returns the word splitter that llama.cpp uses for a scheme of this name."""
-  if kind in ("gpt-2", "default"):
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-  if kind in ("smollm", "starcoder", "refact"):
-    return pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-      ]
-    )
-  if kind in _SPLITS:
-    return pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Split(tokenizers.Regex(_SPLITS[kind]), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-      ]
-    )
-  raise ValueError(
-    f"{path} splits words by the scheme {kind!r}; supported are gpt-2, smollm, starcoder, refact, "
-    "llama-bpe, qwen2: load the model's Hugging Face folder, whose tokenizer.json has the scheme"
-  )

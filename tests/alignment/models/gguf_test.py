@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from alignment.models import gguf, huggingface, layout
+from alignment.models import gguf, huggingface, layout, rotary
 
 KINDS = gguf_package.GGMLQuantizationType
 # The same sums in another order: rounding only, at logits of 1 to 10.
 TOLERANCE = 2e-5
+_TEXT, _U32 = gguf_package.GGUFWriter.add_string, gguf_package.GGUFWriter.add_uint32
+_F32, _FLAG = gguf_package.GGUFWriter.add_float32, gguf_package.GGUFWriter.add_bool
 
 
 @pytest.fixture
@@ -163,6 +165,13 @@ def test_qwen_is_read_and_saved(tmp_path, architecture, changes):
     gguf.load(_write(tmp_path / "bad.gguf", (config, params), changes=changes))
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear(tmp_path, tiny, key):
+  path = _write(tmp_path / "m.gguf", tiny, changes={f"llama.{key}": (_F32, 2.5)})
+  config = dataclasses.replace(tiny[0], rope_scaling=rotary.LinearScaling(2.5))
+  assert gguf.load(path)[0] == config
+
+
 def test_gguf_to_huggingface_folder_keeps_the_function(tmp_path, tiny):
   config, params, words = gguf.load(_write(tmp_path / "m.gguf", tiny))
   huggingface.save(tmp_path / "model", config, params, tokenizer=words)
@@ -211,19 +220,16 @@ def test_other_files_are_refused(tmp_path, tiny, edit, match):
     gguf.load(path)
 
 
-_TEXT, _U32 = gguf_package.GGUFWriter.add_string, gguf_package.GGUFWriter.add_uint32
-_F32, _FLAG = gguf_package.GGUFWriter.add_float32, gguf_package.GGUFWriter.add_bool
 _ONE = np.ones(4, np.float32)
 REFUSED = {
   "architecture": ({"changes": {"general.architecture": "falcon"}}, "architecture 'falcon'"),
   "field missing": ({"changes": {"llama.block_count": None}}, "llama.block_count"),
-  "sentencepiece": ({"changes": {"tokenizer.ggml.model": (_TEXT, "llama")}}, "kind 'llama'"),
+  "wordpiece": ({"changes": {"tokenizer.ggml.model": (_TEXT, "bert")}}, "kind 'bert'"),
+  "space before": ({"changes": {"tokenizer.ggml.model": (_TEXT, "llama")}}, "add_space_prefix"),
   "word cutter": ({"changes": {"tokenizer.ggml.pre": (_TEXT, "tekken")}}, "'tekken'"),
   "no eos": ({"changes": {"tokenizer.ggml.eos_token_id": None}}, "eos_token_id"),
   "eos outside": ({"changes": {"tokenizer.ggml.eos_token_id": (_U32, 9999)}}, "eos_id=9999"),
   "stretched": ({"changes": {"llama.rope.scaling.type": (_TEXT, "yarn")}}, "yarn"),
-  "factor alone": ({"changes": {"llama.rope.scaling.factor": (_F32, 4.0)}}, "linear, factor 4"),
-  "old factor": ({"changes": {"llama.rope.scale_linear": (_F32, 2.0)}}, "linear, factor 2"),
   "unknown": ({"changes": {"llama.attention.scale": (_F32, 0.1)}}, "llama.attention.scale="),
   "window": ({"changes": {"llama.attention.sliding_window": (_U32, 8)}}, "sliding_window=8"),
   "space": ({"changes": {"tokenizer.ggml.add_space_prefix": (_FLAG, True)}}, "add_space_prefix"),
