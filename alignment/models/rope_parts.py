@@ -77,22 +77,29 @@ def read_scaling(name: str, rope: Fields, max_length: int) -> rotary.Scaling | N
 def _read_long(
   name: str, rope: Fields, get: Callable[[str], float], max_length: int
 ) -> rotary.LongScaling:
-  key = "original_max_position_embeddings"
-  original = int(get(key)) if rope.get(key) is not None else max_length
-  factor = get("factor") if rope.get("factor") is not None else max_length / original
-  factors = []
-  for key in ("short_factor", "long_factor"):
+  def factors(key: str) -> tuple[float, ...]:
     if not isinstance(rope.get(key), list):
       raise ValueError(
         f"{name}[{key!r}]={rope.get(key)!r} must be a list of numbers for rope_type 'longrope', "
         "one for each pair of rotated features"
       )
-    factors.append(tuple(number(f"{name}[{key!r}][{i}]", x) for i, x in enumerate(rope[key])))
+    return tuple(number(f"{name}[{key!r}][{i}]", x) for i, x in enumerate(rope[key]))
+
+  key = "original_max_position_embeddings"
+  original = rope.get(key) or max_length
+  checks.count(key, original, least=2)
+  factor = get("factor") if rope.get("factor") is not None else max_length / original
+  sharpness = 1.0
   if rope.get("attention_factor") is not None:
     sharpness = get("attention_factor")
-  else:
-    sharpness = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-  return rotary.LongScaling(*factors, original, sharpness)
+  elif factor > 1:
+    sharpness = math.sqrt(1 + math.log(factor) / math.log(original))
+  return rotary.LongScaling(
+    short_factors=factors("short_factor"),
+    long_factors=factors("long_factor"),
+    original_max_length=original,
+    attention_factor=sharpness,
+  )
 
 
 def _read_yarn(rope: Fields, get: Callable[[str], float], max_length: int) -> rotary.YarnScaling:
