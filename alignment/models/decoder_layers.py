@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from alignment.models import attention, fused_attention, rotary
+from alignment.models import attention, fused_attention, int8_base, rotary
 from alignment.models.decoder_config import TransformerConfig, distinct
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -117,6 +117,8 @@ class Dense(nn.Module):
 
     initializer = nn.initializers.normal(0.02)
     kernel = self.param("kernel", initializer, (x.shape[-1], self.features), config.param_dtype)
+    if self.has_variable("params", int8_base.SCALE):  # one layer in full, while it is used
+      kernel = int8_base.dequantise(kernel, self.get_variable("params", int8_base.SCALE))
     kernel = columns(kernel)
     dtype = attention.accumulator(config.dtype) if self.wide else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)

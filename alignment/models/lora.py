@@ -38,12 +38,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 import sharding
+from alignment.models import int8_base
 from sharding import checks
 
 A, B = "lora_a", "lora_b"  # beside `kernel`
 
-# The side of a factor that faces the kernel is split as the kernel is; the rank is not.
+# The side of a factor that faces the kernel is split as the kernel is; the rank is not. The scales
+# are those of an int8 base.
 SHARDING_RULES: sharding.Rules = (
+  (r"(query|key|value|gate|up)/kernel_scale", P(None, "tensor")),
+  (r"(output|down)/kernel_scale", P()),
   (r"attention/(query|key|value)/lora_a", P(None, "fsdp")),
   (r"attention/(query|key|value)/lora_b", P(None, None, "tensor")),
   (r"attention/output/lora_a", P(None, "tensor")),
@@ -190,13 +194,17 @@ def _scaled(base: Any, part: Any, path: str, config: Config) -> jax.Array:
 def merge(params: Any) -> Any:
   """Returns a joined tree as a plain one: each change is added to its kernel, in its dtype.
 
-  A tree without adapters is returned as it is. The sum is made in float32 or wider.
+  A tree without adapters is returned as it is, but for kernels in int8 (`int8_base`), which are
+  multiplied out. The sum is made in float32 or wider.
   """
   if hasattr(params, "_fields"):
     return type(params)(*map(merge, params))
   if not isinstance(params, Mapping):
     return params
-  plain = {name: merge(part) for name, part in params.items() if name not in (A, B)}
+  beside = (A, B, int8_base.SCALE)
+  plain = {name: merge(part) for name, part in params.items() if name not in beside}
+  if int8_base.SCALE in params:
+    plain["kernel"] = int8_base.dequantise(plain["kernel"], params[int8_base.SCALE])
   if B in params:
     kernel = plain["kernel"]
     wide = jnp.promote_types(kernel.dtype, jnp.float32)

@@ -14,6 +14,7 @@ LORA = {
   "lora_rank": 0,  # 0: train all parameters
   "lora_alpha": 32.0,  # the change is B A alpha / rank
   "lora_targets": "all",  # matrices of the layers, or names such as query,value
+  "lora_base": "full",  # or int8: the frozen matrices take a quarter of the memory
 }
 
 

@@ -40,6 +40,7 @@ ADDED: dict[str, Any] = {
   "eval.tasks": "",
   "export.hub": "",
   "network.lora_alpha": 32.0,
+  "network.lora_base": "full",
   "network.lora_rank": 0,
   "network.lora_targets": "all",
   "network.scan_layers": True,

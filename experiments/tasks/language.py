@@ -323,7 +323,7 @@ def experiment(
         network.policy_of(trained(state)),
         adapter_config=network.adapters,
         base=base,
-        fingerprint=task.model.fingerprint,
+        fingerprint=task.model.fingerprint.removesuffix(language_offline.IN_INT8),
       )
     except ValueError as error:  # the merged weights are written
       print(f"no folder of adapters: {error}", flush=True)

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 
 from alignment import sequences
-from alignment.models import architectures, sampling
+from alignment.models import architectures, int8_base, sampling
 from experiments.data import chats, encoding, pretrained, rewards, sample_cache, templates, text
 from sharding import checks
 
@@ -397,9 +397,28 @@ def _unpad(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
   return [row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)]
 
 
+IN_INT8 = " in int8"  # ends the fingerprint of a base that was rounded
+
+
+def load_base(section: Any) -> pretrained.Pretrained:
+  """Loads the model of a config's section `network`, with the weights that adapters rest on."""
+  kind = section.get("lora_base", "full")
+  checks.choice("network.lora_base", kind, ("full", "int8"))
+  if kind == "int8" and not section.lora_rank:
+    raise ValueError(
+      "network.lora_base=int8 freezes the model, and network.lora_rank=0 trains all of it: give a "
+      "rank such as 16, or lora_base=full"
+    )
+  model = pretrained.load(section.model)
+  if kind == "full":
+    return model
+  params = int8_base.quantise(model.params)
+  return dataclasses.replace(model, params=params, fingerprint=model.fingerprint + IN_INT8)
+
+
 def make_task(config: Any) -> Task:
   """Loads the model, the prompts and the reward of a config."""
-  model = pretrained.load(config.network.model)
+  model = load_base(config.network)
   network = dataclasses.replace(
     model.config,
     dtype=config.network.dtype,

@@ -16,7 +16,7 @@ import numpy as np
 from alignment import reward_model
 from alignment.models import architectures, scalar_head
 from experiments.data import learned_rewards, pretrained, sample_cache, text
-from experiments.tasks import language
+from experiments.tasks import language, language_offline
 from sharding import checks
 
 
@@ -145,7 +145,7 @@ def make_task(config: Any) -> Task:
       f"train.batch_size={config.train.batch_size} exceeds the {num_train} training pairs: "
       "lower it or eval.num_prompts"
     )
-  model = pretrained.load(config.network.model)
+  model = language_offline.load_base(config.network)
   num_layers = config.network.num_layers or model.config.num_layers
   if not 0 < num_layers <= model.config.num_layers:
     raise ValueError(

@@ -8,11 +8,12 @@ import pytest
 import safetensors
 
 import sharding
-from alignment.models import huggingface, lora, scalar_head
+from alignment.models import huggingface, int8_base, lora, scalar_head
 from experiments import main
 from experiments.data import pretrained
 from experiments.loop import presets
 from experiments.papers import nash_md as nash_md_paper
+from experiments.tasks import language_offline
 
 LORA = ("--config.network.lora_rank=4", "--config.optimizer.learning_rate=1e-2")
 SHORT = ("--config.train.num_steps=4", "--config.eval.num_prompts=16", "--config.eval.every=0")
@@ -65,6 +66,34 @@ def test_every_kind_of_method_trains_adapters(paper, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, merged, adapted.params)
 
 
+@pytest.mark.slow
+def test_a_run_on_an_int8_base_exports_its_weights_in_full(tmp_path):
+  assert run("ipo", tmp_path / "run", "--config.network.lora_base=int8") == 0
+  _, merged = huggingface.load(tmp_path / "run" / "model")
+  adapted = pretrained.load(str(tmp_path / "run" / "adapter"))  # on the base in full
+  base = pretrained.load("tiny-random").params
+  scales = int8_base.quantise(base)["layers"]
+  np.testing.assert_array_equal(merged["embed"]["embedding"], base["embed"]["embedding"])
+  for part, names in (("attention", ("query", "output")), ("mlp", ("gate", "down"))):
+    for name in names:
+      error = np.abs(
+        merged["layers"][part][name]["kernel"] - adapted.params["layers"][part][name]["kernel"]
+      )
+      limit = 0.501 * scales[part][name]["kernel_scale"][:, None]
+      assert np.all(error <= limit) and error.max() > 0.1 * limit.max()
+
+
+def test_an_int8_base_needs_adapters():
+  section = presets.resolve("ipo:tiny").network
+  section.lora_base = "int8"
+  with pytest.raises(ValueError, match=r"lora_base=int8 freezes the model, and.*lora_rank=0"):
+    language_offline.load_base(section)
+  section.lora_rank = 4
+  found, full = language_offline.load_base(section), pretrained.load("tiny-random")
+  assert found.params["layers"]["mlp"]["up"]["kernel"].dtype == np.int8
+  assert found.fingerprint != full.fingerprint  # cached samples are of one base
+
+
 @pytest.mark.slow  # a scalar head beside the adapters
 def test_a_reward_model_of_adapters_is_exported_whole(tmp_path):
   assert run("reward_model", tmp_path / "run") == 0
@@ -104,6 +133,7 @@ def _mesh():
 @pytest.mark.parametrize(
   ("paper", "argument", "match"),
   [
+    ("ipo", "lora_base=int4", "network.lora_base must be one of"),
     ("ipo", "lora_rank=-1", "network.lora_rank must be an integer >= 0, got -1"),
     ("ipo", "lora_rank=33", "rank=33 exceeds the smaller side of layers/attention/key, 32 x 16"),
     ("ipo", "lora_alpha=0.0", "network.lora_alpha must be positive"),
