@@ -66,6 +66,7 @@ _EXTRAS = {
     "torch>=2.13",
     "torch-geometric>=2.8",
     "transformers>=5.12,<6",
+    "trl>=1.16",
     "torchvision>=0.28",
     "kornia>=0.9",
   ],
