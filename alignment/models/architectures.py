@@ -36,12 +36,24 @@ def check_widths(config: Config, longest: int, remedy: str) -> None:
     ValueError: if some of the rows would be read as short ones and others as long ones. `remedy`
       ends the message.
   """
-  scaling = None if isinstance(config, t5.T5Config) else config.rope_scaling
-  if isinstance(scaling, rotary.LongScaling) and longest > scaling.original_max_length:
+  border = _width_border(config)
+  if border is not None and longest > border:
     raise ValueError(
-      f"rows of up to {longest} tokens cross {scaling.original_max_length}, where this model "
-      f"changes its rotary positions (rope_type 'longrope'): {remedy}"
+      f"rows of up to {longest} tokens cross {border}, where this model changes its rotary "
+      f"positions (rope_type 'longrope'): {remedy}"
     )
+
+
+def reads_by_width(config: Config, longest: int) -> bool:
+  """Returns whether the model reads rows of up to `longest` tokens otherwise than shorter ones."""
+  border = _width_border(config)
+  return border is not None and longest > border
+
+
+def _width_border(config: Config) -> int | None:
+  """Returns the width beyond which the model reads otherwise, or None."""
+  scaling = None if isinstance(config, t5.T5Config) else config.rope_scaling
+  return scaling.original_max_length if isinstance(scaling, rotary.LongScaling) else None
 
 
 def last_states(params: Any, tokens: jax.Array, mask: jax.Array, *, config: Config) -> jax.Array:

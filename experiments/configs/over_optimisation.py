@@ -45,7 +45,7 @@ def get_config(preset: str = "summaries") -> ml_collections.ConfigDict:
       "sft": {"train": {"num_steps": 4 if tiny else 40}},
       "reward_model": {
         "optimizer": {"learning_rate": 1e-2 if tiny else 1e-3},
-        "train": {"num_steps": 20 if tiny else 300},
+        "train": {"num_steps": 20 if tiny else 100},
         "eval": {"num_prompts": 32 if tiny else 200},
       },
       "algorithm": {"beta": 0.01},

@@ -133,27 +133,40 @@ def resolve(name: str) -> Reward:
   return Reward(full, function, getattr(function, "describes", ""), f"{full}@{code}")
 
 
-def resolve_judges(names: str) -> dict[str, Reward]:
+def resolve_judges(names: str, reward: Reward | None = None) -> dict[str, Reward]:
   """Returns the rewards that `eval.judges` lists, by the short names of their metrics.
 
   The short name is that of the function, `rouge_l`, or the folder's, where a last part `model` does
   not count.
 
+  Args:
+    names: names as of `resolve`, parted by commas.
+    reward: what the run optimises.
+
   Raises:
-    ValueError: as `resolve`, and if two judges have the same short name.
+    ValueError: as `resolve`, and if a judge is the reward, or a short name is there twice or ends
+      as the names of other metrics do.
 
   Example:
     >>> list(resolve_judges("vowels, experiments.data.rewards:vader"))
     ['vowels', 'vader']
   """
   found: dict[str, Reward] = {}
+  where = f"eval.judges={names!r}"
   for entry in filter(None, map(str.strip, names.split(","))):
     short = entry.partition(":")[0] if entry.startswith("rouge_l:") else entry.rpartition(":")[2]
     parts = [part for part in pathlib.PurePath(short).parts if part != "model"]
     short = parts[-1] if parts else short
     if short in found:
-      raise ValueError(f"eval.judges={names!r}: two judges are called {short!r}: leave one out")
-    found[short] = resolve(entry)
+      raise ValueError(f"{where}: two judges are called {short!r}: leave one out")
+    if short.endswith(("_reference", "_win_rate")):
+      raise ValueError(f"{where}: {short!r} is the name of another metric: rename the judge")
+    try:
+      found[short] = resolve(entry)
+    except ValueError as error:
+      raise ValueError(f"{where} (commas part the judges): {error}") from error
+    if reward is not None and found[short].fingerprint == reward.fingerprint:
+      raise ValueError(f"{where}: {entry} is the reward, which is measured anyway: leave it out")
   return found
 
 

@@ -50,6 +50,9 @@ class Experiment:
     maximise: whether a higher headline is better.
     rules: how the state is sharded over the mesh.
     init_args: arrays passed to `init`, such as pretrained weights.
+    saved: the part of a state that a checkpoint holds, where the rest is found elsewhere. It has
+      `step` too. What is restored for an evaluation is this part.
+    rebuilt: makes the state of it again.
     steps_per_update: how many steps one `update` takes, where it scans over several.
     evaluate: `evaluate(state) -> Result`, called every `eval.every` steps and at the end.
     sample: `sample(state) -> results.Table`, for `--mode=sample`.
@@ -65,6 +68,8 @@ class Experiment:
   maximise: bool = True
   rules: sharding.Rules = sharding.REPLICATED
   init_args: tuple[Any, ...] = ()
+  saved: Callable[[Any], Any] = lambda state: state
+  rebuilt: Callable[[Any], Any] = lambda saved: saved
   steps_per_update: int = 1
   evaluate: Callable[[Any], results.Result] | None = None
   sample: Callable[[Any], results.Table] | None = None
@@ -296,11 +301,14 @@ class _Run:
     )
     self.iterator.set_state(_decode(record["data"]))
     self.saved_step = restored.step
-    return restored.state, restored.step
+    return self.experiment.rebuilt(restored.state), restored.step
 
   def target(self) -> Any:
-    """Returns the state as a pytree of `jax.ShapeDtypeStruct` with shardings."""
-    shapes = jax.eval_shape(self.experiment.init, self.key, *self.experiment.init_args)
+    """Returns what a checkpoint holds as a pytree of `jax.ShapeDtypeStruct` with shardings."""
+    shapes = jax.eval_shape(
+      lambda *args: self.experiment.saved(self.experiment.init(*args)),
+      *(self.key, *self.experiment.init_args),
+    )
     shardings = sharding.infer_shardings(shapes, self.experiment.rules, self.mesh)
     return jax.tree.map(
       lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, shardings
@@ -356,7 +364,7 @@ class _Run:
       "config": self.config.to_dict(),
     }
     try:
-      self.checkpoints.save(step, state, record)
+      self.checkpoints.save(step, self.experiment.saved(state), record)
     except checkpointing.NotFiniteError as error:
       raise RunError(
         f"the state is {error} after step {step - 1}: stopped. {self._last_good()} A smaller "

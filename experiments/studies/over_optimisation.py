@@ -5,6 +5,7 @@ labelled, and a policy that learns from the reward model alone. The judge scores
 the policy (`eval.judges`).
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -34,8 +35,14 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
       )
   parts = part_configs(config, workdir)
   rewards.resolve(parts["sft"].reward)
-  for source in filter(None, (config.data.demonstrations, config.data.prompts)):
-    text.load_prompts(source)
+  model = parts["reward_model"]
+  num_prompts = min(config.data.num_pairs, len(_prompts_of_pairs(config)))
+  if num_prompts < model.eval.num_prompts + model.train.batch_size:
+    raise ValueError(
+      f"config.data.num_pairs={config.data.num_pairs} gives the reward model {num_prompts} pairs: "
+      f"config.reward_model.eval.num_prompts={model.eval.num_prompts} are held out, and a batch "
+      f"has {model.train.batch_size}: give more demonstrations or hold out fewer"
+    )
 
   def build(part, folder):
     if folder.name == "reward_model":
@@ -85,6 +92,15 @@ def judge_of(config: Any, source: str) -> str:
   return f"rouge_l:{source}" if config.judge == "rouge_l" else config.judge
 
 
+def _prompts_of_pairs(config: Any) -> list[str]:
+  """Returns the demonstrations' prompts, without those on which the policy is evaluated."""
+  found = text.load_prompts(config.data.demonstrations or None)
+  source = text.load_prompts(config.data.prompts or None)
+  _, test = text.split_prompts(source, num_test=config.eval.num_prompts, seed=config.seed)
+  held_out = set(test)
+  return [prompt for prompt in found if prompt not in held_out]
+
+
 def _pairs_file(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / "pairs.jsonl"
 
@@ -100,10 +116,9 @@ def write_pairs(config: Any, parts: Mapping[str, Any], workdir: pathlib.Path) ->
   drawing = parts["policy"].copy_and_resolve_references()
   drawing.reward, drawing.eval.judges = judge_of(config, config.data.demonstrations), ""
   drawing.data.prompts, drawing.data.num_samples = config.data.demonstrations, 2
-  available = len(text.load_prompts(config.data.demonstrations or None))
-  drawing.data.num_prompts = min(config.data.num_pairs, available - 1)
-  drawing.eval.num_prompts = 1
-  task = language_offline.make_task(drawing)
+  drawing.data.num_prompts = drawing.eval.num_prompts = 1
+  prompts = _prompts_of_pairs(config)[: config.data.num_pairs]
+  task = dataclasses.replace(language_offline.make_task(drawing), train_prompts=prompts)
   samples = task.training_samples(2)
   found = language.extreme_pairs(samples)
   lines = []

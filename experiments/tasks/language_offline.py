@@ -72,13 +72,17 @@ class Task:
   def encode_prompts(
     self, prompts: list[str], names: list[str] | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask `[N, P]`; P is the longest filled-in prompt, rounded up to 4."""
+    """Returns tokens and mask `[N, P]`; P is the longest filled-in prompt, rounded up to 4.
+
+    Where the width of a row decides how the model reads it, P is `data.prompt_length`.
+    """
     data = self.config.data
+    fixed = architectures.reads_by_width(self.network, data.prompt_length + data.completion_length)
     return encoding.encode_prompts(
       self.model.tokenizer,
       self._filled(prompts),
       max_length=data.prompt_length,
-      multiple=4,
+      multiple=data.prompt_length if fixed else 4,
       truncate="left" if data.truncate else None,
       names=names,
     )
@@ -451,13 +455,14 @@ def make_task(config: Any) -> Task:
       + ("eval.num_prompts" if given else "eval.num_prompts or data.num_prompts")
     )
   train, test = text.split_prompts(prompts, num_test=config.eval.num_prompts, seed=config.seed)
+  reward = rewards.resolve(config.reward)
   return Task(
     config=config,
     model=model,
     network=network,
     apply_fn=architectures.make_apply_fn(network, logps_chunk=config.network.logps_chunk or None),
-    reward_fn=rewards.resolve(config.reward),
-    judges=rewards.resolve_judges(config.eval.get("judges", "")),
+    reward_fn=reward,
+    judges=rewards.resolve_judges(config.eval.get("judges", ""), reward),
     train_prompts=train[: config.data.num_prompts],
     test_prompts=test,
     cache=sample_cache.SampleCache(config.data.cache or None),

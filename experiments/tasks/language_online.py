@@ -9,8 +9,9 @@ prefer a method that learns from completions scored in advance. In a run of seve
 first process judges for all.
 
 A learned reward or preference model is part of the step: the host only turns the policy's tokens
-into the model's. Its parameters are in the state, for the reasons that `language.State` gives. A
-model must not run inside the callback, since the devices that it needs may be waiting for it.
+into the model's. Its parameters are in the state, so that they are no constants of the program, but
+not in checkpoints. A model must not run inside the callback, since the devices that it needs may be
+waiting for it.
 """
 
 import dataclasses
@@ -160,11 +161,13 @@ def build(
   language.check_adapters(network, task.model.params)
   learned = (preference_fn or task.reward_fn).learned
   if learned is not None:
-    rules = (*scalar_head.SHARDING_RULES, *network.rules)
+    # The head's own rule alone: those of its body are the policy's, after the adapters'.
+    rules = (scalar_head.SHARDING_RULES[0], *network.rules)
     network = dataclasses.replace(network, rules=rules)
 
   def with_learner(learner, *frozen):
-    return language.State(learner, *frozen) if learned is None else JudgedState(learner, *frozen)
+    kind: Any = language.State if learned is None else JudgedState
+    return kind(learner, *frozen)
 
   def init(key, params, *judge_params):
     trained = network.start(params, key)
@@ -190,7 +193,7 @@ def build(
     task.count_waste(task.train_prompts, [mask], "prompt_padding")
     return Prompts(tokens, mask, np.arange(len(task.train_prompts), dtype=np.int32))
 
-  return language.experiment(
+  found = language.experiment(
     task,
     init=init,
     update=update,
@@ -198,6 +201,13 @@ def build(
     trained=lambda state: state.learner.params,
     network=network,
     init_args=() if learned is None else (learned.params,),
+  )
+  if learned is None:
+    return found
+  return dataclasses.replace(
+    found,
+    saved=lambda state: language.State(state.learner, state.ref_params),
+    rebuilt=lambda saved: JudgedState(saved.learner, saved.ref_params, learned.params),
   )
 
 

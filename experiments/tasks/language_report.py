@@ -83,11 +83,9 @@ def over_kl(evaluations: Sequence[Mapping[str, float]]) -> results.Figure | None
   """
   if len(evaluations) < 2:
     return None
-  names = ["reward"] + [
-    name.removesuffix("_reference")
-    for name in evaluations[0]
-    if name.startswith("judge/") and name.endswith("_reference")
-  ]
+  first = evaluations[0]
+  names = ["reward"]
+  names += [key for key in first if key.startswith("judge/") and f"{key}_reference" in first]
   figure, axes = plots.subplots(1, len(names), size=(3.6, 2.8))
   kl = [0.0, *(row["kl"] for row in evaluations)]
   for axis, name in zip(axes[0], names, strict=True):

@@ -133,7 +133,10 @@ def test_an_answer_that_grew_is_cut_at_its_end_to_fit():
     ("nash_md", {"data.mixture_beta": "1.5"}, "data.mixture_beta"),
     ("nash_md", {"data.preference_scale": "0"}, "data.preference_scale"),
     ("nash_md", {"preference": "nowhere:f"}, "preference 'nowhere:f'"),
-    ("copg", {"eval.judges": "vowels, vowels"}, "two judges are called 'vowels'"),
+    ("copg", {"eval.judges": "vader, vader"}, "two judges are called 'vader'"),
+    ("copg", {"eval.judges": "vowels"}, "eval.judges='vowels': vowels is the reward"),
+    ("copg", {"eval.judges": "vader,mine:a_reference"}, "'a_reference' is the name of another"),
+    ("copg", {"eval.judges": "nope"}, "eval.judges='nope' (commas part the judges): reward is"),
     ("frontier", {"algorithms": "('copg', 'ppo')"}, "is not one of copg, dpo"),
   ],
 )
@@ -235,6 +238,24 @@ def test_a_learned_judge_inside_a_step_says_what_it_says_outside(kind, tmp_path)
     np.testing.assert_allclose(
       this_round.rewards(sides[0]), scored.reward_fn(prompts, texts[0]), atol=1e-4
     )
+
+
+def test_a_learned_judge_is_not_in_the_checkpoint(tmp_path):
+  # So another reward may evaluate the run, and runs of earlier versions go on.
+  experiments = {
+    reward: rloo_paper.build(tiny("rloo", reward=reward, network__lora_rank=2, **int8))
+    for reward, int8 in (
+      (_learned_judge(tmp_path / "judge", "bradley_terry"), {"network__lora_base": "int8"}),
+      ("vowels", {"network__lora_base": "int8"}),
+    )
+  }
+  learned, plain = experiments.values()
+  states = [jax.eval_shape(x.init, jax.random.key(0), *x.init_args) for x in (learned, plain)]
+  assert jax.tree.leaves(learned.saved(states[0])) == jax.tree.leaves(states[1])
+  rebuilt = learned.rebuilt(learned.saved(states[0]))
+  assert jax.tree.structure(rebuilt) == jax.tree.structure(states[0])
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
+  sharding.infer_shardings(states[0], learned.rules, mesh)  # the rules fit an int8 base, too
 
 
 @pytest.mark.slow  # two compilations of a step with two models
