@@ -36,6 +36,7 @@ def _config(preset="tiny", **fields):
   return config
 
 
+@pytest.mark.slow  # half a minute
 @pytest.mark.xdist_group("byol_run")
 def test_a_tiny_run_reports_probes_views_and_neighbours(tmp_path):
   folder = tmp_path / "run"

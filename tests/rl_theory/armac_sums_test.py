@@ -60,7 +60,9 @@ def _setup(name=compiled_games.KUHN, dtype="float32", **changes):
   return game, found, state, bound
 
 
-@pytest.mark.parametrize("name", [compiled_games.KUHN, compiled_games.KUHN3])
+@pytest.mark.parametrize(
+  "name", [compiled_games.KUHN, pytest.param(compiled_games.KUHN3, marks=pytest.mark.slow)]
+)
 def test_the_means_have_the_gradient_of_all_episodes(x64, name):
   """The identity behind the module: sums lose nothing that the actor's gradient needs."""
   game = compiled_games.compile_game(name)
@@ -298,7 +300,7 @@ def test_kuhn_poker_comes_near_equilibrium():
   assert float(distances.mean()) < 0.085
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_epochs_run_in_a_scan_with_64_bits(x64, dtype):
   game, found, state, bound = _setup(dtype=dtype)
   keys = jax.random.split(jax.random.key(0), 2)

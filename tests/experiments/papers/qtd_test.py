@@ -18,6 +18,7 @@ def small(preset, **changes):
   return presets.override(presets.resolve(f"qtd:{preset}"), list(changes.items()))
 
 
+@pytest.mark.slow  # the figures of the paper at full length are slow, too
 def test_tiny_run_leaves_a_report_with_criteria(tmp_path, capsys):
   folder = tmp_path / "run"
   assert main.run(["--config=qtd:tiny", f"--workdir={folder}"]) == 0
