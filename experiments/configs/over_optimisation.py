@@ -61,7 +61,7 @@ def get_config(preset: str = "summaries") -> ml_collections.ConfigDict:
       },
       "optimizer": {"learning_rate": 3e-3 if tiny else 5e-4, "final_scale": 1.0},
       "sharding": {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}},
-      "train": {"num_steps": 4 if tiny else 60, "batch_size": 4, "log_every": 1},
+      "train": {"num_steps": 4 if tiny else 60, "batch_size": 8 if tiny else 4, "log_every": 1},
       "eval": {"every": 2 if tiny else 12, "num_prompts": 64 if tiny else 256},
       "checkpoint": {"every": 2 if tiny else 6, "keep": 1},
     }

@@ -34,6 +34,8 @@ def run(config: Any, workdir: pathlib.Path) -> training.Outcome:
         "a source of {prompt, completion}, or give another judge"
       )
   parts = part_configs(config, workdir)
+  for part in parts.values():
+    language.check_batch_size(part, part.algorithm.num_microbatches)
   rewards.resolve(parts["sft"].reward)
   model = parts["reward_model"]
   num_prompts = min(config.data.num_pairs, len(_prompts_of_pairs(config)))

@@ -31,6 +31,12 @@ def test_references_are_asked_for_before_anything_is_trained(tmp_path, capsys):
   arguments.append("--config.data.demonstrations=made_up:vowels")
   assert main.run(arguments) == 2
   assert "config.data.prompts is empty" in capsys.readouterr().err
+  tiny = ["--config=over_optimisation:tiny", f"--workdir={tmp_path / 'tiny'}"]
+  assert main.run([*tiny, "--config.train.batch_size=3"]) == 2
+  assert "train.batch_size=3 must be a multiple of the 8 data shards" in capsys.readouterr().err
+  assert main.run([*tiny, "--config.data.num_pairs=40"]) == 2
+  assert "config.data.num_pairs=40 gives the reward model 40 pairs" in capsys.readouterr().err
+  assert not (tmp_path / "tiny" / "sft").exists()
 
 
 @pytest.mark.slow
