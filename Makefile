@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO_CONFIG ?= copg:sentiment
+DEMO_CONFIG ?= copg:demo
 DEMO_WORKDIR ?= runs/demo
 DEMO_ARGS ?=
 # Tests mostly wait for single-threaded compilation: two at a time even on two cores. Groups stay in

@@ -184,9 +184,9 @@ def language_model(
 ) -> ml_collections.ConfigDict:
   """Aligns a pretrained model on its own samples, scored by a reward function.
 
-  The defaults are those of `make demo`: 40 steps of 8 prompts on two CPU cores, little more than
-  one pass over the data. (A second pass memorises the completions: their margins jump by 20 nats,
-  and the held-out reward does not follow.)
+  The defaults are those of the `sentiment` presets: 40 steps of 8 prompts on two CPU cores, little
+  more than one pass over the data. (A second pass memorises the completions: their margins jump by
+  20 nats, and the held-out reward does not follow.)
   """
   return _config(
     paper,
