@@ -28,10 +28,8 @@ from sharding import checks
 
 _HEAD_FILE = "scalar_head.safetensors"
 
-SHARDING_RULES: sharding.Rules = (
-  ("scalar_head/", PartitionSpec()),
-  *architectures.SHARDING_RULES,
-)
+HEAD_RULE = ("scalar_head/", PartitionSpec())
+SHARDING_RULES: sharding.Rules = (HEAD_RULE, *architectures.SHARDING_RULES)
 
 
 def from_decoder(params: transformer.Params) -> transformer.Params:

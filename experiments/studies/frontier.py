@@ -4,10 +4,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from experiments.loop import suite, training
 from experiments.report import plots, results
+from experiments.tasks import language_report
 
 NAMES = {
   "copg": "CoPG",
@@ -42,9 +41,9 @@ def _summarise(parts: Mapping[str, suite.Part]) -> suite.Summary:
   for name, evaluations in records.items():
     last = evaluations[-1]
     for key in ("win_rate", "reward", "kl"):
-      found[f"{name}/{key}"] = _estimate(last, key)
+      found[f"{name}/{key}"] = language_report.estimate(last, key)
     for row in evaluations:
-      cells = [_estimate(row, key) for key in ("kl", "reward", "win_rate")]
+      cells = [language_report.estimate(row, key) for key in ("kl", "reward", "win_rate")]
       rows.append([_name(name), row["step"], *cells, row["length"], row["distinct_2"]])
   columns = ["algorithm", "step", "KL", "reward", "win rate", "length", "distinct-2"]
   table = results.Table(
@@ -60,14 +59,8 @@ def draw(records: Mapping[str, list[dict[str, Any]]]) -> results.Figure:
   figure, axes = plots.subplots(1, 1, size=(4.6, 3.6))
   axis = axes[0][0]
   for name, rows in records.items():
-    start = rows[0]["reward_reference"]
-    kl = np.array([0.0, *(row["kl"] for row in rows)])
-    reward = np.array([start, *(row["reward"] for row in rows)])
-    low = np.array([start, *(row["reward_low"] for row in rows)])
-    high = np.array([start, *(row["reward_high"] for row in rows)])
-    axis.errorbar(
-      kl, reward, yerr=[reward - low, high - reward], marker="o", capsize=2, label=_name(name)
-    )
+    kl, reward, reach = language_report.path_over_kl(rows, "reward")
+    axis.errorbar(kl, reward, yerr=reach, marker="o", capsize=2, label=_name(name))
   axis.set(xlabel="sequence KL to the reference, nats", ylabel="mean reward on held-out prompts")
   axis.legend()
   caption = (
@@ -79,7 +72,3 @@ def draw(records: Mapping[str, list[dict[str, Any]]]) -> results.Figure:
 
 def _name(part: str) -> str:
   return NAMES.get(part, part)
-
-
-def _estimate(row: Mapping[str, float], key: str) -> results.Estimate:
-  return results.Estimate(row[key], row.get(f"{key}_low"), row.get(f"{key}_high"))

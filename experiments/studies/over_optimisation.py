@@ -123,13 +123,10 @@ def write_pairs(config: Any, parts: Mapping[str, Any], workdir: pathlib.Path) ->
   task = dataclasses.replace(language_offline.make_task(drawing), train_prompts=prompts)
   samples = task.training_samples(2)
   found = language.extreme_pairs(samples)
-  lines = []
+  tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (samples.tokens, samples.mask))
+  texts, lines = task.decode(tokens, mask, samples.prompts), []
   for row, best, worst in zip(found.example, found.chosen, found.rejected, strict=True):
-    prompt = samples.prompts[row]
-    chosen, rejected = (
-      task.decode(samples.tokens[row, [k]], samples.mask[row, [k]], [prompt])[0]
-      for k in (best, worst)
-    )
+    prompt, chosen, rejected = samples.prompts[row], texts[2 * row + best], texts[2 * row + worst]
     if chosen.strip() and rejected.strip():  # nothing was said: no text to learn from
       lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
   files.write_file(path, "\n".join(lines) + "\n")
@@ -139,17 +136,23 @@ def _summarise(parts: Mapping[str, suite.Part], judge: str) -> suite.Summary:
   evaluations = parts["policy"].history.evals
   first, last = evaluations[0], evaluations[-1]
   peak = max(evaluations, key=lambda row: row[judge])
-  start = _estimate(first, f"{judge}_reference")
-  reward, proxy = _estimate(last, "reward"), _estimate(first, "reward_reference")
+  start = language_report.estimate(first, f"{judge}_reference")
+  reward, proxy = (
+    language_report.estimate(last, "reward"),
+    language_report.estimate(first, "reward_reference"),
+  )
   criteria = [
     ("the learned reward rises", _apart(proxy, reward)),
-    ("the judge rises at first", _apart(start, _estimate(peak, judge))),
-    ("the judge falls again", _apart(_estimate(last, judge), _estimate(peak, judge))),
+    ("the judge rises at first", _apart(start, language_report.estimate(peak, judge))),
+    (
+      "the judge falls again",
+      _apart(language_report.estimate(last, judge), language_report.estimate(peak, judge)),
+    ),
   ]
   keys = ("kl", "reward", judge, f"{judge}_win_rate", "length")
   rows = [
-    [0, "", proxy, start, "", _estimate(first, "length_reference")],
-    *([row["step"], *(_estimate(row, key) for key in keys)] for row in evaluations),
+    [0, "", proxy, start, "", language_report.estimate(first, "length_reference")],
+    *([row["step"], *(language_report.estimate(row, key) for key in keys)] for row in evaluations),
   ]
   columns = ["step", "KL", "learned reward", "judge", "judge: wins against the start", "tokens"]
   tables = [
@@ -161,10 +164,10 @@ def _summarise(parts: Mapping[str, suite.Part], judge: str) -> suite.Summary:
     ),
   ]  # fmt: skip
   metrics = {
-    judge: _estimate(last, judge),
-    f"{judge}_peak": _estimate(peak, judge),
-    "kl_peak": _estimate(peak, "kl"),
-    "kl": _estimate(last, "kl"),
+    judge: language_report.estimate(last, judge),
+    f"{judge}_peak": language_report.estimate(peak, judge),
+    "kl_peak": language_report.estimate(peak, "kl"),
+    "kl": language_report.estimate(last, "kl"),
     "reward": reward,
     "reward_model_accuracy": parts["reward_model"].result.metrics["accuracy"],
   }
@@ -177,7 +180,3 @@ def _summarise(parts: Mapping[str, suite.Part], judge: str) -> suite.Summary:
 def _apart(low: results.Estimate, high: results.Estimate) -> bool:
   """Returns whether the interval of `low` ends below that of `high`."""
   return bool(low.high is not None and high.low is not None and low.high < high.low)
-
-
-def _estimate(row: Mapping[str, float], key: str) -> results.Estimate:
-  return results.Estimate(row[key], row.get(f"{key}_low"), row.get(f"{key}_high"))

@@ -162,7 +162,7 @@ def build(
   learned = (preference_fn or task.reward_fn).learned
   if learned is not None:
     # The head's own rule alone: those of its body are the policy's, after the adapters'.
-    rules = (scalar_head.SHARDING_RULES[0], *network.rules)
+    rules = (scalar_head.HEAD_RULE, *network.rules)
     network = dataclasses.replace(network, rules=rules)
 
   def with_learner(learner, *frozen):

@@ -1,6 +1,7 @@
 """The report of a language-model run: numbers with intervals, samples, figures."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,27 @@ def result(comparison: language_offline.Comparison, task: language_offline.Task)
   )
 
 
+def estimate(row: Mapping[str, Any], key: str) -> results.Estimate:
+  """Returns a metric of an evaluation's record, with its interval if it has one."""
+  return results.Estimate(row[key], row.get(f"{key}_low"), row.get(f"{key}_high"))
+
+
+def path_over_kl(evaluations: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, ...]:
+  """Returns KL and a metric of E evaluations, from the reference on.
+
+  Returns:
+    `[E + 1]` KL, which starts at 0, and `[E + 1]` values of the metric, which start at that of the
+    reference, and `[2, E + 1]` how far their intervals reach below and above.
+  """
+  start = evaluations[0][f"{key}_reference"]
+  kl = np.array([0.0, *(row["kl"] for row in evaluations)])
+  value, low, high = (
+    np.array([start, *(row.get(f"{key}{end}", row[key]) for row in evaluations)])
+    for end in ("", "_low", "_high")
+  )
+  return kl, value, np.stack([value - low, high - value])
+
+
 def _about(task: language_offline.Task) -> list[str]:
   return [
     f"Nothing learned from the judge {name}. {judge.describes}".strip()
@@ -87,14 +109,9 @@ def over_kl(evaluations: Sequence[Mapping[str, float]]) -> results.Figure | None
   names = ["reward"]
   names += [key for key in first if key.startswith("judge/") and f"{key}_reference" in first]
   figure, axes = plots.subplots(1, len(names), size=(3.6, 2.8))
-  kl = [0.0, *(row["kl"] for row in evaluations)]
   for axis, name in zip(axes[0], names, strict=True):
-    start = evaluations[0][f"{name}_reference"]
-    value, low, high = (
-      np.array([start, *(row.get(f"{name}{end}", row[name]) for row in evaluations)])
-      for end in ("", "_low", "_high")
-    )
-    axis.errorbar(kl, value, yerr=[value - low, high - value], marker="o", ms=4, capsize=2)
+    kl, value, reach = path_over_kl(evaluations, name)
+    axis.errorbar(kl, value, yerr=reach, marker="o", ms=4, capsize=2)
     axis.set(xlabel="sequence KL to the reference, nats", title=name.removeprefix("judge/"))
   caption = (
     "Mean scores of the held-out prompts over the sequence KL, from the reference (KL 0) through "
